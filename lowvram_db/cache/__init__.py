@@ -1,0 +1,1 @@
+"""What the encoders made, kept by content: latent moments and text embeddings."""

@@ -1,0 +1,148 @@
+"""The command line: one short function a command; what they do lives in the rooms.
+
+Exit codes: 0 done, 2 something the user can mend (one line on stderr), 130 stopped by Ctrl-C.
+"""
+
+import logging
+import os
+import sys
+import warnings
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lowvram_db.config import DEFAULT_IDENTIFIER, load
+from lowvram_db.errors import Interrupted, UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Full DreamBooth (every weight of the denoiser) on the card people own.",
+)
+
+
+class Precision(StrEnum):
+    """As `precision.compute` in the config."""
+
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+_debug = False
+
+
+def _set_debug(value: bool) -> None:
+    global _debug
+    _debug = value
+
+
+Debug = Annotated[bool, typer.Option("--debug", callback=_set_debug, help="Show the traceback of an error.")]
+
+
+@app.command()
+def new(
+    name: Annotated[str, typer.Argument(help="Name of the run; writes NAME.toml here.")],
+    photos: Annotated[str, typer.Option(help="Folder of 3-6 photos of the subject.")],
+    class_noun: Annotated[str, typer.Option("--class", help="What kind of thing it is: dog, teapot, ...")],
+    model: Annotated[str, typer.Option(help="Hub id or local folder of a Stable Diffusion 1.x model.")],
+    identifier: Annotated[
+        str, typer.Option(help="A rare word that will come to mean the subject.")
+    ] = DEFAULT_IDENTIFIER,
+    debug: Debug = False,
+) -> None:
+    """Write a short, commented config to start from."""
+    from lowvram_db.new import write_config
+
+    path = Path(name if name.endswith(".toml") else f"{name}.toml")
+    write_config(path, photos, class_noun, model, identifier)
+    print(f"wrote {path}; now: lowvram-db train {path}")
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="The run's TOML file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. train.steps=400.")
+    ] = None,
+    resume: Annotated[str, typer.Option(metavar="auto|never|PATH", help="Where to go on from.")] = "auto",
+    debug: Debug = False,
+) -> None:
+    """Teach a model one subject from a few photos, or go on where a run stopped."""
+    settings = load(config, overrides)  # before the heavy imports: a typo is answered at once
+    from lowvram_db.dreambooth import run_dreambooth
+
+    _hide_loading_bars()
+    run = run_dreambooth(settings, resume)
+    print(f"model: {run.model}")
+    print(f"pictures: {run.sample_grid(settings.train.steps)}")
+
+
+@app.command()
+def sample(
+    model: Annotated[str, typer.Argument(help="Model folder (such as runs/NAME/model) or hub id.")],
+    prompt: Annotated[list[str], typer.Option(help="A row of the grid; may be given several times.")],
+    guidance: Annotated[str, typer.Option(help="Guidance scales, with commas between.")] = "7,11",
+    seeds: Annotated[int, typer.Option(min=1, help="Pictures a prompt and scale: seeds 0, 1, ...")] = 4,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps a picture.")] = 30,
+    resolution: Annotated[int | None, typer.Option(min=8, help="Pixels a side; default: the model's own.")] = None,
+    precision: Annotated[Precision, typer.Option(help="Arithmetic of the sampling.")] = Precision.bf16,
+    out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("grid.png"),
+    debug: Debug = False,
+) -> None:
+    """Draw a labelled grid: prompts down, guidance scales and seeds across."""
+    from lowvram_db.sampling import parse_scales, sample_model
+
+    _hide_loading_bars()
+    sample_model(
+        model,
+        prompt,
+        out,
+        guidance=parse_scales(guidance),
+        seeds=seeds,
+        steps=steps,
+        resolution=resolution,
+        compute=precision.value,
+    )
+    print(f"pictures: {out}")
+
+
+def main() -> None:
+    """Entry point of `lowvram-db`: run a command and turn the user's errors into one line and an exit code."""
+    _quiet_libraries()
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        _leave(f"error: {error}", error.exit_code, error)
+    except Interrupted as stop:
+        _leave(str(stop), stop.exit_code, stop)
+    except KeyboardInterrupt as stop:
+        _leave("stopped; finished work is kept, the same command goes on from there", Interrupted.exit_code, stop)
+
+
+def _leave(message: str, code: int, error: BaseException) -> None:
+    if _debug:
+        raise error
+    print(" ".join(message.split()), file=sys.stderr)
+    sys.exit(code)
+
+
+def _hide_loading_bars() -> None:
+    """Of parts read from the disk in a moment; a download keeps its bar."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _quiet_libraries() -> None:
+    """Their start-up chatter (absent torchvision, optional kernels) would bury our own lines."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)

@@ -1,0 +1,281 @@
+"""The TOML file as typed, strict models: an unknown key, a wrong type or an impossible value is refused by name."""
+
+import difflib
+import string
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from lowvram_db.atomic import replacing_file
+from lowvram_db.errors import UserError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        validate_by_name=True,
+        serialize_by_alias=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+    )
+
+
+Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+DEFAULT_IDENTIFIER = "ohwx"  # one token of CLIP's vocabulary, and rare
+
+
+class ModelConfig(_Section):
+    name: Text = Field(description="a local folder in diffusers' format, or a hub id")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id; default: its main branch")
+
+
+class SubjectConfig(_Section):
+    photos: Text = Field(description="folder of 3-6 photos of the one subject")
+    identifier: Text = Field(description="a rare word that will come to mean this subject")
+    class_noun: Text = Field(alias="class", description="what kind of thing it is")
+    prompts: list[Text] = Field(
+        ["a photo of a {identifier} {class}"], min_length=1, description="training prompts; each step draws one"
+    )
+
+    @field_validator("prompts")
+    @classmethod
+    def _every_prompt_names_the_subject(cls, prompts: list[str]) -> list[str]:
+        for prompt in prompts:
+            if "identifier" not in template_fields(prompt):
+                raise ValueError(f"{prompt!r} lacks {{identifier}}: it would teach the subject to the plain prompt")
+        return prompts
+
+
+class PriorConfig(_Section):
+    enabled: bool = Field(True, description="prior preservation: train on class images too, so the class is kept")
+    weight: float = Field(1.0, ge=0, description="lambda, the weight of the prior loss")
+    count: int = Field(200, ge=1, description="class images; the missing ones are made with the base model")
+    prompt: Text = Field("a photo of a {class}", description="prompt of the class images")
+    images: str | None = Field(None, description="folder of class images; default: class_images/ in the run's folder")
+    batch: int = Field(4, ge=1, description="class images made at once")
+    steps: int = Field(30, ge=1, description="sampling steps a class image")
+    guidance: float = Field(7.5, ge=0, description="guidance scale of the class images")
+
+    @field_validator("prompt")
+    @classmethod
+    def _the_class_prompt_knows_no_subject(cls, prompt: str) -> str:
+        if template_fields(prompt) - {"class"}:
+            raise ValueError("only {class} may stand in the prior prompt: it must not name the subject")
+        return prompt
+
+
+class TrainConfig(_Section):
+    resolution: int = Field(512, ge=8, description="pixels a side; photos are resized and centre-cropped to it")
+    steps: int = Field(800, ge=1, description="optimizer steps")
+    lr: float = Field(2e-6, gt=0, description="learning rate")
+    batch: int = Field(1, ge=1, description="photos a step; as many class images join them")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="constant | linear | cosine")
+    warmup: int = Field(0, ge=0, description="steps over which the learning rate rises to lr")
+    seed: int = Field(0, ge=0, lt=2**63, description="every random draw follows from it")
+    gradient_checkpointing: bool = Field(True, description="recompute activations in backward: less memory, more time")
+    text_encoder: bool = Field(False, description="train the text encoder too; its embeddings are then not cached")
+    min_snr_gamma: float | None = Field(None, gt=0, description="min-SNR loss weighting, usually 5.0; default: off")
+
+    @field_validator("resolution")
+    @classmethod
+    def _divisible_by_8(cls, resolution: int) -> int:
+        if resolution % 8:
+            raise ValueError(f"{resolution} is not divisible by 8; {max(8, round(resolution / 8) * 8)} is the nearest")
+        return resolution
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> "TrainConfig":
+        if self.warmup > self.steps:
+            raise ValueError(f"warmup ({self.warmup}) is longer than the run (steps = {self.steps})")
+        return self
+
+
+class PrecisionConfig(_Section):
+    compute: Literal["bf16", "fp16", "fp32"] = Field(
+        "bf16", description="bf16 | fp16 (autocast over fp32 weights) | fp32"
+    )
+
+
+class OptimizerConfig(_Section):
+    name: Literal["bnb-adam8", "adamw"] = Field("bnb-adam8", description="bnb-adam8 (8-bit state) | adamw (fp32 state)")
+    beta1: Fraction = Field(0.9, description="decay of the first moment")
+    beta2: Fraction = Field(0.999, description="decay of the second moment")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay")
+
+
+class SampleConfig(_Section):
+    prompts: list[Text] = Field(
+        ["a photo of a {identifier} {class}", "a photo of a {identifier} {class} on the beach", "a photo of a {class}"],
+        description="rows of the sample grid",
+    )
+    guidance: list[Annotated[float, Field(ge=0)]] = Field(
+        [7.0, 11.0], min_length=1, description="guidance scales, columns of the grid"
+    )
+    seeds: int = Field(2, ge=1, description="pictures a prompt and guidance scale: seeds 0, 1, ...")
+    steps: int = Field(30, ge=1, description="sampling steps a picture")
+    every: int = Field(0, ge=0, description="also sample every N training steps; 0: only at the end")
+
+
+class CheckpointConfig(_Section):
+    every: int = Field(200, ge=0, description="save every N steps, to resume from; 0: only at the end")
+    keep: int = Field(1, ge=1, description="how many checkpoints to keep")
+
+
+class OutputConfig(_Section):
+    dir: Text = Field("runs", description="folder in which runs are kept")
+    name: str = Field(
+        "", pattern=r"^[\w.-]*$", description="the run's folder in it; default: the name of the TOML file"
+    )
+    dtype: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="precision of the finished model on disk")
+
+
+class Config(_Section):
+    """One DreamBooth run. Relative paths start from the current folder."""
+
+    attention: Literal["auto", "sdpa", "xformers"] = Field("auto", description="auto | sdpa | xformers")
+    model: ModelConfig
+    subject: SubjectConfig
+    prior: PriorConfig = PriorConfig()
+    train: TrainConfig = TrainConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    sample: SampleConfig = SampleConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    output: OutputConfig = OutputConfig()
+
+    def fill(self, template: str) -> str:
+        """A prompt template with this subject's identifier and class noun in it."""
+        return template.format_map({"identifier": self.subject.identifier, "class": self.subject.class_noun})
+
+    def save(self, path: Path) -> None:
+        """Write the resolved settings as TOML, whole or not at all."""
+        with replacing_file(path) as temporary:
+            temporary.write_text(tomli_w.dumps(self.model_dump(exclude_none=True)), encoding="utf-8")
+
+    @model_validator(mode="after")
+    def _templates_can_be_filled(self) -> "Config":
+        for key, templates in (
+            ("subject.prompts", self.subject.prompts),
+            ("prior.prompt", [self.prior.prompt]),
+            ("sample.prompts", self.sample.prompts),
+        ):
+            for template in templates:
+                unknown = template_fields(template) - {"identifier", "class"}
+                if unknown:
+                    raise ValueError(f"{key}: {{{min(unknown)}}} is unknown; use {{identifier}} and {{class}}")
+        return self
+
+
+def template_fields(template: str) -> set[str]:
+    """Names in braces in a prompt template. Raises ValueError where the braces do not pair."""
+    try:
+        return {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
+    except ValueError as error:
+        raise ValueError(f"{template!r}: {error}") from error
+
+
+def load(path: Path, overrides: list[str] | None = None) -> Config:
+    """Read a TOML file, apply `key=value` overrides, and validate. Raises UserError naming the file and the key."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; `lowvram-db new` writes one") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    return parse(text, path, overrides)
+
+
+def parse(text: str, path: Path, overrides: list[str] | None = None) -> Config:
+    """As load, for the text that stands, or will stand, in `path`."""
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from error
+    for override in overrides or []:
+        _apply(tree, override)
+    output = tree.setdefault("output", {})
+    if isinstance(output, dict) and not output.get("name"):
+        output["name"] = path.stem
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_first_problem(error)}") from error
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    """Set one dotted key, its value written as in TOML (a bare word counts as a string)."""
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise UserError(f"--set {override}: write it as key=value, for example --set train.steps=400")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    *parents, leaf = key.strip().split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"--set {override}: {parent} is not a section")
+    tree[leaf] = value
+
+
+def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
+    """Every dotted key as the TOML file spells it, with its pydantic field."""
+    keys: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        dotted = prefix + (field.alias or name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys |= known_keys(field.annotation, dotted + ".")
+        else:
+            keys[dotted] = field
+    return keys
+
+
+def _first_problem(error: ValidationError) -> str:
+    """The first validation error in one line, by the key as the user wrote it."""
+    problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {key}; {_nearest(key)}"
+    if problem["type"] == "missing":
+        return f"{key} is missing"
+    if problem["type"] in ("string_too_short", "string_pattern_mismatch") and not problem["input"].strip():
+        return f"{key}: must not be empty"
+    if problem["type"] == "value_error":
+        return ": ".join(filter(None, [key, problem["msg"].removeprefix("Value error, ")]))
+    if problem["type"] == "model_type":
+        return f"{key}: must be a section, written [{key}]"
+    return f"{key}: {problem['msg'].replace('Input should', 'should')} (is {problem['input']!r})"
+
+
+def _nearest(key: str) -> str:
+    """The known key that an unknown one probably meant: by its whole spelling, then by its last word alone."""
+    names = list(known_keys())
+    by_leaf = {name.rpartition(".")[2]: name for name in names}
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.7)
+    near = near or [by_leaf[leaf] for leaf in difflib.get_close_matches(key.rpartition(".")[2], by_leaf, n=1)]
+    if near:
+        return f"did you mean {near[0]}?"
+    section = key.partition(".")[0]
+    here = [name for name in names if name.startswith(section + ".")] or list(Config.model_fields)
+    return f"known: {', '.join(here)}"
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ, with (old, new)."""
+    before, after = _flat(old.model_dump()), _flat(new.model_dump())
+    return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

@@ -1,0 +1,153 @@
+"""One DreamBooth run from config to pictures: each stage hands a plain value to the next."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from lowvram_db import prior
+from lowvram_db.atomic import creating_folder, remove_folder, replacing_file
+from lowvram_db.cache.precompute import Cached, precompute, release_memory
+from lowvram_db.cache.store import Store
+from lowvram_db.concept import Concept, describe, subject_photos
+from lowvram_db.config import Config
+from lowvram_db.families import open_model
+from lowvram_db.families.base import Family
+from lowvram_db.memory.device import DTYPES, compute_dtype, peak_bytes, pick_device
+from lowvram_db.progress import say
+from lowvram_db.run import Run, check_resumable
+from lowvram_db.sampling import sample_grid
+from lowvram_db.train import checkpoint
+from lowvram_db.train.batches import Batches
+from lowvram_db.train.loop import Trainer, train
+
+_NO_PROMPT = ""  # what classifier-free guidance steers away from
+
+
+def run_dreambooth(config: Config, resume: str = "auto") -> Run:
+    """Train, or go on with, the run of this config; returns its folder with model/ and samples/ in it.
+
+    resume: "auto", "never" or the path of a checkpoint. Raises UserError for anything the user can mend and
+    Interrupted after Ctrl-C; in both cases finished work is kept.
+    """
+    run, device = Run.of(config), pick_device()
+    dtype = compute_dtype(config.precision.compute, device)
+    photos = subject_photos(config)
+    with run.locked():
+        start = run.choose_checkpoint(resume)
+        if start is not None:
+            check_resumable(checkpoint.read_state(start).config, config, start)
+        family = open_model(config.model.name, config.model.revision)
+        family.check_prompts([config.fill(prompt) for prompt in [*config.subject.prompts, *config.sample.prompts]])
+        family.check_prompts([config.fill(config.prior.prompt)])
+        if _finished(config, start, run):
+            say(f"{run.folder}: already trained for {config.train.steps} steps")
+            return run
+        config.save(run.config)
+        concept = _concept(config, family, run, photos, device, dtype)
+        release_memory()
+        cached = _cache(config, family, run, concept, device)
+        _train(config, family, run, concept, cached, device, start)
+        release_memory()
+        _sample_result(config, run, device, dtype)
+    return run
+
+
+def _finished(config: Config, start: Path | None, run: Run) -> bool:
+    if start is None or checkpoint.read_state(start).step < config.train.steps:
+        return False
+    return run.model.is_dir() and run.sample_grid(config.train.steps).exists()
+
+
+def _concept(
+    config: Config, family: Family, run: Run, photos: list[Path], device: torch.device, dtype: torch.dtype
+) -> Concept:
+    """Photos, and class images where prior preservation wants them."""
+    if not config.prior.enabled:
+        return describe(config, photos, [])
+    folder = Path(config.prior.images).expanduser() if config.prior.images else run.class_images
+    return describe(config, photos, prior.class_images(config, family, folder, device, dtype))
+
+
+def _cache(config: Config, family: Family, run: Run, concept: Concept, device: torch.device) -> Cached:
+    """Everything the encoders have to say; conditioning is left out where the text encoder is going to change it."""
+    prompts = [] if config.train.text_encoder else concept.prompts
+    if prompts and config.sample.every:
+        prompts = [*prompts, *map(config.fill, config.sample.prompts), _NO_PROMPT]
+    return precompute(family, concept.photos, prompts, config.train.resolution, Store(run.cache), device)
+
+
+def _train(
+    config: Config,
+    family: Family,
+    run: Run,
+    concept: Concept,
+    cached: Cached,
+    device: torch.device,
+    start: Path | None,
+) -> None:
+    """Train to the last step and write model/."""
+    trainer = Trainer(config, family, Batches(concept, cached, config.train.batch, config.train.seed), device)
+    if start is not None:
+        trainer.restore(start)
+        say(f"resumed {start} at step {trainer.step}")
+    began_at = trainer.step
+    say(
+        f"training {sum(parameter.numel() for parameter in trainer.parameters) / 1e6:.1f} M weights on {device}, "
+        f"{config.precision.compute}, attention {trainer.attention}, optimizer {config.optimizer.name}"
+    )
+    train(trainer, run, partial(_sample_trainer, trainer))
+    say(f"peak memory {peak_bytes(device) / 2**30:.2f} GiB ({'GPU' if device.type == 'cuda' else 'whole process'})")
+    _save_model(trainer, run, began_at)
+
+
+def _save_model(trainer: Trainer, run: Run, began_at: int) -> None:
+    """model/ of the last step; one that an earlier, shorter training left there moves aside."""
+    if run.model.exists() and began_at < trainer.step:
+        run.model.rename(run.folder / f"model-step-{began_at:06d}")
+    if run.model.exists():
+        remove_folder(run.model)
+    with creating_folder(run.model) as temporary:
+        trainer.family.save(temporary, DTYPES[trainer.config.output.dtype], **trainer.modules)
+
+
+def _sample_trainer(trainer: Trainer, path: Path) -> None:
+    """The sample grid of a model in training: its own networks, the cached conditioning, a VAE for the moment."""
+    parts: dict[str, Any] = dict(trainer.modules)
+    if trainer.text_encoder is None:
+        parts |= {"text_encoder": None, "tokenizer": None}
+    pipeline = trainer.family.pipeline(**parts).to(trainer.device)
+
+    def inputs(prompt: str) -> dict[str, Any]:
+        if trainer.text_encoder is not None:
+            return {"prompt": prompt}
+        embeds, negative = trainer.conditioning([prompt]), trainer.conditioning([_NO_PROMPT])
+        return {"prompt_embeds": embeds, "negative_prompt_embeds": negative}
+
+    with trainer.autocast():
+        _write_grid(trainer.config, pipeline, path, inputs=inputs)
+    del pipeline
+    release_memory()
+
+
+def _sample_result(config: Config, run: Run, device: torch.device, dtype: torch.dtype) -> None:
+    """The sample grid of model/, drawn by what stands on the disk."""
+    pipeline = open_model(str(run.model)).pipeline(dtype).to(device)
+    _write_grid(config, pipeline, run.sample_grid(config.train.steps))
+
+
+def _write_grid(config: Config, pipeline: Any, path: Path, **how: Any) -> None:
+    sample = config.sample
+    grid: Image.Image = sample_grid(
+        pipeline,
+        [config.fill(prompt) for prompt in sample.prompts],
+        guidance=sample.guidance,
+        seeds=sample.seeds,
+        steps=sample.steps,
+        resolution=config.train.resolution,
+        **how,
+    )
+    with replacing_file(path) as temporary:
+        grid.save(temporary, format="PNG")

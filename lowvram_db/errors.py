@@ -1,0 +1,13 @@
+"""Errors a user can cause or mend; the command line prints them as one line and leaves with their code."""
+
+
+class UserError(Exception):
+    """Something the user can put right; the message names the file or key and says how."""
+
+    exit_code = 2
+
+
+class Interrupted(Exception):
+    """Ctrl-C was pressed; the message says what was saved and how to go on."""
+
+    exit_code = 130

@@ -1,0 +1,78 @@
+"""The interface between the trainer and a family of models: the only way a model is loaded, called or saved.
+
+A family opens one model folder in diffusers' format and hands out its parts one at a time, so that the three big
+networks never have to sit in memory together. Tensors cross this border in the trainer's terms:
+
+    pixels        float32 [B, 3, H, W] in [-1, 1]
+    moments       the VAE posterior's mean and log-variance, float32 [B, C, h, w], in the denoiser's latent scale
+    latents       float32 [B, C, h, w]
+    conditioning  what the denoiser wants to know of the prompts, [B, ...]
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Moments(NamedTuple):
+    """A diagonal Gaussian over latents, already multiplied by the VAE's scaling factor."""
+
+    mean: Tensor
+    logvar: Tensor
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """How the model's own scheduler adds noise and what it asks the denoiser to predict."""
+
+    alphas_cumprod: Tensor  # float32 [T]
+    prediction_type: str  # "epsilon" | "v_prediction"
+
+
+class Family(ABC):
+    """One model on disk. Every load_* call reads that part anew, on the CPU and in eval mode."""
+
+    folder: Path
+    denoiser_part: str  # the denoiser's name in the model folder
+    noise_schedule: NoiseSchedule
+    native_resolution: int  # pixels a side the model was made for
+    vae_files: list[Path]  # files whose bytes decide what encode_images gives
+    text_files: list[Path]  # files whose bytes decide what encode_prompts gives
+
+    @abstractmethod
+    def load_vae(self, dtype: torch.dtype = torch.float32) -> nn.Module: ...
+
+    @abstractmethod
+    def encode_images(self, vae: Any, pixels: Tensor) -> Moments:
+        """pixels float32 [B, 3, H, W] -> float32 moments [B, C, h, w]."""
+
+    @abstractmethod
+    def load_text_encoder(self, dtype: torch.dtype = torch.float32) -> nn.Module: ...
+
+    @abstractmethod
+    def check_prompts(self, prompts: list[str]) -> None:
+        """Raise UserError for a prompt longer than the text encoder reads; it would be cut in silence."""
+
+    @abstractmethod
+    def encode_prompts(self, text_encoder: Any, prompts: list[str]) -> Tensor:
+        """Prompts -> conditioning [len(prompts), tokens, width]."""
+
+    @abstractmethod
+    def load_denoiser(self) -> nn.Module:
+        """The denoiser with float32 weights."""
+
+    @abstractmethod
+    def denoise(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Tensor) -> Tensor:
+        """Noisy latents [B, C, h, w], timesteps int64 [B], conditioning [B, ...] -> prediction [B, C, h, w]."""
+
+    @abstractmethod
+    def pipeline(self, dtype: torch.dtype = torch.float32, **parts: Any) -> Any:
+        """A diffusers pipeline for sampling; a part given by name (or None) is used instead of being loaded."""
+
+    @abstractmethod
+    def save(self, folder: Path, dtype: torch.dtype, **trained: nn.Module) -> None:
+        """Write a whole diffusers model into an existing folder: the trained parts by name, the rest as they were."""

@@ -1,0 +1,120 @@
+"""Stable Diffusion 1.x: a UNet over 4-channel latents, one CLIP text encoder, a KL autoencoder."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import UNet2DConditionModel as UNet
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from lowvram_db.errors import UserError
+from lowvram_db.families.base import Family, Moments, NoiseSchedule
+from lowvram_db.families.source import read_json, weight_files
+
+_PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+
+class StableDiffusion(Family):
+    """A folder that StableDiffusionPipeline loads."""
+
+    denoiser_part = "unet"
+
+    def __init__(self, folder: Path):
+        """Read and check the configs; no weights. Raises UserError naming the file that does not fit."""
+        self.folder = folder
+        why = "a Stable Diffusion model folder has one"
+        unet = read_json(folder / "unet" / "config.json", why)
+        vae = read_json(folder / "vae" / "config.json", why)
+        text = read_json(folder / "text_encoder" / "config.json", why)
+        self._check(unet, vae, text)
+        for part in ("unet", "vae", "text_encoder"):
+            weight_files(folder, part)
+
+        self._scaling_factor: float = vae.get("scaling_factor", 0.18215)
+        self.native_resolution = unet.get("sample_size", 64) * 2 ** (len(vae["block_out_channels"]) - 1)
+        self.noise_schedule = self._read_schedule()
+        self.vae_files = [folder / "vae" / "config.json", *weight_files(folder, "vae")]
+        tokenizer_files = sorted(file for file in (folder / "tokenizer").glob("*") if file.is_file())
+        text_files = [folder / "text_encoder" / "config.json", *weight_files(folder, "text_encoder")]
+        self.text_files = text_files + tokenizer_files
+        try:
+            self._tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder / 'tokenizer'}: holds no CLIP tokenizer (vocab.json and merges.txt)") from error
+
+    def _check(self, unet: dict[str, Any], vae: dict[str, Any], text: dict[str, Any]) -> None:
+        channels = vae.get("latent_channels", 4)
+        takes, gives = unet.get("in_channels", 4), unet.get("out_channels", 4)
+        if (takes, gives) != (channels, channels):
+            raise UserError(
+                f"{self.folder / 'unet'}: takes {takes} and gives {gives} channels where a text-to-image UNet has "
+                f"{channels} and {channels}; inpainting and edit models cannot be trained"
+            )
+        wanted, width = unet.get("cross_attention_dim", 1280), text.get("hidden_size", 512)
+        if wanted != width:
+            raise UserError(
+                f"{self.folder / 'unet'}: wants text {wanted} wide, but text_encoder/ gives {width}; "
+                "they are of different models"
+            )
+
+    def _read_schedule(self) -> NoiseSchedule:
+        path = self.folder / "scheduler" / "scheduler_config.json"
+        settings = read_json(path, "the noise schedule and prediction type stand in it")
+        kind = settings.get("prediction_type", "epsilon")
+        if kind not in _PREDICTION_TYPES:
+            raise UserError(f"{path}: prediction_type {kind!r} is not supported; {' and '.join(_PREDICTION_TYPES)} are")
+        return NoiseSchedule(DDPMScheduler.from_config(settings).alphas_cumprod.float(), kind)
+
+    def load_vae(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        vae = AutoencoderKL.from_pretrained(self.folder, subfolder="vae", dtype=dtype)
+        return vae.requires_grad_(False).eval()
+
+    def encode_images(self, vae: Any, pixels: Tensor) -> Moments:
+        parameter = next(vae.parameters())
+        posterior = vae.encode(pixels.to(parameter.device, parameter.dtype)).latent_dist
+        log_scale = torch.log(torch.tensor(self._scaling_factor, dtype=torch.float64)).item()
+        return Moments(
+            mean=posterior.mean.float() * self._scaling_factor, logvar=posterior.logvar.float() + 2 * log_scale
+        )
+
+    def load_text_encoder(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        return CLIPTextModel.from_pretrained(self.folder, subfolder="text_encoder", dtype=dtype).eval()
+
+    def check_prompts(self, prompts: list[str]) -> None:
+        limit = self._tokenizer.model_max_length
+        for prompt in prompts:
+            length = len(self._tokenizer(prompt).input_ids)
+            if length > limit:
+                raise UserError(f"prompt {prompt!r}: {length} tokens, the model reads {limit}; shorten it")
+
+    def encode_prompts(self, text_encoder: Any, prompts: list[str]) -> Tensor:
+        tokens = self._tokenizer(
+            prompts,
+            padding="max_length",
+            truncation=True,
+            max_length=self._tokenizer.model_max_length,
+            return_tensors="pt",
+        )
+        device = next(text_encoder.parameters()).device
+        return text_encoder(tokens.input_ids.to(device)).last_hidden_state
+
+    def load_denoiser(self) -> nn.Module:
+        return UNet.from_pretrained(self.folder, subfolder="unet", dtype=torch.float32).eval()
+
+    def denoise(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Tensor) -> Tensor:
+        return denoiser(latents, timesteps, encoder_hidden_states=conditioning).sample
+
+    def pipeline(self, dtype: torch.dtype = torch.float32, **parts: Any) -> Any:
+        parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False, **parts}
+        pipeline = StableDiffusionPipeline.from_pretrained(self.folder, dtype=dtype, **parts)
+        # The model's own schedule under a solver that needs 25-30 steps where the shipped one takes 50.
+        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def save(self, folder: Path, dtype: torch.dtype, **trained: nn.Module) -> None:
+        parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False, **trained}
+        pipeline = StableDiffusionPipeline.from_pretrained(self.folder, dtype=dtype, **parts)
+        pipeline.to(dtype=dtype).save_pretrained(folder, safe_serialization=True)

@@ -1,0 +1,84 @@
+"""Where a model comes from: a local folder in diffusers' format, or a hub id that is downloaded once."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from lowvram_db.errors import UserError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+# What a text-to-image pipeline is made of; not the safety checker, the single-file copies or the half-precision twins.
+_WANTED_FILES = [
+    "model_index.json",
+    "scheduler/*.json",
+    "tokenizer*/*",
+    *(f"{part}/config.json" for part in ("unet", "vae", "text_encoder", "text_encoder_2")),
+    *(f"{part}/diffusion_pytorch_model*.safetensors*" for part in ("unet", "vae")),
+    *(f"{part}/model*.safetensors*" for part in ("text_encoder", "text_encoder_2")),
+]
+_UNWANTED_FILES = ["*.fp16.*", "*non_ema*"]
+
+
+def find_model(name: str, revision: str | None = None) -> Path:
+    """The folder of the model called `name`. Raises UserError when there is none or it cannot be downloaded."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise UserError(f"model.revision: {name} is a local folder, which has no revisions; remove the key")
+        return folder
+    if folder.exists():
+        raise UserError(
+            f"model.name: {name} is a file; a folder in diffusers' format (with model_index.json) is needed"
+        )
+    if not _HUB_ID.fullmatch(name):
+        raise UserError(f"model.name: no folder {folder.absolute()}, and {name!r} is not a hub id (owner/name)")
+    try:
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=_WANTED_FILES, ignore_patterns=_UNWANTED_FILES)
+        )
+    except GatedRepoError as error:
+        raise UserError(f"model.name: {name} wants its licence accepted first: log in with `hf auth login`") from error
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise UserError(
+            f"model.name: the hub has no public {name}"
+            + (f" at revision {revision}" if revision else "")
+            + "; check the spelling, or log in with `hf auth login` if it is private"
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"model.name: {name} is not on this machine ({folder.absolute()} is no folder) and the hub cannot be "
+            "reached; check the network, or give a local folder"
+        ) from error
+
+
+def read_json(path: Path, why: str) -> dict[str, Any]:
+    """A JSON object from a model folder. Raises UserError naming the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: missing; {why}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return content
+
+
+def weight_files(folder: Path, part: str) -> list[Path]:
+    """The weight files of one part of a model, safetensors before pickles. Raises UserError when there are none."""
+    for pattern in ("*.safetensors", "*.bin"):
+        files = sorted(file for file in (folder / part).glob(pattern) if ".fp16." not in file.name)
+        if files:
+            return files
+    raise UserError(f"{folder / part}: no weights (*.safetensors) there; the model folder is not complete")

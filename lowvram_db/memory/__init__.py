@@ -1,0 +1,1 @@
+"""Where the bytes go: attention backends and peak-memory readings."""

@@ -1,0 +1,36 @@
+"""The device a run uses, and how much memory it took at its peak."""
+
+import sys
+
+import torch
+
+from lowvram_db.errors import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device() -> torch.device:
+    """The GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def compute_dtype(compute: str, device: torch.device) -> torch.dtype:
+    """The dtype of the `precision.compute` setting. Raises UserError where the card has no such arithmetic."""
+    if compute == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name(device)
+        raise UserError(f'precision.compute: {name} has no bf16 arithmetic; set precision.compute = "fp16"')
+    return DTYPES[compute]
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Peak memory so far: what the allocator gave out on a GPU, the whole process on a CPU. Bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

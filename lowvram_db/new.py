@@ -1,0 +1,55 @@
+"""Write a short, commented TOML to start from; its comments come from the settings themselves."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lowvram_db.atomic import replacing_file
+from lowvram_db.config import known_keys, parse
+from lowvram_db.errors import UserError
+from lowvram_db.photos import find_photos, load_photo
+
+# What people change, in the order in which they meet it; everything else stays at its default unless it is added.
+_WRITTEN = ["model.name", "subject.photos", "subject.identifier", "subject.class"]
+_OFFERED = [
+    "subject.prompts", "prior.enabled", "prior.weight", "prior.count", "prior.images",
+    "train.resolution", "train.steps", "train.lr", "train.batch", "train.schedule", "train.warmup", "train.seed",
+    "train.gradient_checkpointing", "train.text_encoder", "train.min_snr_gamma",
+    "precision.compute", "optimizer.name",
+    "sample.prompts", "sample.guidance", "sample.seeds", "sample.every",
+    "checkpoint.every", "checkpoint.keep", "output.dir", "output.dtype",
+]  # fmt: skip
+_EXAMPLES: dict[str, Any] = {"prior.images": "class_images/dog", "train.min_snr_gamma": 5.0}  # keys without a default
+
+
+def write_config(path: Path, photos: str, class_noun: str, model: str, identifier: str) -> None:
+    """Write `path` and check that it loads. Raises UserError where it exists already or a photo is bad."""
+    if path.exists():
+        raise UserError(f"{path}: exists already; choose another name or edit it")
+    for photo in find_photos(Path(photos).expanduser(), "--photos"):
+        load_photo(photo)
+    text = _toml(path.stem, dict(zip(_WRITTEN, [model, photos, identifier, class_noun], strict=True)))
+    parse(text, path)
+    with replacing_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _toml(name: str, values: dict[str, str]) -> str:
+    fields = known_keys()
+    lines = [
+        f"# DreamBooth run {name!r}: lowvram-db train {name}.toml",
+        "# Lines behind '# ' show the defaults; remove the mark to change one. Paths start from the current folder.",
+    ]
+    section = ""
+    for key in _WRITTEN + _OFFERED:
+        parent, leaf = key.rsplit(".", 1)
+        if parent != section:
+            lines += ["", f"[{parent}]"]
+            section = parent
+        field = fields[key]
+        if key in values:
+            lines.append(f"{leaf} = {json.dumps(values[key], ensure_ascii=False)}  # {field.description}")
+        else:
+            default = _EXAMPLES.get(key, field.get_default())
+            lines.append(f"# {leaf} = {json.dumps(default, ensure_ascii=False)}  # {field.description}")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,58 @@
+"""The optimizers a run can choose, built the same way and checked once that they really work."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from lowvram_db.config import OptimizerConfig
+from lowvram_db.errors import UserError
+
+_MIN_8_BIT_SIZE = 4096  # smaller tensors keep float32 state: their blocks are too few to matter and too small to trust
+
+
+def build(settings: OptimizerConfig, parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    """The optimizer of the settings over float32 parameters."""
+    parameters = list(parameters)
+    betas = (settings.beta1, settings.beta2)
+    if settings.name == "adamw":
+        return torch.optim.AdamW(
+            parameters, lr=lr, betas=betas, eps=settings.eps, weight_decay=settings.weight_decay, foreach=False
+        )
+    import bitsandbytes
+
+    # Keywords only: bitsandbytes has removed positional parameters before, and what followed was bound wrongly.
+    return bitsandbytes.optim.AdamW8bit(
+        params=parameters,
+        lr=lr,
+        betas=betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        min_8bit_size=_MIN_8_BIT_SIZE,
+    )
+
+
+class FirstStepCheck:
+    """Made before the first step, asked after it: did the weights move, and is the state as small as promised?"""
+
+    def __init__(self, settings: OptimizerConfig, parameters: Iterable[nn.Parameter]):
+        self._settings = settings
+        self._before: list[tuple[nn.Parameter, Tensor]] = [
+            (parameter, parameter.detach().flatten()[:64].clone()) for parameter in parameters
+        ]
+
+    def verify(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raise UserError where the optimizer did nothing or keeps another state than its name says."""
+        if not any(torch.any(parameter.detach().flatten()[:64] != old) for parameter, old in self._before):
+            raise UserError(
+                f"optimizer.name: {self._settings.name} did not change any weight in its first step; train.lr is too "
+                'small, or its installation is broken on this machine: try optimizer.name = "adamw"'
+            )
+        if self._settings.name == "bnb-adam8":
+            for parameter, _ in self._before:
+                state = optimizer.state[parameter].get("state1")
+                if parameter.numel() >= _MIN_8_BIT_SIZE and state is not None and state.dtype != torch.uint8:
+                    raise UserError(
+                        f"optimizer.name: bitsandbytes keeps {state.dtype} state where 8 bits were asked for; "
+                        'install bitsandbytes >= 0.50, or use optimizer.name = "adamw"'
+                    )

@@ -1,0 +1,1 @@
+"""From cached latents to a trained denoiser: batches, objective, loop, checkpoints."""

@@ -1,0 +1,125 @@
+"""Checkpoints: weights, optimizer state and step in one folder that is whole or absent.
+
+Everything else that a step depends on is a function of the config, the data and the step number, so these three are
+all that an exact resume needs.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lowvram_db.atomic import creating_folder, remove_folder
+from lowvram_db.config import Config
+from lowvram_db.errors import UserError
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class State:
+    """The small part of a checkpoint."""
+
+    step: int  # optimizer steps done
+    config: Config
+    data: list[str]  # cache keys of photos and prompts: what was trained on
+    scaler: dict[str, Any]  # torch.amp.GradScaler's state; empty where none is in use
+    optimizer: dict[str, Any]  # the optimizer state's plain numbers, by flattened name
+
+
+def save(
+    folder: Path,
+    state: State,
+    modules: dict[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Write a checkpoint into `folder`, which must not exist. Raises UserError when the disk is full."""
+    tensors, numbers = _flatten(optimizer.state_dict()["state"])
+    tensors = _apart(tensors)
+    content = {"format": _FORMAT, **state.__dict__, "config": state.config.model_dump(), "optimizer": numbers}
+    with creating_folder(folder) as temporary:
+        for name, module in modules.items():
+            save_file(module.state_dict(), temporary / f"{name}.safetensors")
+        save_file(tensors, temporary / "optimizer.safetensors")
+        (temporary / "state.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def read_state(folder: Path) -> State:
+    """The small part, to check before the big one is read. Raises UserError for what is no checkpoint of ours."""
+    try:
+        content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if content.pop("format") != _FORMAT:
+            raise UserError(f"{folder}: written by another version of lowvram-db")
+        return State(**{**content, "config": Config.model_validate(content["config"])})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder}: not a readable checkpoint ({error}); delete it to go on from an older one"
+        ) from error
+
+
+def restore(folder: Path, state: State, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
+    """Copy a checkpoint's tensors into live modules and optimizer. Raises UserError for a damaged file."""
+    try:
+        for name, module in modules.items():
+            _copy_weights(folder / f"{name}.safetensors", module)
+        tensors = load_file(folder / "optimizer.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}: damaged ({error}); delete it to go on from an older one") from error
+    current = optimizer.state_dict()
+    optimizer.load_state_dict({**current, "state": _unflatten(tensors, state.optimizer)})
+
+
+def keep_last(folder: Path, count: int) -> None:
+    """Delete all but the last `count` checkpoints in a folder."""
+    for old in sorted(folder.glob("step-*"))[:-count]:
+        remove_folder(old)
+
+
+def _copy_weights(path: Path, module: nn.Module) -> None:
+    """Tensor by tensor, so that the weights are never in memory twice."""
+    with safe_open(path, framework="pt") as file, torch.no_grad():
+        for name, tensor in module.state_dict().items():
+            tensor.copy_(file.get_tensor(name))
+
+
+def _flatten(tree: dict[Any, Any], prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Nested dicts -> ("0/exp_avg": tensor), ("0/step": number)."""
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            inner_tensors, inner_numbers = _flatten(value, f"{name}/")
+            tensors |= inner_tensors
+            numbers |= inner_numbers
+        elif isinstance(value, Tensor):
+            tensors[name] = value
+        else:
+            numbers[name] = value
+    return tensors, numbers
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that share memory (bitsandbytes' code tables), copied: safetensors writes none twice."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        apart[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return apart
+
+
+def _unflatten(tensors: dict[str, Tensor], numbers: dict[str, Any]) -> dict[int, Any]:
+    tree: dict[int, Any] = {}
+    for name, value in {**tensors, **numbers}.items():
+        index, *parents, leaf = name.split("/")
+        branch = tree.setdefault(int(index), {})
+        for parent in parents:
+            branch = branch.setdefault(parent, {})
+        branch[leaf] = value
+    return tree

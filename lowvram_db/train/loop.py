@@ -1,0 +1,178 @@
+"""The training loop: from cached latents to a trained denoiser."""
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowvram_db.config import Config
+from lowvram_db.errors import Interrupted, UserError
+from lowvram_db.families.base import Family
+from lowvram_db.memory.attention import use_attention
+from lowvram_db.memory.device import compute_dtype, peak_bytes
+from lowvram_db.optim.choices import FirstStepCheck, build
+from lowvram_db.optim.schedule import learning_rate
+from lowvram_db.progress import Bar
+from lowvram_db.run import Run, check_resumable
+from lowvram_db.train import checkpoint, objective
+from lowvram_db.train.batches import Batch, Batches
+from lowvram_db.train.interrupt import stop_on_request
+from lowvram_db.train.metrics import Metrics
+
+
+class Trainer:
+    """The trained networks, their optimizer and the number of steps done."""
+
+    def __init__(self, config: Config, family: Family, batches: Batches, device: torch.device):
+        """Load the denoiser (and the text encoder, if it is trained) onto the device with float32 weights."""
+        self.config, self.family, self.batches, self.device = config, family, batches, device
+        self.dtype = compute_dtype(config.precision.compute, device)
+        self.step = 0
+        self.denoiser = _trainable(family.load_denoiser(), device)
+        self.text_encoder: Any = None
+        if config.train.text_encoder:
+            self.text_encoder = _trainable(family.load_text_encoder(), device)
+        if config.train.gradient_checkpointing:
+            self.denoiser.enable_gradient_checkpointing()
+            if self.text_encoder:
+                self.text_encoder.gradient_checkpointing_enable()
+        self.attention = use_attention(self.denoiser, config.attention, device, self.dtype)
+        self.parameters = [parameter for module in self.modules.values() for parameter in module.parameters()]
+        self.optimizer = build(config.optimizer, self.parameters, config.train.lr)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The networks being trained, by their names in the model folder."""
+        modules = {self.family.denoiser_part: self.denoiser}
+        return modules | ({"text_encoder": self.text_encoder} if self.text_encoder else {})
+
+    def autocast(self) -> torch.autocast:
+        # A weight is used once a forward pass: keeping its half-precision copy until the end would only cost memory.
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False)
+
+    def train_step(self) -> objective.Loss:
+        """One optimizer step on the batch that belongs to its number."""
+        train = self.config.train
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        loss = self.forward(self.batches[self.step])
+        self.scaler.scale(loss.total).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        if not math.isfinite(loss.total.item()):
+            raise UserError(
+                f"the loss is {loss.total.item()} in step {self.step}; lower train.lr ({train.lr:g}), or use "
+                f'precision.compute = "fp32" (is "{self.config.precision.compute}")'
+            )
+        return loss
+
+    def forward(self, batch: Batch) -> objective.Loss:
+        """The loss of one batch, with the draws that belong to the step."""
+        train, schedule = self.config.train, self.family.noise_schedule
+        draws = objective.draw(tuple(batch.moments.mean.shape), len(schedule.alphas_cumprod), train.seed, self.step)
+        posterior, noise, timesteps = (tensor.to(self.device) for tensor in draws)
+        mean, logvar = (tensor.to(self.device) for tensor in batch.moments)
+
+        latents = objective.sample_posterior(objective.Moments(mean, logvar), posterior)
+        noisy = objective.add_noise(latents, noise, timesteps, schedule)
+        with self.autocast():
+            prediction = self.family.denoise(self.denoiser, noisy, timesteps, self.conditioning(batch.prompts))
+        wanted = objective.target(latents, noise, timesteps, schedule)
+        gamma = train.min_snr_gamma
+        weights = None if gamma is None else objective.min_snr_weights(timesteps, schedule, gamma)
+        return objective.loss(prediction, wanted, weights, batch.instances, self.config.prior.weight)
+
+    def conditioning(self, prompts: list[str]) -> Tensor:
+        """[len(prompts), tokens, width]: from the cache, or from the text encoder while it is being trained."""
+        if self.text_encoder:
+            return self.family.encode_prompts(self.text_encoder, prompts)
+        return torch.stack([self.batches.cached.conditioning[prompt] for prompt in prompts]).to(self.device)
+
+    def learning_rate(self) -> float:
+        train = self.config.train
+        return learning_rate(self.step, schedule=train.schedule, lr=train.lr, warmup=train.warmup, steps=train.steps)
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint of the step just done into `folder`."""
+        state = checkpoint.State(self.step, self.config, self.batches.cached.keys, self.scaler.state_dict(), {})
+        checkpoint.save(folder, state, self.modules, self.optimizer)
+
+    def restore(self, folder: Path) -> None:
+        """Take up a checkpoint. Raises UserError where config or data are not the ones it was trained with."""
+        state = checkpoint.read_state(folder)
+        check_resumable(state.config, self.config, folder)
+        if state.data != self.batches.cached.keys:
+            raise UserError(
+                f"{folder} was trained on other photos or another model than are there now; "
+                "bring them back, or start a new run with another output.name"
+            )
+        checkpoint.restore(folder, state, self.modules, self.optimizer)
+        self.scaler.load_state_dict(state.scaler)
+        self.step = state.step
+
+
+def train(trainer: Trainer, run: Run, sample: Callable[[Path], None]) -> None:
+    """Train to the last step, saving and sampling on the way; `sample` draws the grid into a path.
+
+    Raises Interrupted, after saving, when the user asks to stop; UserError when the loss is no number.
+    """
+    config, steps = trainer.config, trainer.config.train.steps
+    check = FirstStepCheck(config.optimizer, trainer.parameters) if trainer.step == 0 else None
+    with (
+        Metrics(run.metrics, run.tensorboard, done=trainer.step) as metrics,
+        Bar("training", total=steps, done=trainer.step, unit="step") as bar,
+        stop_on_request() as stop_requested,
+    ):
+        while trainer.step < steps:
+            began, lr = time.perf_counter(), trainer.learning_rate()
+            loss = trainer.train_step()
+            if check and trainer.optimizer.state:  # no state yet: fp16 loss scaling skipped the step
+                check.verify(trainer.optimizer)
+                check = None
+            peak = peak_bytes(trainer.device)
+            metrics.log(
+                trainer.step,
+                loss=loss.total.item(),
+                instance_loss=loss.instance.item(),
+                prior_loss=loss.prior.item(),
+                lr=lr,
+                seconds=time.perf_counter() - began,
+                peak_bytes=peak,
+            )
+            bar.advance(note=f"loss {loss.total.item():.4f}  peak {peak / 2**30:.2f} GiB")
+
+            last, stopping = trainer.step == steps, stop_requested()
+            if last or stopping or _due(trainer.step, config.checkpoint.every):
+                save_checkpoint(trainer, run)
+            if stopping and not last:
+                raise Interrupted(
+                    f"stopped after step {trainer.step} of {steps}; saved {run.checkpoint(trainer.step)}; "
+                    "the same command goes on from there"
+                )
+            if not last and _due(trainer.step, config.sample.every):
+                sample(run.sample_grid(trainer.step))
+
+
+def save_checkpoint(trainer: Trainer, run: Run) -> None:
+    """Save the step just done and let go of the oldest; a failure names the checkpoint that is still good."""
+    good = run.latest_checkpoint()
+    try:
+        trainer.save(run.checkpoint(trainer.step))
+    except UserError as error:
+        raise UserError(f"{error}; the last good checkpoint is {good}" if good else str(error)) from error
+    checkpoint.keep_last(run.checkpoints, trainer.config.checkpoint.keep)
+
+
+def _trainable(module: nn.Module, device: torch.device) -> Any:
+    return module.to(device).requires_grad_().train()
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
