@@ -1,6 +1,6 @@
 """The command line: one short function a command; what they do lives in the rooms.
 
-Exit codes: 0 done, 2 something the user can mend (one line on stderr), 130 stopped by Ctrl-C.
+Exit codes: 0 done; 2 something the user can mend, 3 it does not fit (one line on stderr); 130 stopped by Ctrl-C.
 """
 
 import logging
@@ -119,8 +119,8 @@ def main() -> None:
         _leave(f"error: {error}", error.exit_code, error)
     except Interrupted as stop:
         _leave(str(stop), stop.exit_code, stop)
-    except KeyboardInterrupt as stop:
-        _leave("stopped; finished work is kept, the same command goes on from there", Interrupted.exit_code, stop)
+    except OSError as error:  # a disk that fails where nobody foresaw it
+        _leave(f"error: {error}", UserError.exit_code, error)
 
 
 def _leave(message: str, code: int, error: BaseException) -> None:

@@ -256,13 +256,15 @@ def _first_problem(error: ValidationError) -> str:
 
 
 def _nearest(key: str) -> str:
-    """The known key that an unknown one probably meant: by its whole spelling, then by its last word alone."""
+    """The known keys that an unknown one may have meant: by its whole spelling, else by its last word alone."""
     names = list(known_keys())
-    by_leaf = {name.rpartition(".")[2]: name for name in names}
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.7)
-    near = near or [by_leaf[leaf] for leaf in difflib.get_close_matches(key.rpartition(".")[2], by_leaf, n=1)]
+    if not near:
+        leaves = [name.rpartition(".")[2] for name in names]
+        leaf = difflib.get_close_matches(key.rpartition(".")[2], leaves, n=1)
+        near = [name for name in names if name.rpartition(".")[2] in leaf]
     if near:
-        return f"did you mean {near[0]}?"
+        return f"did you mean {' or '.join(near)}?"
     section = key.partition(".")[0]
     here = [name for name in names if name.startswith(section + ".")] or list(Config.model_fields)
     return f"known: {', '.join(here)}"

@@ -13,6 +13,7 @@ from lowvram_db.cache.precompute import Cached, precompute, release_memory
 from lowvram_db.cache.store import Store
 from lowvram_db.concept import Concept, describe, subject_photos
 from lowvram_db.config import Config
+from lowvram_db.errors import DoesNotFit, Interrupted
 from lowvram_db.families import open_model
 from lowvram_db.families.base import Family
 from lowvram_db.memory.device import DTYPES, compute_dtype, peak_bytes, pick_device
@@ -29,9 +30,21 @@ _NO_PROMPT = ""  # what classifier-free guidance steers away from
 def run_dreambooth(config: Config, resume: str = "auto") -> Run:
     """Train, or go on with, the run of this config; returns its folder with model/ and samples/ in it.
 
-    resume: "auto", "never" or the path of a checkpoint. Raises UserError for anything the user can mend and
-    Interrupted after Ctrl-C; in both cases finished work is kept.
+    resume: "auto", "never" or the path of a checkpoint. Raises UserError for anything the user can mend, DoesNotFit
+    when the GPU's memory is full, and Interrupted after Ctrl-C; finished work is always kept.
     """
+    try:
+        return _run(config, resume)
+    except KeyboardInterrupt as stop:
+        raise Interrupted("stopped; finished work is kept and the same command goes on from there") from stop
+    except torch.OutOfMemoryError as error:
+        raise DoesNotFit(
+            f"the GPU's memory is full ({error}); finished work is kept. Set train.gradient_checkpointing = true, or "
+            "a smaller train.batch or train.resolution"
+        ) from error
+
+
+def _run(config: Config, resume: str) -> Run:
     run, device = Run.of(config), pick_device()
     dtype = compute_dtype(config.precision.compute, device)
     photos = subject_photos(config)

@@ -7,6 +7,12 @@ class UserError(Exception):
     exit_code = 2
 
 
+class DoesNotFit(UserError):
+    """The work needs more memory than there is."""
+
+    exit_code = 3
+
+
 class Interrupted(Exception):
     """Ctrl-C was pressed; the message says what was saved and how to go on."""
 

@@ -36,13 +36,10 @@ class StableDiffusion(Family):
         self.native_resolution = unet.get("sample_size", 64) * 2 ** (len(vae["block_out_channels"]) - 1)
         self.noise_schedule = self._read_schedule()
         self.vae_files = [folder / "vae" / "config.json", *weight_files(folder, "vae")]
-        tokenizer_files = sorted(file for file in (folder / "tokenizer").glob("*") if file.is_file())
+        self._tokenizer = self._load_tokenizer(text)
+        tokenizer_files = sorted(file for file in (folder / "tokenizer").iterdir() if file.is_file())
         text_files = [folder / "text_encoder" / "config.json", *weight_files(folder, "text_encoder")]
         self.text_files = text_files + tokenizer_files
-        try:
-            self._tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder / 'tokenizer'}: holds no CLIP tokenizer (vocab.json and merges.txt)") from error
 
     def _check(self, unet: dict[str, Any], vae: dict[str, Any], text: dict[str, Any]) -> None:
         channels = vae.get("latent_channels", 4)
@@ -58,6 +55,20 @@ class StableDiffusion(Family):
                 f"{self.folder / 'unet'}: wants text {wanted} wide, but text_encoder/ gives {width}; "
                 "they are of different models"
             )
+
+    def _load_tokenizer(self, text: dict[str, Any]) -> Any:
+        folder = self.folder / "tokenizer"
+        names = {file.name for file in folder.glob("*")}
+        # transformers makes an empty tokenizer out of a folder that has none of these, and says nothing
+        if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
+            raise UserError(f"{folder}: holds no CLIP tokenizer (vocab.json and merges.txt, or tokenizer.json)")
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+        if len(tokenizer) > text.get("vocab_size", 49408):
+            raise UserError(
+                f"{folder}: has {len(tokenizer)} tokens, text_encoder/ knows {text.get('vocab_size')}; "
+                "they are of different models"
+            )
+        return tokenizer
 
     def _read_schedule(self) -> NoiseSchedule:
         path = self.folder / "scheduler" / "scheduler_config.json"

@@ -1,0 +1,142 @@
+"""Does a full-size Stable Diffusion 1.5 train here, with how much memory, how fast?
+
+Builds a pipeline of SD 1.5's true shape with random weights (4.3 GB on disk, once), then times the ordinary command
+line on it, from class images to the saved model, as a separate process.
+
+    python bench/full_size.py --steps 2 --resolution 256 --optimizer bnb-adam8
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+from machine import add_row
+
+from lowvram_db.demo.miniature import write_photos, write_pipeline
+
+SD15_UNET: dict[str, Any] = {
+    "sample_size": 64,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+}
+SD15_VAE: dict[str, Any] = {
+    "sample_size": 512,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+}
+SD15_TEXT: dict[str, Any] = {
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "projection_dim": 768,
+}
+_SAMPLE_EVERY = 0.05  # seconds between two readings of the process's memory
+
+_CONFIG = """
+[model]
+name = "{folder}/model"
+[subject]
+photos = "{folder}/photos"
+identifier = "pkblz"
+class = "ball"
+[prior]
+count = 1
+steps = 1
+[sample]
+prompts = ["a photo of a {{identifier}} {{class}}"]
+guidance = [7.0]
+seeds = 1
+steps = 1
+[checkpoint]
+every = 0
+[output]
+dir = "{folder}"
+name = "run"
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs/sd15-random"))
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--resolution", type=int, default=256)
+    parser.add_argument("--optimizer", default="bnb-adam8")
+    parser.add_argument("--compute", default="bf16")
+    options = parser.parse_args()
+    config = prepare(options.folder)
+    command = ["lowvram-db", "train", str(config)]
+    for setting in (
+        f"train.steps={options.steps}",
+        f"train.resolution={options.resolution}",
+        f"optimizer.name={options.optimizer}",
+        f"precision.compute={options.compute}",
+        f"output.name=run-{int(time.time())}",
+    ):
+        command += ["--set", setting]
+    seconds, peak, log = measure(command)
+    run = options.folder / command[-1].partition("=")[2]
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    path = add_row(
+        "full_size",
+        {
+            "model": "SD 1.5 shape, random weights",
+            "steps": len(steps),
+            "resolution": options.resolution,
+            "batch": "1 + 1 prior",
+            "optimizer": options.optimizer,
+            "compute": options.compute,
+            "weights_million": log.split("training ")[1].split(" M ")[0],
+            "peak_training_gib": f"{steps[-1]['peak_bytes'] / 2**30:.2f}",
+            "peak_command_gib": f"{peak / 2**30:.2f}",
+            "median_step_s": f"{median(step['seconds'] for step in steps):.1f}",
+            "command_s": f"{seconds:.0f}",
+        },
+    )
+    print(path.read_text().splitlines()[-1])
+
+
+def prepare(folder: Path) -> Path:
+    """Write model, photos and config where they are not there yet; returns the config's path."""
+    if not (folder / "model" / "model_index.json").exists():
+        write_pipeline(folder / "model", unet=SD15_UNET, vae=SD15_VAE, text=SD15_TEXT)
+        write_photos(folder / "photos", count=4, side=512)
+    config = folder / "full_size.toml"
+    config.write_text(_CONFIG.format(folder=folder.as_posix()))
+    return config
+
+
+def measure(command: list[str]) -> tuple[float, int, str]:
+    """Run a command: seconds, the peak of its resident memory in bytes, and what it said on stderr."""
+    began, peak = time.monotonic(), 0
+    executable = Path(sys.executable).with_name(command[0])
+    with subprocess.Popen([executable, *command[1:]], stderr=subprocess.PIPE, text=True) as process:
+        watched = psutil.Process(process.pid)
+        while process.poll() is None:
+            try:
+                peak = max(peak, watched.memory_info().rss)
+            except psutil.Error:
+                break
+            time.sleep(_SAMPLE_EVERY)
+        log = process.stderr.read() if process.stderr else ""
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed with {process.returncode}:\n{log}")
+    return time.monotonic() - began, peak, log
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Where and with what a figure was measured: the columns that every row of bench/results begins with."""
+
+import csv
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+_ROOT = Path(__file__).parents[1]
+
+
+def stamp() -> dict[str, str]:
+    """Date (UTC), commit (with + where the tree had changes), machine and versions."""
+    commit = _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "-uno") else "")
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
+        "commit": commit,
+        "machine": machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def machine() -> str:
+    """The GPU's name, or the processor's with its core count."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] \
+        if cpuinfo.exists() else []  # fmt: skip
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, no GPU"
+
+
+def add_row(name: str, row: dict[str, object]) -> Path:
+    """Append a row, stamped, to bench/results/NAME.csv; the columns of an existing file must be the same."""
+    path = RESULTS / f"{name}.csv"
+    stamped = {**stamp(), **row}
+    exists = path.exists()
+    if exists:
+        with path.open(newline="") as file:
+            header = next(csv.reader(file))
+        if header != list(stamped):
+            raise SystemExit(f"{path}: has other columns; move it away first")
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(stamped))
+        if not exists:
+            writer.writeheader()
+        writer.writerow(stamped)
+    return path
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(["git", *words], cwd=_ROOT, capture_output=True, text=True).stdout.strip()

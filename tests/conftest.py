@@ -1,0 +1,75 @@
+"""What every room's tests build on: a miniature model, a few photos, and a config that trains in a second."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+# Tiny tensors: a second thread costs more than it gives. Set before torch starts its threads, here and in children.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+from lowvram_db.config import Config
+from lowvram_db.demo.miniature import write_photos, write_pipeline
+from lowvram_db.families import open_model
+from lowvram_db.families.base import Family
+
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def miniature(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion pipeline in miniature; read only."""
+    folder = tmp_path_factory.mktemp("miniature") / "model"
+    write_pipeline(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of five photos; read only."""
+    folder = tmp_path_factory.mktemp("subject") / "photos"
+    write_photos(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def family(miniature: Path) -> Family:
+    return open_model(str(miniature))
+
+
+@pytest.fixture(scope="session")
+def dog_photos() -> Path:
+    """Real photos of the DreamBooth paper's data set, which lie beside the project where it is developed."""
+    folder = SHARED_DATA / "dreambench" / "dog"
+    if not folder.is_dir():
+        pytest.skip(f"the DreamBooth photos are not at {folder}")
+    return folder
+
+
+@pytest.fixture
+def make_config(tmp_path: Path, miniature: Path, photos: Path) -> Callable[..., Config]:
+    """A config of a run in tmp_path that takes about a second; sections are given as keyword dicts."""
+
+    def make(**sections: dict[str, object]) -> Config:
+        defaults: dict[str, dict[str, object]] = {
+            "model": {"name": str(miniature)},
+            "subject": {"photos": str(photos), "identifier": "pkblz", "class": "ball"},
+            "prior": {"count": 3, "steps": 2},
+            "train": {"resolution": 64, "steps": 4, "lr": 1e-4},
+            "precision": {"compute": "fp32"},
+            "sample": {"seeds": 1, "steps": 2, "guidance": [7.0]},
+            "checkpoint": {"every": 2},
+            "output": {"dir": str(tmp_path / "runs"), "name": "test"},
+        }
+        tree = {name: defaults.get(name, {}) | sections.get(name, {}) for name in defaults.keys() | sections.keys()}
+        return Config.model_validate(tree)
+
+    return make

@@ -1,0 +1,62 @@
+import time
+
+import pytest
+
+from lowvram_db.errors import UserError
+from lowvram_db.families.source import find_model, read_json, weight_files
+
+
+def test_a_local_folder_is_taken_as_it_is(tmp_path):
+    assert find_model(str(tmp_path)) == tmp_path
+    with pytest.raises(UserError, match=r"model\.revision: .* has no revisions"):
+        find_model(str(tmp_path), "main")
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "single-word", "a/b/c", "~/nowhere-at-all"])
+def test_a_name_that_is_neither_folder_nor_hub_id(name):
+    with pytest.raises(UserError, match=r"model\.name: no folder .* is not a hub id"):
+        find_model(name)
+
+
+def test_a_single_file_is_refused(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UserError, match="is a file; a folder in diffusers' format"):
+        find_model(str(tmp_path / "model.safetensors"))
+
+
+def test_a_hub_id_without_network_is_said_at_once(monkeypatch):
+    """Not offline by decree: the name of the hub really does not resolve here."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://hub.invalid")
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"model\.name: some/model-v9 is not on this machine .* cannot be reached"):
+        find_model("some/model-v9")
+    assert time.monotonic() - began < 60
+
+
+def test_a_hub_id_in_offline_mode(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="the hub cannot be reached"):
+        find_model("runwayml/stable-diffusion-v1-5")
+
+
+def test_json_that_is_missing_or_broken_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"config\.json: missing; a model has one"):
+        read_json(tmp_path / "config.json", "a model has one")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json: cannot be read"):
+        read_json(tmp_path / "config.json", "")
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="not a JSON object"):
+        read_json(tmp_path / "config.json", "")
+
+
+def test_safetensors_come_before_pickles(tmp_path):
+    (tmp_path / "unet").mkdir()
+    with pytest.raises(UserError, match="unet: no weights"):
+        weight_files(tmp_path, "unet")
+    (tmp_path / "unet" / "model.bin").touch()
+    (tmp_path / "unet" / "model.fp16.safetensors").touch()
+    assert [file.name for file in weight_files(tmp_path, "unet")] == ["model.bin"]
+    (tmp_path / "unet" / "model.safetensors").touch()
+    assert [file.name for file in weight_files(tmp_path, "unet")] == ["model.safetensors"]

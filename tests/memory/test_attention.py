@@ -1,0 +1,54 @@
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from lowvram_db.errors import UserError
+from lowvram_db.memory import attention
+from lowvram_db.memory.attention import preflight, use_attention
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sdpa_passes_its_trial(dtype):
+    assert preflight("sdpa", CPU, dtype) is None
+
+
+def test_wrong_gradients_are_found(monkeypatch):
+    """xFormers built for another torch gives a right output and NaN gradients."""
+
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v):
+            return scaled_dot_product_attention(q, k, v)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * float("nan"), gradient, gradient
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", Broken.apply)
+    assert "wrong results on cpu at head width 40" in str(preflight("sdpa", CPU, torch.float32))
+
+
+def test_an_unscaled_output_is_found(monkeypatch):
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", lambda q, k, v: torch.softmax(q @ k.mT, -1) @ v)
+    assert "wrong results" in str(preflight("sdpa", CPU, torch.float32))
+
+
+def test_auto_takes_sdpa(family):
+    assert use_attention(family.load_denoiser(), "auto", CPU, torch.float32) == "sdpa"
+
+
+def test_xformers_that_cannot_run_is_refused_by_name(family):
+    """Here it is not installed, or has no kernel for a CPU; either is named with the mend."""
+    with pytest.raises(UserError, match=r'attention: xformers .*; set attention = "sdpa"'):
+        use_attention(family.load_denoiser(), "xformers", CPU, torch.float32)
+
+
+def test_auto_falls_back_to_xformers(family, monkeypatch):
+    chosen = []
+    denoiser = family.load_denoiser()
+    monkeypatch.setattr(denoiser, "enable_xformers_memory_efficient_attention", lambda: chosen.append("xformers"))
+    monkeypatch.setattr(attention, "preflight", lambda backend, *_: "is broken" if backend == "sdpa" else None)
+    assert use_attention(denoiser, "auto", CPU, torch.float32) == "xformers"
+    assert chosen == ["xformers"]

@@ -1,0 +1,95 @@
+import errno
+import os
+import subprocess
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lowvram_db.atomic import creating_folder, remove_folder, remove_leftovers, replacing_file
+from lowvram_db.errors import UserError
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_is_replaced_whole(tmp_path):
+    path = tmp_path / "deep" / "file"
+    for content in ("one", "two"):
+        with replacing_file(path) as temporary:
+            temporary.write_text(content)
+        assert path.read_text() == content
+    assert names(path.parent) == ["file"]
+
+
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), replacing_file(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["file"]
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    with creating_folder(tmp_path / "folder") as temporary:
+        (temporary / "inner").mkdir()
+        (temporary / "inner" / "file").write_text("x")
+        assert not (tmp_path / "folder").exists()
+    assert (tmp_path / "folder" / "inner" / "file").read_text() == "x"
+    with pytest.raises(RuntimeError), creating_folder(tmp_path / "other") as temporary:
+        (temporary / "file").write_text("half")
+        raise RuntimeError
+    assert names(tmp_path) == ["folder"]
+
+
+def test_leftovers_of_a_killed_process_go_and_all_else_stays(tmp_path):
+    (tmp_path / ".file.partial-01234567").write_text("half")
+    (tmp_path / ".folder.partial-01234567").mkdir()
+    (tmp_path / ".config").write_text("mine")
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == [".config"]
+
+
+def test_a_folder_is_removed(tmp_path):
+    (tmp_path / "step" / "inner").mkdir(parents=True)
+    remove_folder(tmp_path / "step")
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_named(tmp_path, number):
+    with pytest.raises(UserError, match=r"file: the disk is full \(.* GiB free\)"), replacing_file(tmp_path / "file"):
+        raise OSError(number, os.strerror(number))
+
+
+def test_a_folder_that_may_not_be_written_is_named(tmp_path):
+    with pytest.raises(UserError, match="file: cannot be written"), replacing_file(tmp_path / "file"):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """A file system of one megabyte, where the machine lets us make one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_is_really_full(tiny_disk):
+    path = tiny_disk / "weights.safetensors"
+    with replacing_file(path) as temporary:
+        save_file({"weight": torch.ones(1000)}, temporary)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="the disk is full"), replacing_file(path) as temporary:
+        save_file({"weight": torch.ones(1_000_000)}, temporary)
+    with pytest.raises(UserError, match="the disk is full"), creating_folder(tiny_disk / "step") as temporary:
+        (temporary / "big").write_bytes(b"x" * 2_000_000)
+    assert path.read_bytes() == before
+    assert names(tiny_disk) == ["weights.safetensors"]

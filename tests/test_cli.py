@@ -1,0 +1,124 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lowvram_db import cli
+from lowvram_db.config import DEFAULT_IDENTIFIER, load
+
+
+@pytest.fixture
+def lowvram_db(monkeypatch, capfd, tmp_path):
+    """Run a command line in this process, in an empty folder: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["lowvram-db", *map(str, words)])
+        monkeypatch.setattr(cli, "_debug", False)
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        out, err = capfd.readouterr()
+        return stopped.value.code or 0, out, err
+
+    return run
+
+
+@pytest.fixture
+def toml(make_config, tmp_path):
+    path = tmp_path / "ball.toml"
+    make_config().save(path)
+    return path
+
+
+def test_new_then_train_then_sample(lowvram_db, photos, miniature, tmp_path):
+    code, out, _ = lowvram_db("new", "ball", "--photos", photos, "--class", "ball", "--model", miniature)
+    assert (code, out) == (0, "wrote ball.toml; now: lowvram-db train ball.toml\n")
+    assert load(Path("ball.toml")).subject.identifier == DEFAULT_IDENTIFIER
+    small = [
+        "train.steps=2",
+        "train.resolution=64",
+        "prior.count=2",
+        "prior.steps=1",
+        "sample.steps=1",
+        "sample.seeds=1",
+    ]
+    settings = [word for setting in small for word in ("--set", setting)]
+    code, out, err = lowvram_db("train", "ball.toml", *settings)
+    assert code == 0, err
+    assert out == "model: runs/ball/model\npictures: runs/ball/samples/step-000002.png\n"
+    options = ["--guidance", "7", "--seeds", "1", "--steps", "1", "--out", "mine.png"]
+    code, out, err = lowvram_db("sample", "runs/ball/model", "--prompt", "a ball", "--prompt", "a box", *options)
+    assert (code, out) == (0, "pictures: mine.png\n"), err
+    assert Path("mine.png").exists()
+
+
+def one_line(answer, *parts):
+    code, out, err = answer
+    assert code == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1, err
+    for part in parts:
+        assert part in err
+
+
+def test_bad_input_is_answered_in_one_line(lowvram_db, toml, tmp_path):
+    one_line(lowvram_db("train", "none.toml"), "none.toml: no such file")
+    one_line(lowvram_db("train", toml, "--set", "train.stepz=3"), "unknown key train.stepz", "train.steps")
+    one_line(lowvram_db("train", toml, "--set", "train.steps=many"), "train.steps", "integer")
+    one_line(lowvram_db("train", toml, "--set", "subject.identifier="), "subject.identifier: must not be empty")
+    one_line(lowvram_db("train", toml, "--set", "train.resolution=100"), "not divisible by 8")
+    one_line(lowvram_db("train", toml, "--set", "subject.photos=nowhere"), "subject.photos", "nowhere does not exist")
+    one_line(lowvram_db("train", toml, "--set", "model.name=nowhere"), "model.name: no folder")
+    one_line(lowvram_db("train", toml, "--set", "model.name=some/model"), "the hub cannot be reached")
+    one_line(lowvram_db("train", toml, "--resume", "nowhere"), "--resume nowhere: not a checkpoint")
+    (tmp_path / "empty").mkdir()
+    one_line(lowvram_db("train", toml, "--set", "subject.photos=empty"), "no photos in")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.jpg").write_text("hello")
+    one_line(lowvram_db("train", toml, "--set", "subject.photos=text"), "a.jpg: not an image")
+    one_line(lowvram_db("new", "a", "--photos", "none", "--class", "dog", "--model", "m"), "--photos")
+    one_line(lowvram_db("sample", "nowhere", "--prompt", "x"), "model.name: no folder")
+    one_line(lowvram_db("sample", "m", "--prompt", "x", "--guidance", "much"), "--guidance much")
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").rglob("*.png"))
+
+
+def test_resuming_with_changed_settings_is_refused(lowvram_db, toml, tmp_path):
+    assert lowvram_db("train", toml)[0] == 0
+    one_line(lowvram_db("train", toml, "--set", "train.lr=1e-3"), "train.lr (0.0001 -> 0.001)", "These may change")
+    one_line(lowvram_db("train", toml, "--resume", "never"), "has step-000004 already")
+
+
+def test_debug_shows_the_traceback(monkeypatch, toml):
+    from lowvram_db.errors import UserError
+
+    monkeypatch.setattr(sys, "argv", ["lowvram-db", "train", "none.toml", "--debug"])
+    with pytest.raises(UserError):
+        cli.main()
+    monkeypatch.setattr(cli, "_debug", False)
+
+
+def test_ctrl_c_is_130(lowvram_db, toml, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lowvram_db.dreambooth.subject_photos", interrupted)
+    code, _, err = lowvram_db("train", toml)
+    assert code == 130
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+
+
+def test_help_answers_without_the_heavy_libraries():
+    script = "import sys; from lowvram_db import cli; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
+def test_the_repositorys_root_on_the_path_breaks_nobody(request):
+    """`python -m ...` puts it there, and then `import kernels` finds our folder instead of Hugging Face's package."""
+    script = "import transformers, diffusers; from diffusers import StableDiffusionPipeline"
+    finished = subprocess.run(
+        [sys.executable, "-c", script], cwd=request.config.rootpath, capture_output=True, text=True
+    )
+    assert finished.returncode == 0, finished.stderr

@@ -1,0 +1,135 @@
+import contextlib
+import tomllib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowvram_db.config import Config, differences, known_keys, load
+from lowvram_db.errors import UserError
+
+SMALLEST = """
+[model]
+name = "some/model"
+[subject]
+photos = "photos"
+identifier = "ohwx"
+class = "dog"
+"""
+
+
+@pytest.fixture
+def toml(tmp_path):
+    path = tmp_path / "dog.toml"
+    path.write_text(SMALLEST)
+    return path
+
+
+def test_defaults_are_the_known_recipe(toml):
+    config = load(toml)
+    train = config.train
+    assert (train.lr, train.steps, train.resolution, train.batch) == (2e-6, 800, 512, 1)
+    assert config.prior.enabled
+    assert config.prior.weight == 1.0
+    assert config.sample.guidance == [7.0, 11.0]
+    assert config.output.name == "dog"
+    assert config.fill(config.subject.prompts[0]) == "a photo of a ohwx dog"
+    assert config.fill(config.prior.prompt) == "a photo of a dog"
+
+
+def test_saved_config_is_the_loaded_one(toml, tmp_path):
+    config = load(toml, ["train.min_snr_gamma=5.0", 'sample.prompts=["a {class}", "\\u00e9 \\"quoted\\""]'])
+    config.save(tmp_path / "run" / "config.toml")
+    assert load(tmp_path / "run" / "config.toml") == config
+
+
+def test_overrides_take_toml_values_and_bare_words(toml):
+    config = load(toml, ["train.lr=1e-5", "subject.class=teapot", "sample.guidance=[3, 4.5]", "prior.enabled=false"])
+    assert config.train.lr == 1e-5
+    assert config.subject.class_noun == "teapot"
+    assert config.sample.guidance == [3.0, 4.5]
+    assert not config.prior.enabled
+
+
+WRONG = {
+    "train.stepz=3": "unknown key train.stepz; did you mean train.steps?",
+    "stepz=3": "unknown key stepz; did you mean prior.steps or train.steps or sample.steps?",
+    "prior.weigth=1.0": "unknown key prior.weigth; did you mean prior.weight?",
+    "subject.class_name=x": "unknown key subject.class_name; did you mean subject.class?",
+    "optimiser.name=adamw": "unknown key optimiser; did you mean optimizer",
+    'train.steps="many"': "train.steps: should be a valid integer (is 'many')",
+    "train.steps=1.5": "train.steps: should be a valid integer",
+    "train.text_encoder=1": "train.text_encoder: should be a valid boolean",
+    "train.lr=0": "train.lr: should be greater than 0",
+    "train.lr=inf": "train.lr: should be a finite number",
+    "train.lr=nan": "train.lr: should be a finite number",
+    "train.resolution=500": "train.resolution: 500 is not divisible by 8; 496 is the nearest",
+    "train.warmup=801": "train: warmup (801) is longer than the run (steps = 800)",
+    "train=3": "train: must be a section, written [train]",
+    'subject.identifier=""': "subject.identifier: must not be empty",
+    'subject.identifier="  "': "subject.identifier: must not be empty",
+    'subject.prompts=["a dog"]': "lacks {identifier}",
+    "subject.prompts=[]": "subject.prompts: ",
+    'prior.prompt="a {identifier} {class}"': "only {class} may stand in the prior prompt",
+    'sample.prompts=["a {animal}"]': "sample.prompts: {animal} is unknown; use {identifier} and {class}",
+    'sample.prompts=["a {class"]': "expected '}'",
+    "optimizer.name=lion": "optimizer.name: should be 'bnb-adam8' or 'adamw' (is 'lion')",
+    "attention=flash": "attention: should be 'auto', 'sdpa' or 'xformers' (is 'flash')",
+    'output.name="../elsewhere"': "output.name: ",
+    "train.steps": "write it as key=value",
+    "train.steps.more=1": "not a section",
+}
+
+
+@pytest.mark.parametrize("override", WRONG)
+def test_a_wrong_setting_is_named_in_one_line(toml, override):
+    with pytest.raises(UserError) as caught:
+        load(toml, ["train.steps=800", override])
+    message = str(caught.value)
+    assert WRONG[override] in message
+    assert "\n" not in message
+    assert str(toml) in message or "--set" in message
+
+
+def test_a_missing_key_is_named(tmp_path):
+    path = tmp_path / "empty.toml"
+    path.write_text('[model]\nname = "x"\n')
+    with pytest.raises(UserError, match="subject is missing"):
+        load(path)
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        load(tmp_path / "none.toml")
+    (tmp_path / "broken.toml").write_text("[train\nsteps = 3")
+    with pytest.raises(UserError, match=r"broken\.toml: not valid TOML"):
+        load(tmp_path / "broken.toml")
+    (tmp_path / "latin.toml").write_bytes(b'name = "caf\xe9"')
+    with pytest.raises(UserError, match=r"latin\.toml: cannot be read"):
+        load(tmp_path / "latin.toml")
+
+
+@given(word=st.text(min_size=1, max_size=20))
+def test_any_override_is_taken_or_refused_by_a_user_error(word, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "fuzz.toml"
+    path.write_text(SMALLEST)
+    for override in (word, f"train.steps={word}", f"{word}=1", f"sample.prompts=[{word}]"):
+        with contextlib.suppress(UserError):
+            load(path, [override])
+
+
+def test_differences_name_dotted_keys(toml):
+    changed = differences(load(toml), load(toml, ["train.lr=1e-5", "sample.every=10"]))
+    assert changed == {"train.lr": (2e-6, 1e-5), "sample.every": (0, 10)}
+
+
+def test_every_setting_is_described():
+    assert all(field.description for field in known_keys().values())
+
+
+def test_the_shipped_configs_load(request):
+    paths = sorted((request.config.rootpath / "configs").glob("*.toml"))
+    assert paths
+    for path in paths:
+        assert isinstance(load(path), Config)
+        assert tomllib.loads(path.read_text())["subject"]["class"]

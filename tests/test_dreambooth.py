@@ -1,0 +1,120 @@
+import gc
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import CLIPTextModel
+
+from lowvram_db.config import load
+from lowvram_db.dreambooth import run_dreambooth
+from lowvram_db.errors import DoesNotFit, UserError
+from lowvram_db.families.sd import StableDiffusion
+
+
+def unet_of(run):
+    return load_file(run.model / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def test_a_run_on_real_photos_from_start_to_picture(make_config, dog_photos):
+    run = run_dreambooth(make_config(subject={"photos": str(dog_photos), "class": "dog"}))
+    assert len(list(run.class_images.glob("*.png"))) == 3
+    assert run.latest_checkpoint() == run.checkpoint(4)
+    assert load(run.config).subject.class_noun == "dog"
+    assert Image.open(run.sample_grid(4)).height > 3 * 64
+    pipeline = StableDiffusionPipeline.from_pretrained(run.model)
+    assert pipeline("a photo of a pkblz dog", num_inference_steps=1, height=64, width=64).images[0].size == (64, 64)
+
+
+def test_every_weight_of_the_unet_is_trained(make_config, miniature):
+    before = load_file(miniature / "unet" / "diffusion_pytorch_model.safetensors")
+    after = unet_of(run_dreambooth(make_config(train={"steps": 2, "lr": 1e-2})))
+    same = [name for name in before if torch.equal(before[name], after[name])]
+    assert not same
+
+
+def test_the_encoders_are_gone_before_the_denoiser_comes(make_config, monkeypatch):
+    load_denoiser, seen = StableDiffusion.load_denoiser, []
+
+    def watched(family):
+        seen.append([type(thing) for thing in gc.get_objects() if isinstance(thing, AutoencoderKL | CLIPTextModel)])
+        return load_denoiser(family)
+
+    monkeypatch.setattr(StableDiffusion, "load_denoiser", watched)
+    run_dreambooth(make_config())
+    assert seen == [[]]
+
+
+def test_without_prior_preservation_no_class_image_is_made(make_config):
+    run = run_dreambooth(make_config(prior={"enabled": False}))
+    assert not run.class_images.exists()
+    assert run.model.exists()
+
+
+def test_pictures_on_the_way(make_config):
+    run = run_dreambooth(make_config(sample={"every": 1}))
+    grids = sorted(path.name for path in run.samples.iterdir())
+    assert grids == [f"step-{step:06d}.png" for step in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize("text_encoder", [False, True])
+def test_pictures_on_the_way_are_those_of_the_weights(make_config, text_encoder):
+    """The grid that training draws with cached embeddings is the one that the saved model draws on its own."""
+    train = {"steps": 2, "lr": 1e-3, "text_encoder": text_encoder}
+    during = run_dreambooth(make_config(train=train, sample={"every": 1}, output={"name": "during"}))
+    after = run_dreambooth(make_config(train=train | {"steps": 1}, output={"name": "after"}))
+    assert during.sample_grid(1).read_bytes() == after.sample_grid(1).read_bytes()
+    assert during.sample_grid(1).read_bytes() != during.sample_grid(2).read_bytes()
+
+
+def test_sampling_on_the_way_changes_nothing(make_config):
+    plain = unet_of(run_dreambooth(make_config(output={"name": "plain"})))
+    sampled = unet_of(run_dreambooth(make_config(output={"name": "sampled"}, sample={"every": 1})))
+    assert all(torch.equal(tensor, sampled[name]) for name, tensor in plain.items())
+
+
+def test_a_finished_run_is_left_alone(make_config, capfd):
+    run = run_dreambooth(make_config())
+    before = {path: path.stat().st_mtime_ns for path in run.model.rglob("*")}
+    run_dreambooth(make_config())
+    assert "already trained for 4 steps" in capfd.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in run.model.rglob("*")} == before
+
+
+def test_half_precision_on_disk(make_config):
+    tensors = unet_of(run_dreambooth(make_config(output={"dtype": "fp16"})))
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+
+
+@pytest.mark.parametrize("compute", ["bf16", "fp16"])
+def test_mixed_precision_runs_to_the_end(make_config, compute):
+    run = run_dreambooth(make_config(precision={"compute": compute}, sample={"every": 2}))
+    assert {tensor.dtype for tensor in unet_of(run).values()} == {torch.float32}
+
+
+def test_a_bad_photo_stops_the_run_before_any_work(make_config, photos, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for photo in photos.iterdir():
+        (folder / photo.name).write_bytes(photo.read_bytes())
+    (folder / "zz.jpg").write_bytes((folder / "00.png").read_bytes()[:200])
+    with pytest.raises(UserError, match=r"zz\.jpg: damaged or cut off"):
+        run_dreambooth(make_config(subject={"photos": str(folder)}))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_prompt_that_would_be_cut_stops_the_run_before_any_work(make_config):
+    config = make_config(sample={"prompts": ["word " * 70]})
+    with pytest.raises(UserError, match="the model reads 77"):
+        run_dreambooth(config)
+
+
+def test_a_full_gpu_is_said_in_one_line(make_config, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(StableDiffusion, "denoise", full)
+    with pytest.raises(DoesNotFit, match=r"Tried to allocate 2.00 GiB.*finished work is kept") as caught:
+        run_dreambooth(make_config(prior={"enabled": False}))
+    assert caught.value.exit_code == 3

@@ -1,0 +1,53 @@
+import re
+
+import pytest
+
+from lowvram_db.config import load
+from lowvram_db.errors import UserError
+from lowvram_db.new import write_config
+
+MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+
+def test_the_written_config_loads_with_the_defaults(photos, tmp_path):
+    path = tmp_path / "jelly.toml"
+    write_config(path, str(photos), "jellyfish", MODEL, "pkblz")
+    config = load(path)
+    assert (config.subject.identifier, config.subject.class_noun, config.model.name) == ("pkblz", "jellyfish", MODEL)
+    assert config.subject.photos == str(photos)
+    assert config.train.lr == 2e-6
+
+
+def test_every_offered_line_is_its_default(photos, tmp_path):
+    """Taking the mark off all lines changes nothing but the keys that have no default."""
+    path = tmp_path / "jelly.toml"
+    write_config(path, str(photos), "jellyfish", MODEL, "pkblz")
+    plain = load(path)
+    path.write_text(re.sub(r"^# (?=\w+ = )", "", path.read_text(), flags=re.MULTILINE))
+    offered = load(path)
+    assert (offered.prior.images, offered.train.min_snr_gamma) == ("class_images/dog", 5.0)
+    assert offered.model_copy(update={"prior": plain.prior, "train": plain.train}) == plain
+    assert offered.prior.model_copy(update={"images": None}) == plain.prior
+    assert offered.train.model_copy(update={"min_snr_gamma": None}) == plain.train
+
+
+@pytest.mark.parametrize("word", ['say "hi"', "back\\slash", "naïve 🪼", "{brace"])
+def test_odd_words_survive(photos, tmp_path, word):
+    write_config(tmp_path / "odd.toml", str(photos), word, MODEL, "pkblz")
+    assert load(tmp_path / "odd.toml").subject.class_noun == word
+
+
+def test_nothing_is_overwritten(photos, tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text("precious")
+    with pytest.raises(UserError, match=r"mine\.toml: exists already"):
+        write_config(path, str(photos), "dog", MODEL, "pkblz")
+    assert path.read_text() == "precious"
+
+
+def test_bad_photos_and_words_are_refused_before_writing(photos, tmp_path):
+    with pytest.raises(UserError, match="--photos: .* does not exist"):
+        write_config(tmp_path / "a.toml", str(tmp_path / "none"), "dog", MODEL, "pkblz")
+    with pytest.raises(UserError, match=r"subject\.identifier: must not be empty"):
+        write_config(tmp_path / "a.toml", str(photos), "dog", MODEL, " ")
+    assert not (tmp_path / "a.toml").exists()

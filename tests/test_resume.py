@@ -1,0 +1,160 @@
+"""Exact resume: N steps straight, and N steps with kills and Ctrl-C on the way, end in the same bits."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lowvram_db.dreambooth import run_dreambooth
+from lowvram_db.errors import Interrupted
+from lowvram_db.run import Run
+
+OPTIMIZERS = ["adamw", "bnb-adam8"]
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Child processes that start in a moment: the libraries are imported once, by the server they are forked from."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lowvram_db.dreambooth", "diffusers.pipelines.stable_diffusion"])
+    return context
+
+
+@pytest.fixture
+def config_of(make_config):
+    def make(name, optimizer, **train):
+        return make_config(
+            prior={"count": 4, "batch": 1},
+            train={"steps": STEPS, "schedule": "cosine", "warmup": 3, "lr": 1e-3} | train,
+            optimizer={"name": optimizer},
+            checkpoint={"every": 1},
+            output={"name": name},
+        )
+
+    return make
+
+
+def quietly(config):
+    """What a child process runs."""
+    torch.set_num_threads(1)
+    try:
+        run_dreambooth(config)
+    except Interrupted as stop:
+        raise SystemExit(stop.exit_code) from None
+
+
+def assert_same_result(straight, resumed):
+    files = sorted(path.relative_to(straight.model) for path in straight.model.rglob("*.safetensors"))
+    files_of_state = [straight.checkpoint(STEPS) / name for name in ("unet.safetensors", "optimizer.safetensors")]
+    pairs = [(straight.model / file, resumed.model / file) for file in files]
+    pairs += [(file, resumed.checkpoint(STEPS) / file.name) for file in files_of_state]
+    assert len(pairs) >= 5
+    for one, other in pairs:
+        wanted, got = load_file(one), load_file(other)
+        assert wanted.keys() == got.keys()
+        assert all(torch.equal(tensor, got[name]) for name, tensor in wanted.items()), one.name
+    assert straight.sample_grid(STEPS).read_bytes() == resumed.sample_grid(STEPS).read_bytes()
+    losses = [
+        [json.loads(line)["loss"] for line in run.metrics.read_text().splitlines()] for run in (straight, resumed)
+    ]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == STEPS
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_kill_9_anywhere(config_of, processes, optimizer):
+    """Killed at random instants, from class images to saving, until it has got to the end."""
+    straight = run_dreambooth(config_of("straight", optimizer))
+    config = config_of("killed", optimizer)
+    killed, chance = Run.of(config), random.Random(1)
+    stages = set()
+    for _ in range(40):
+        process = processes.Process(target=quietly, args=(config,))
+        process.start()
+        process.join(chance.uniform(0.3, 2.5))
+        if process.exitcode == 0:
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        latest = killed.latest_checkpoint()
+        stages.add(latest.name if latest else "before the first checkpoint")
+    assert len(stages) >= 2, f"only killed in {stages}"
+    assert_same_result(straight, run_dreambooth(config))
+
+
+def test_kill_9_in_the_middle_of_saving(config_of, processes):
+    straight = run_dreambooth(config_of("straight", "adamw"))
+    config = config_of("killed", "adamw")
+    killed = Run.of(config)
+    process = processes.Process(target=quietly, args=(config,))
+    process.start()
+    while not (killed.latest_checkpoint() and list(killed.checkpoints.glob(".step-*.partial-*"))):
+        assert process.is_alive()
+        time.sleep(0.0005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert_same_result(straight, run_dreambooth(config))
+    assert not list(killed.checkpoints.glob(".*"))
+
+
+def test_ctrl_c_saves_and_goes_on_exactly(config_of, processes):
+    straight = run_dreambooth(config_of("straight", "adamw"))
+    config = config_of("stopped", "adamw")
+    config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"every": 0})})
+    stopped = Run.of(config)
+    process = processes.Process(target=quietly, args=(config,))
+    process.start()
+    while not (stopped.metrics.exists() and stopped.metrics.read_text()):
+        time.sleep(0.005)
+        assert process.is_alive()
+    os.kill(process.pid, signal.SIGINT)
+    process.join()
+    assert process.exitcode == 130
+    assert stopped.latest_checkpoint()
+    assert_same_result(straight, run_dreambooth(config))
+
+
+def test_more_steps_go_on_and_keep_the_first_model(config_of):
+    config = config_of("longer", "adamw", schedule="constant", warmup=0, steps=4)
+    first = run_dreambooth(config)
+    before = load_file(first.model / "unet" / "diffusion_pytorch_model.safetensors")
+    longer = config_of("longer", "adamw", schedule="constant", warmup=0, steps=6)
+    run = run_dreambooth(longer)
+    kept = load_file(run.folder / "model-step-000004" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in before.items())
+    after = load_file(run.model / "unet" / "diffusion_pytorch_model.safetensors")
+    assert not all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert run.sample_grid(4).exists()
+    assert run.sample_grid(6).exists()
+
+
+def test_a_checkpoint_of_another_run_starts_a_branch(config_of):
+    straight = run_dreambooth(config_of("straight", "adamw"))
+    trunk = config_of("trunk", "adamw")
+    trunk = trunk.model_copy(update={"checkpoint": trunk.checkpoint.model_copy(update={"keep": STEPS})})
+    middle = run_dreambooth(trunk).checkpoint(5)
+    branch = run_dreambooth(config_of("branch", "adamw"), resume=str(middle))
+    one = load_file(straight.model / "unet" / "diffusion_pytorch_model.safetensors")
+    other = load_file(branch.model / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_the_text_encoder_resumes_too(config_of, processes):
+    straight = run_dreambooth(config_of("straight", "bnb-adam8", text_encoder=True))
+    config = config_of("killed", "bnb-adam8", text_encoder=True)
+    killed = Run.of(config)
+    process = processes.Process(target=quietly, args=(config,))
+    process.start()
+    while not killed.latest_checkpoint():
+        time.sleep(0.005)
+        assert process.is_alive()
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert_same_result(straight, run_dreambooth(config))

@@ -1,0 +1,27 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from lowvram_db.cache.precompute import precompute
+from lowvram_db.cache.store import Store
+from lowvram_db.concept import describe, subject_photos
+from lowvram_db.config import Config
+from lowvram_db.families import open_model
+from lowvram_db.train.batches import Batches
+from lowvram_db.train.loop import Trainer
+
+
+@pytest.fixture
+def make_trainer(tmp_path) -> Callable[[Config], Trainer]:
+    """A trainer at step 0; the subject's own photos stand in for class images, which saves generating them."""
+
+    def make(config: Config) -> Trainer:
+        family, device = open_model(config.model.name), torch.device("cpu")
+        photos = subject_photos(config)
+        concept = describe(config, photos, photos[::-1] if config.prior.enabled else [])
+        prompts = [] if config.train.text_encoder else concept.prompts
+        cached = precompute(family, concept.photos, prompts, config.train.resolution, Store(tmp_path / "cache"), device)
+        return Trainer(config, family, Batches(concept, cached, config.train.batch, config.train.seed), device)
+
+    return make

@@ -1,0 +1,173 @@
+import json
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from torch.nn.functional import mse_loss
+
+from lowvram_db.concept import Concept
+from lowvram_db.demo.miniature import write_pipeline
+from lowvram_db.errors import UserError
+from lowvram_db.run import Run
+from lowvram_db.families.base import Moments
+from lowvram_db.optim.choices import build
+from lowvram_db.train import objective
+from lowvram_db.train.batches import Batches
+from lowvram_db.train.loop import train
+
+
+def plain_losses(model, trainer, steps, lr):
+    """DreamBooth with prior preservation as a textbook loop of diffusers and torch, nothing of ours but the draws."""
+    unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet")
+    scheduler = DDPMScheduler.from_pretrained(model, subfolder="scheduler")
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
+    losses = []
+    for step in range(steps):
+        batch = trainer.batches[step]
+        posterior, noise, timesteps = objective.draw(tuple(batch.moments.mean.shape), 1000, 0, step)
+        latents = batch.moments.mean + batch.moments.logvar.mul(0.5).exp() * posterior
+        text = torch.stack([trainer.batches.cached.conditioning[prompt] for prompt in batch.prompts])
+        prediction = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, text).sample
+        if scheduler.config.prediction_type == "v_prediction":
+            target = scheduler.get_velocity(latents, noise, timesteps)
+        else:
+            target = noise
+        instance_prediction, prior_prediction = prediction.chunk(2)
+        instance_target, prior_target = target.chunk(2)
+        loss = mse_loss(instance_prediction, instance_target) + 0.7 * mse_loss(prior_prediction, prior_target)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_losses_equal_a_plain_diffusers_loop(make_config, make_trainer, tmp_path, prediction_type):
+    write_pipeline(tmp_path / "model", prediction_type=prediction_type)
+    config = make_config(
+        model={"name": str(tmp_path / "model")},
+        prior={"weight": 0.7},
+        train={"steps": 20, "lr": 1e-3, "batch": 2, "gradient_checkpointing": False},
+        optimizer={"name": "adamw"},
+    )
+    trainer = make_trainer(config)
+    wanted = plain_losses(tmp_path / "model", trainer, 20, 1e-3)
+    got = [trainer.train_step().total.item() for _ in range(20)]
+    assert got == pytest.approx(wanted, abs=1e-6)
+    assert got[-1] != pytest.approx(got[0], abs=1e-3), "nothing was trained, so nothing was compared"
+
+
+def losses_of(make_trainer, config, steps=6):
+    trainer = make_trainer(config)
+    return [trainer.train_step().total.item() for _ in range(steps)]
+
+
+def test_gradient_checkpointing_changes_memory_only(make_config, make_trainer):
+    on, off = (
+        losses_of(make_trainer, make_config(train={"gradient_checkpointing": value}, optimizer={"name": "adamw"}))
+        for value in (True, False)
+    )
+    assert on == off
+
+
+@pytest.mark.parametrize("compute", ["bf16", "fp16"])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_autocast_stays_near_float32(make_config, make_trainer, compute, checkpointing):
+    train = {"gradient_checkpointing": checkpointing}
+    exact = losses_of(make_trainer, make_config(train=train))
+    mixed = losses_of(make_trainer, make_config(train=train, precision={"compute": compute}))
+    assert mixed == pytest.approx(exact, rel=0.03)
+    assert mixed != exact
+
+
+def test_weights_stay_float32_under_autocast(make_config, make_trainer):
+    trainer = make_trainer(make_config(precision={"compute": "bf16"}))
+    trainer.train_step()
+    assert {parameter.dtype for parameter in trainer.parameters} == {torch.float32}
+
+
+def test_text_encoder_training_moves_it(make_config, make_trainer):
+    trainer = make_trainer(make_config(train={"text_encoder": True}))
+    assert not trainer.batches.cached.conditioning
+    before = {name: tensor.clone() for name, tensor in trainer.text_encoder.state_dict().items()}
+    for _ in range(2):
+        trainer.train_step()
+    moved = [
+        name for name, tensor in trainer.text_encoder.state_dict().items() if not torch.equal(tensor, before[name])
+    ]
+    assert any("layers.0" in name for name in moved)
+    assert set(trainer.modules) == {"unet", "text_encoder"}
+
+
+def test_min_snr_lowers_the_loss_of_easy_timesteps(make_config, make_trainer):
+    plain = losses_of(make_trainer, make_config(optimizer={"name": "adamw"}), steps=1)
+    weighted = losses_of(make_trainer, make_config(train={"min_snr_gamma": 1e-3}, optimizer={"name": "adamw"}), steps=1)
+    assert weighted[0] < plain[0]
+
+
+def fixed_loss(trainer, prompt, moments, rows=32):
+    """Mean loss on noise and timesteps that never change (an address that training does not reach)."""
+    draws = objective.draw((rows, *moments.mean.shape), 1000, seed=99, step=10**6)
+    schedule = trainer.family.noise_schedule
+    with torch.no_grad():
+        latents = moments.mean.expand(rows, -1, -1, -1)
+        noisy = objective.add_noise(latents, draws.noise, draws.timesteps, schedule)
+        conditioning = trainer.batches.cached.conditioning[prompt].expand(rows, -1, -1)
+        prediction = trainer.family.denoise(trainer.denoiser, noisy, draws.timesteps, conditioning)
+    wanted = objective.target(latents, draws.noise, draws.timesteps, schedule)
+    return objective.loss(prediction, wanted, None, rows, 0.0).total.item()
+
+
+SUBJECT_PROMPT, CLASS_PROMPT = "a photo of a pkblz ball", "a photo of a ball"
+
+
+def retrain(trainer, concept, steps=200):
+    """Go on with the same weights on another concept, with a fresh optimizer."""
+    batches = Batches(concept, trainer.batches.cached, 1, seed=trainer.step)
+    trainer.batches, trainer.optimizer = batches, build(trainer.config.optimizer, trainer.parameters, 1e-3)
+    for _ in range(steps):
+        trainer.train_step()
+
+
+@pytest.mark.parametrize("prior", [True, False])
+def test_the_subject_is_learned_and_the_class_kept(make_config, make_trainer, prior):
+    """200 steps on one photo, after the class has been learned: with prior preservation only, the class stays."""
+    trainer = make_trainer(make_config(train={"lr": 1e-3, "gradient_checkpointing": False}))
+    subject_photo, class_photo = trainer.batches.concept.instance_photos[::4]
+    moments = trainer.batches.cached.moments
+    for photo, (mean, logvar) in moments.items():  # a random VAE's latents are faint; a trained one's have unit scale
+        moments[photo] = Moments((mean - mean.mean()) / mean.std(), logvar)
+    retrain(trainer, Concept([class_photo], [CLASS_PROMPT], [], ""))
+    before_subject = fixed_loss(trainer, SUBJECT_PROMPT, moments[subject_photo])
+    before_class = fixed_loss(trainer, CLASS_PROMPT, moments[class_photo])
+
+    retrain(trainer, Concept([subject_photo], [SUBJECT_PROMPT], [class_photo] if prior else [], CLASS_PROMPT))
+    after_subject = fixed_loss(trainer, SUBJECT_PROMPT, moments[subject_photo])
+    after_class = fixed_loss(trainer, CLASS_PROMPT, moments[class_photo])
+    assert after_subject < 0.5 * before_subject
+    assert (after_class < 1.2 * before_class) == prior
+
+
+def test_a_loss_that_is_no_number_ends_the_run(make_config, make_trainer, tmp_path):
+    config = make_config(train={"steps": 50, "lr": 1e30}, optimizer={"name": "adamw"}, checkpoint={"every": 0})
+    run = Run.of(config)
+    run.folder.mkdir(parents=True)
+    with pytest.raises(UserError, match=r"the loss is (nan|inf) in step \d+; lower train\.lr \(1e\+30\)"):
+        train(make_trainer(config), run, sample=lambda path: None)
+    assert not run.latest_checkpoint()
+
+
+def test_the_loop_saves_samples_and_logs_when_due(make_config, make_trainer):
+    config = make_config(train={"steps": 7, "warmup": 2}, checkpoint={"every": 2, "keep": 2}, sample={"every": 3})
+    run = Run.of(config)
+    run.folder.mkdir(parents=True)
+    sampled = []
+    train(make_trainer(config), run, sample=sampled.append)
+    assert [path.name for path in sorted(run.checkpoints.iterdir())] == ["step-000006", "step-000007"]
+    assert sampled == [run.sample_grid(3), run.sample_grid(6)]
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 8))
+    assert [line["lr"] for line in lines[:3]] == [5e-5, 1e-4, 1e-4]
+    assert all(line["loss"] == pytest.approx(line["instance_loss"] + line["prior_loss"]) for line in lines)
+    assert list(run.tensorboard.glob("events.*"))
