@@ -10,11 +10,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from hypothesis import settings
 
 from lowvram_db.config import Config
 from lowvram_db.demo.miniature import write_photos, write_pipeline
 from lowvram_db.families import open_model
 from lowvram_db.families.base import Family
+
+settings.register_profile("shared machine", deadline=None)  # a slow moment is no failure
+settings.load_profile("shared machine")
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 

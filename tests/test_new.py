@@ -46,7 +46,7 @@ def test_nothing_is_overwritten(photos, tmp_path):
 
 
 def test_bad_photos_and_words_are_refused_before_writing(photos, tmp_path):
-    with pytest.raises(UserError, match="--photos: .* does not exist"):
+    with pytest.raises(UserError, match=r"--photos: .* does not exist"):
         write_config(tmp_path / "a.toml", str(tmp_path / "none"), "dog", MODEL, "pkblz")
     with pytest.raises(UserError, match=r"subject\.identifier: must not be empty"):
         write_config(tmp_path / "a.toml", str(photos), "dog", MODEL, " ")

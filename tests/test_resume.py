@@ -73,18 +73,21 @@ def test_kill_9_anywhere(config_of, processes, optimizer):
     """Killed at random instants, from class images to saving, until it has got to the end."""
     straight = run_dreambooth(config_of("straight", optimizer))
     config = config_of("killed", optimizer)
-    killed, chance = Run.of(config), random.Random(1)
+    killed, chance, patience = Run.of(config), random.Random(1), 1.0
     stages = set()
-    for _ in range(40):
+    while True:
         process = processes.Process(target=quietly, args=(config,))
         process.start()
-        process.join(chance.uniform(0.3, 2.5))
+        process.join(patience * chance.uniform(0.3, 2.5))
         if process.exitcode == 0:
             break
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         latest = killed.latest_checkpoint()
-        stages.add(latest.name if latest else "before the first checkpoint")
+        stage = latest.name if latest else "before the first checkpoint"
+        if stage in stages:
+            patience *= 1.3  # on a busy machine a start alone can take longer than it is given
+        stages.add(stage)
     assert len(stages) >= 2, f"only killed in {stages}"
     assert_same_result(straight, run_dreambooth(config))
 

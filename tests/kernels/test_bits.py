@@ -25,7 +25,7 @@ def test_philox_gives_the_published_answers(name):
     assert tuple(int(word) for word in words) == answer
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**63 - 1), counters=st.tuples(WORD, WORD, WORD, WORD))
 def test_philox_equals_plain_integers(seed, counters):
     """Python's own unbounded integers know no overflow: the int64 products must wrap to the same words."""
@@ -64,7 +64,7 @@ def test_normal_counts_elements_not_shapes():
     assert torch.equal(bits.normal((2, 3, 4), 0, step=0, sample=0, stream=0).flatten(), flat)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(high=st.integers(1, 2**31), seed=st.integers(0, 2**63 - 1), step=WORD)
 def test_integer_stays_below(high, seed, step):
     assert 0 <= bits.integer(high, seed, step=step, sample=0, stream=0) < high
@@ -78,7 +78,7 @@ def test_integer_is_uniform():
     assert chi_square < 33.7  # 1 in 10,000 for nine degrees of freedom; the draws are fixed, so this cannot flake
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(length=st.integers(1, 200), step=WORD)
 def test_permutation_holds_everything_once(length, step):
     assert sorted(bits.permutation(length, 3, step=step, stream=4)) == list(range(length))

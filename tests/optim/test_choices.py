@@ -64,5 +64,5 @@ def test_state_that_is_not_8_bit_is_noticed(parameters):
     settings = OptimizerConfig(name="bnb-adam8")
     optimizer, check = bitsandbytes.optim.AdamW(parameters, lr=1e-3), FirstStepCheck(settings, parameters)
     one_step(optimizer, parameters)
-    with pytest.raises(UserError, match="keeps torch.float32 state where 8 bits were asked for"):
+    with pytest.raises(UserError, match=r"keeps torch\.float32 state where 8 bits were asked for"):
         check.verify(optimizer)

@@ -8,9 +8,9 @@ from torch.nn.functional import mse_loss
 from lowvram_db.concept import Concept
 from lowvram_db.demo.miniature import write_pipeline
 from lowvram_db.errors import UserError
-from lowvram_db.run import Run
 from lowvram_db.families.base import Moments
 from lowvram_db.optim.choices import build
+from lowvram_db.run import Run
 from lowvram_db.train import objective
 from lowvram_db.train.batches import Batches
 from lowvram_db.train.loop import train
