@@ -23,6 +23,15 @@ def test_a_file_is_replaced_whole(tmp_path):
     assert names(path.parent) == ["file"]
 
 
+def test_whoever_reads_the_old_file_reads_it_to_the_end(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with path.open() as reader:
+        with replacing_file(path) as temporary:
+            temporary.write_text("new")
+        assert reader.read() == "old"
+
+
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")

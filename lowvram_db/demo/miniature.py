@@ -51,7 +51,7 @@ def write_pipeline(
     prediction_type: str = "epsilon",
     seed: int = 0,
 ) -> None:
-    """Write a Stable Diffusion pipeline with random weights of the given configs into `folder`, in diffusers' format."""
+    """Write a Stable Diffusion pipeline of these configs, with random weights, into `folder` in diffusers' format."""
     torch.manual_seed(seed)
     tokenizer = _letter_tokenizer()
     text_config = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, **text}

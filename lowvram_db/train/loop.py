@@ -132,8 +132,10 @@ def train(trainer: Trainer, run: Run, sample: Callable[[Path], None]) -> None:
     ):
         while trainer.step < steps:
             began, lr = time.perf_counter(), trainer.learning_rate()
+            scale = trainer.scaler.get_scale() if check else 0.0
             loss = trainer.train_step()
-            if check and trainer.optimizer.state:  # no state yet: fp16 loss scaling skipped the step
+            # A lower loss scale says that fp16 gradients overflowed and the optimizer did not step.
+            if check and trainer.scaler.get_scale() >= scale:
                 check.verify(trainer.optimizer)
                 check = None
             peak = peak_bytes(trainer.device)

@@ -158,6 +158,26 @@ def test_a_loss_that_is_no_number_ends_the_run(make_config, make_trainer, tmp_pa
     assert not run.latest_checkpoint()
 
 
+def test_an_optimizer_that_does_nothing_is_noticed_after_one_step(make_config, make_trainer, monkeypatch):
+    config = make_config()
+    trainer, run = make_trainer(config), Run.of(config)
+    run.folder.mkdir(parents=True)
+    monkeypatch.setattr(trainer.optimizer, "step", lambda: None)
+    with pytest.raises(UserError, match="did not change any weight in its first step"):
+        train(trainer, run, sample=lambda path: None)
+    assert trainer.step == 1
+
+
+def test_fp16_gradients_that_overflow_are_no_broken_optimizer(make_config, make_trainer):
+    """The first step is skipped and the loss scale comes down; only then the optimizer steps and is judged."""
+    config = make_config(precision={"compute": "fp16"})
+    trainer, run = make_trainer(config), Run.of(config)
+    run.folder.mkdir(parents=True)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100, backoff_factor=2.0**-90)
+    train(trainer, run, sample=lambda path: None)
+    assert trainer.scaler.get_scale() == 2.0**10
+
+
 def test_the_loop_saves_samples_and_logs_when_due(make_config, make_trainer):
     config = make_config(train={"steps": 7, "warmup": 2}, checkpoint={"every": 2, "keep": 2}, sample={"every": 3})
     run = Run.of(config)
