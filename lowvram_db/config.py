@@ -113,6 +113,7 @@ class OptimizerConfig(_Section):
 class SampleConfig(_Section):
     prompts: list[Text] = Field(
         ["a photo of a {identifier} {class}", "a photo of a {identifier} {class} on the beach", "a photo of a {class}"],
+        min_length=1,
         description="rows of the sample grid",
     )
     guidance: list[Annotated[float, Field(ge=0)]] = Field(

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from lowvram_db import prior
-from lowvram_db.atomic import creating_folder, remove_folder, replacing_file
+from lowvram_db.atomic import creating_folder, replacing_file
 from lowvram_db.cache.precompute import Cached, precompute, release_memory
 from lowvram_db.cache.store import Store
 from lowvram_db.concept import Concept, describe, subject_photos
@@ -16,7 +16,7 @@ from lowvram_db.config import Config
 from lowvram_db.errors import DoesNotFit, Interrupted
 from lowvram_db.families import open_model
 from lowvram_db.families.base import Family
-from lowvram_db.memory.device import DTYPES, compute_dtype, peak_bytes, pick_device
+from lowvram_db.memory.device import DTYPES, compute_dtype, peak_bytes, pick_device, reset_peak
 from lowvram_db.progress import say
 from lowvram_db.run import Run, check_resumable
 from lowvram_db.sampling import sample_grid
@@ -107,6 +107,7 @@ def _train(
         trainer.restore(start)
         say(f"resumed {start} at step {trainer.step}")
     began_at = trainer.step
+    reset_peak(device)
     say(
         f"training {sum(parameter.numel() for parameter in trainer.parameters) / 1e6:.1f} M weights on {device}, "
         f"{config.precision.compute}, attention {trainer.attention}, optimizer {config.optimizer.name}"
@@ -118,10 +119,10 @@ def _train(
 
 def _save_model(trainer: Trainer, run: Run, began_at: int) -> None:
     """model/ of the last step; one that an earlier, shorter training left there moves aside."""
-    if run.model.exists() and began_at < trainer.step:
-        run.model.rename(run.folder / f"model-step-{began_at:06d}")
     if run.model.exists():
-        remove_folder(run.model)
+        if began_at == trainer.step:
+            return  # it is this step's own: only its pictures are missing
+        run.model.rename(run.folder / f"model-before-step-{trainer.step:06d}")
     with creating_folder(run.model) as temporary:
         trainer.family.save(temporary, DTYPES[trainer.config.output.dtype], **trainer.modules)
 

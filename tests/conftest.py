@@ -1,7 +1,9 @@
 """What every room's tests build on: a miniature model, a few photos, and a config that trains in a second."""
 
 import os
-from collections.abc import Callable
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Tiny tensors: a second thread costs more than it gives. Set before torch starts its threads, here and in children.
@@ -56,6 +58,23 @@ def dog_photos() -> Path:
     if not folder.is_dir():
         pytest.skip(f"the DreamBooth photos are not at {folder}")
     return folder
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """A file system of the size asked for, where the machine lets us make one."""
+    folder = tmp_path / "disk"
+
+    def mount(size: str) -> Path:
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("mounting a small file system needs root and Linux")
+        return folder
+
+    yield mount
+    if folder.is_mount():
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.fixture

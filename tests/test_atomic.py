@@ -1,6 +1,5 @@
 import errno
 import os
-import subprocess
 
 import pytest
 import torch
@@ -79,26 +78,15 @@ def test_a_folder_that_may_not_be_written_is_named(tmp_path):
         raise PermissionError(errno.EACCES, "Permission denied")
 
 
-@pytest.fixture
-def tiny_disk(tmp_path):
-    """A file system of one megabyte, where the machine lets us make one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
-
-
-def test_a_disk_that_is_really_full(tiny_disk):
-    path = tiny_disk / "weights.safetensors"
+def test_a_disk_that_is_really_full(small_disk):
+    folder = small_disk("1m")
+    path = folder / "weights.safetensors"
     with replacing_file(path) as temporary:
         save_file({"weight": torch.ones(1000)}, temporary)
     before = path.read_bytes()
     with pytest.raises(UserError, match="the disk is full"), replacing_file(path) as temporary:
         save_file({"weight": torch.ones(1_000_000)}, temporary)
-    with pytest.raises(UserError, match="the disk is full"), creating_folder(tiny_disk / "step") as temporary:
+    with pytest.raises(UserError, match="the disk is full"), creating_folder(folder / "step") as temporary:
         (temporary / "big").write_bytes(b"x" * 2_000_000)
     assert path.read_bytes() == before
-    assert names(tiny_disk) == ["weights.safetensors"]
+    assert names(folder) == ["weights.safetensors"]

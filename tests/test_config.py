@@ -72,6 +72,7 @@ WRONG = {
     "subject.prompts=[]": "subject.prompts: ",
     'prior.prompt="a {identifier} {class}"': "only {class} may stand in the prior prompt",
     'sample.prompts=["a {animal}"]': "sample.prompts: {animal} is unknown; use {identifier} and {class}",
+    "sample.prompts=[]": "sample.prompts: ",
     'sample.prompts=["a {class"]': "expected '}'",
     "optimizer.name=lion": "optimizer.name: should be 'bnb-adam8' or 'adamw' (is 'lion')",
     "attention=flash": "attention: should be 'auto', 'sdpa' or 'xformers' (is 'flash')",

@@ -1,4 +1,5 @@
 import gc
+import subprocess
 
 import pytest
 import torch
@@ -118,3 +119,26 @@ def test_a_full_gpu_is_said_in_one_line(make_config, monkeypatch):
     with pytest.raises(DoesNotFit, match=r"Tried to allocate 2.00 GiB.*finished work is kept") as caught:
         run_dreambooth(make_config(prior={"enabled": False}))
     assert caught.value.exit_code == 3
+
+
+def test_a_disk_that_fills_up_leaves_the_last_good_checkpoint(make_config, small_disk):
+    """The disk has room for one checkpoint and a half; freeing some lets the run go on to the end it would have had."""
+    straight = unet_of(run_dreambooth(make_config()))
+    disk = small_disk("10m")
+    config = make_config(output={"dir": str(disk)})
+    with pytest.raises(UserError, match=r"step-000004: the disk is full .*last good checkpoint is .*step-000002"):
+        run_dreambooth(config)
+    assert sorted(path.name for path in (disk / "test" / "checkpoints").iterdir()) == ["step-000002"]
+    subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
+    resumed = unet_of(run_dreambooth(config))
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in straight.items())
+
+
+def test_a_run_killed_before_its_last_pictures_only_draws_them(make_config):
+    run = run_dreambooth(make_config())
+    grid = run.sample_grid(4).read_bytes()
+    before = {path: path.stat().st_mtime_ns for path in run.model.rglob("*")}
+    run.sample_grid(4).unlink()
+    run_dreambooth(make_config())
+    assert run.sample_grid(4).read_bytes() == grid
+    assert {path: path.stat().st_mtime_ns for path in run.model.rglob("*")} == before

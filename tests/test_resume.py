@@ -130,7 +130,7 @@ def test_more_steps_go_on_and_keep_the_first_model(config_of):
     before = load_file(first.model / "unet" / "diffusion_pytorch_model.safetensors")
     longer = config_of("longer", "adamw", schedule="constant", warmup=0, steps=6)
     run = run_dreambooth(longer)
-    kept = load_file(run.folder / "model-step-000004" / "unet" / "diffusion_pytorch_model.safetensors")
+    kept = load_file(run.folder / "model-before-step-000006" / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(tensor, kept[name]) for name, tensor in before.items())
     after = load_file(run.model / "unet" / "diffusion_pytorch_model.safetensors")
     assert not all(torch.equal(tensor, after[name]) for name, tensor in before.items())

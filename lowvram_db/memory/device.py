@@ -22,6 +22,12 @@ def compute_dtype(compute: str, device: torch.device) -> torch.dtype:
     return DTYPES[compute]
 
 
+def reset_peak(device: torch.device) -> None:
+    """Let peak_bytes count from here on a GPU; a process's own peak cannot be taken back."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_bytes(device: torch.device) -> int:
     """Peak memory so far: what the allocator gave out on a GPU, the whole process on a CPU. Bytes."""
     if device.type == "cuda":
