@@ -13,7 +13,7 @@ from lowvram_db.cache.precompute import Cached, precompute, release_memory
 from lowvram_db.cache.store import Store
 from lowvram_db.concept import Concept, describe, subject_photos
 from lowvram_db.config import Config
-from lowvram_db.errors import DoesNotFit, Interrupted
+from lowvram_db.errors import DoesNotFit, Interrupted, UserError
 from lowvram_db.families import open_model
 from lowvram_db.families.base import Family
 from lowvram_db.memory.device import DTYPES, compute_dtype, peak_bytes, pick_device, reset_peak
@@ -51,7 +51,7 @@ def _run(config: Config, resume: str) -> Run:
     with run.locked():
         start = run.choose_checkpoint(resume)
         if start is not None:
-            check_resumable(checkpoint.read_state(start).config, config, start)
+            _check_start(config, start)
         family = open_model(config.model.name, config.model.revision)
         family.check_prompts([config.fill(prompt) for prompt in [*config.subject.prompts, *config.sample.prompts]])
         family.check_prompts([config.fill(config.prior.prompt)])
@@ -66,6 +66,13 @@ def _run(config: Config, resume: str) -> Run:
         release_memory()
         _sample_result(config, run, device, dtype)
     return run
+
+
+def _check_start(config: Config, start: Path) -> None:
+    state = checkpoint.read_state(start)
+    check_resumable(state.config, config, start)
+    if state.step > config.train.steps:
+        raise UserError(f"train.steps: is {config.train.steps}, but {start} has been trained for {state.step} already")
 
 
 def _finished(config: Config, start: Path | None, run: Run) -> bool:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from lowvram_db.dreambooth import run_dreambooth
-from lowvram_db.errors import Interrupted
+from lowvram_db.errors import Interrupted, UserError
 from lowvram_db.run import Run
 
 OPTIMIZERS = ["adamw", "bnb-adam8"]
@@ -129,13 +129,21 @@ def test_more_steps_go_on_and_keep_the_first_model(config_of):
     first = run_dreambooth(config)
     before = load_file(first.model / "unet" / "diffusion_pytorch_model.safetensors")
     longer = config_of("longer", "adamw", schedule="constant", warmup=0, steps=6)
+    longer = longer.model_copy(update={"sample": longer.sample.model_copy(update={"every": 1})})
     run = run_dreambooth(longer)
+    assert run.sample_grid(5).exists(), "pictures on the way may be asked for later"
     kept = load_file(run.folder / "model-before-step-000006" / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(tensor, kept[name]) for name, tensor in before.items())
     after = load_file(run.model / "unet" / "diffusion_pytorch_model.safetensors")
     assert not all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert run.sample_grid(4).exists()
     assert run.sample_grid(6).exists()
+
+
+def test_fewer_steps_than_were_trained_are_refused(config_of):
+    run_dreambooth(config_of("short", "adamw", steps=4))
+    with pytest.raises(UserError, match=r"train\.steps: is 3, but .*step-000004 has been trained for 4 already"):
+        run_dreambooth(config_of("short", "adamw", steps=3))
 
 
 def test_a_checkpoint_of_another_run_starts_a_branch(config_of):

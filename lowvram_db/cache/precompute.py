@@ -20,7 +20,8 @@ class Cached:
 
     moments: dict[Path, Moments]  # float32 [C, h, w] each
     conditioning: dict[str, Tensor]  # float32 [tokens, width] each
-    keys: list[str]  # of all entries, in order: the identity of the training data
+    latent_keys: dict[Path, str]  # what identifies the content of each photo
+    text_keys: dict[str, str]  # and of each prompt
 
 
 def precompute(
@@ -38,13 +39,13 @@ def precompute(
     """
     conditioning, text_keys = _encode_prompts(family, prompts, store, device)
     moments, latent_keys = _encode_photos(family, photos, resolution, store, device)
-    return Cached(moments, conditioning, latent_keys + text_keys)
+    return Cached(moments, conditioning, latent_keys, text_keys)
 
 
 @torch.no_grad()
 def _encode_prompts(
     family: Family, prompts: list[str], store: Store, device: torch.device
-) -> tuple[dict[str, Tensor], list[str]]:
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     digest = files_digest(family.text_files)
     keys = {prompt: text_key(prompt, digest) for prompt in prompts}
     missing = [prompt for prompt, key in keys.items() if store.get(key) is None]
@@ -54,16 +55,16 @@ def _encode_prompts(
             store.put(keys[prompt], {"conditioning": family.encode_prompts(text_encoder, [prompt])[0]})
         del text_encoder
         release_memory()
-    return {prompt: _stored(store, key)["conditioning"] for prompt, key in keys.items()}, list(keys.values())
+    return {prompt: _stored(store, key)["conditioning"] for prompt, key in keys.items()}, keys
 
 
 @torch.no_grad()
 def _encode_photos(
     family: Family, photos: list[Path], resolution: int, store: Store, device: torch.device
-) -> tuple[dict[Path, Moments], list[str]]:
+) -> tuple[dict[Path, Moments], dict[Path, str]]:
     digest = files_digest(family.vae_files)
     moments: dict[Path, Moments] = {}
-    keys: list[str] = []
+    keys: dict[Path, str] = {}
     vae = None
     with Bar("encoding photos", total=len(photos), unit="photo") as bar:
         for photo in photos:
@@ -76,7 +77,7 @@ def _encode_photos(
                 store.put(key, {"mean": mean[0], "logvar": logvar[0]})
                 entry = _stored(store, key)
             moments[photo] = Moments(entry["mean"], entry["logvar"])
-            keys.append(key)
+            keys[photo] = key
             bar.advance()
     del vae
     release_memory()

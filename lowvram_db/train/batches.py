@@ -30,6 +30,12 @@ class Batches:
     size: int
     seed: int
 
+    @property
+    def identity(self) -> list[str]:
+        """What is trained on, by content, in order; conditioning that is not cached is left out."""
+        photos = [self.cached.latent_keys[photo] for photo in self.concept.photos]
+        return photos + [key for prompt in self.concept.prompts if (key := self.cached.text_keys.get(prompt))]
+
     def __getitem__(self, step: int) -> Batch:
         rows = [self._instance(step, row) for row in range(self.size)]
         if self.concept.class_photos:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lowvram_db.config import Config
 from lowvram_db.errors import Interrupted, UserError
-from lowvram_db.families.base import Family
+from lowvram_db.families.base import Family, Moments
 from lowvram_db.memory.attention import use_attention
 from lowvram_db.memory.device import compute_dtype, peak_bytes
 from lowvram_db.optim.choices import FirstStepCheck, build
@@ -80,7 +80,7 @@ class Trainer:
         posterior, noise, timesteps = (tensor.to(self.device) for tensor in draws)
         mean, logvar = (tensor.to(self.device) for tensor in batch.moments)
 
-        latents = objective.sample_posterior(objective.Moments(mean, logvar), posterior)
+        latents = objective.sample_posterior(Moments(mean, logvar), posterior)
         noisy = objective.add_noise(latents, noise, timesteps, schedule)
         with self.autocast():
             prediction = self.family.denoise(self.denoiser, noisy, timesteps, self.conditioning(batch.prompts))
@@ -101,14 +101,14 @@ class Trainer:
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint of the step just done into `folder`."""
-        state = checkpoint.State(self.step, self.config, self.batches.cached.keys, self.scaler.state_dict(), {})
+        state = checkpoint.State(self.step, self.config, self.batches.identity, self.scaler.state_dict(), {})
         checkpoint.save(folder, state, self.modules, self.optimizer)
 
     def restore(self, folder: Path) -> None:
         """Take up a checkpoint. Raises UserError where config or data are not the ones it was trained with."""
         state = checkpoint.read_state(folder)
         check_resumable(state.config, self.config, folder)
-        if state.data != self.batches.cached.keys:
+        if state.data != self.batches.identity:
             raise UserError(
                 f"{folder} was trained on other photos or another model than are there now; "
                 "bring them back, or start a new run with another output.name"

@@ -17,7 +17,12 @@ def make(photos, classes, size, prompts=("p",), seed=0):
     prior = [Path(f"c{number}") for number in range(classes)]
     moments = {path: Moments(torch.full((1, 1, 1), float(number)), torch.zeros(1, 1, 1))
                for number, path in enumerate(instance + prior)}  # fmt: skip
-    return Batches(Concept(instance, list(prompts), prior, "class"), Cached(moments, {}, []), size, seed)
+    return Batches(
+        Concept(instance, list(prompts), prior, "class"),
+        Cached(moments, {}, {path: path.name for path in moments}, {"class": "c"}),
+        size,
+        seed,
+    )
 
 
 @given(photos=st.integers(1, 6), classes=st.integers(0, 9), size=st.integers(1, 4), seed=st.integers(0, 99))
@@ -40,6 +45,10 @@ def test_rows_are_subject_first_then_class():
     assert batch.prompts == ["p", "p", "class", "class"]
     assert batch.instances == 2
     assert batch.moments.mean.shape == (4, 1, 1, 1)
+
+
+def test_identity_is_the_content_of_photos_and_prompts():
+    assert make(1, 2, 1).identity == ["i0", "c0", "c1", "c"]
 
 
 def test_a_step_is_the_same_whenever_it_is_asked_for():
