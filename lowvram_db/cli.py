@@ -32,15 +32,7 @@ class Precision(StrEnum):
     fp32 = "fp32"
 
 
-_debug = False
-
-
-def _set_debug(value: bool) -> None:
-    global _debug
-    _debug = value
-
-
-Debug = Annotated[bool, typer.Option("--debug", callback=_set_debug, help="Show the traceback of an error.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]  # read in _leave
 
 
 @app.command()
@@ -124,7 +116,7 @@ def main() -> None:
 
 
 def _leave(message: str, code: int, error: BaseException) -> None:
-    if _debug:
+    if "--debug" in sys.argv:
         raise error
     print(" ".join(message.split()), file=sys.stderr)
     sys.exit(code)

@@ -15,7 +15,6 @@ def lowvram_db(monkeypatch, capfd, tmp_path):
 
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["lowvram-db", *map(str, words)])
-        monkeypatch.setattr(cli, "_debug", False)
         with pytest.raises(SystemExit) as stopped:
             cli.main()
         out, err = capfd.readouterr()
@@ -96,7 +95,6 @@ def test_debug_shows_the_traceback(monkeypatch, toml):
     monkeypatch.setattr(sys, "argv", ["lowvram-db", "train", "none.toml", "--debug"])
     with pytest.raises(UserError):
         cli.main()
-    monkeypatch.setattr(cli, "_debug", False)
 
 
 def test_ctrl_c_is_130(lowvram_db, toml, monkeypatch):
