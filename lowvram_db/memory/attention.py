@@ -9,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from lowvram_db.errors import UserError
 
-_HEAD_WIDTHS = (40, 80, 160)  # of a Stable Diffusion 1.x UNet; kernels give up at odd ones
+_HEAD_WIDTHS = (40, 64, 80, 160)  # of Stable Diffusion 1.x and 2.x UNets; kernels give up at odd ones
 _TOLERANCE = 0.05  # relative; bf16 rounding alone stays under 0.01
 
 
