@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/installed
 .PHONY: demo test test-slow
 
 demo: $(INSTALLED)
-	$(BIN)/python -m lowvram_db.demo.miniature runs/miniature
+	$(BIN)/python -m lowvram_db.demo runs/miniature
 	OMP_NUM_THREADS=1 $(BIN)/lowvram-db train configs/demo.toml  # tiny tensors: a second thread only waits
 
 test: $(INSTALLED)

@@ -3,10 +3,7 @@
 Exit codes: 0 done; 2 something the user can mend, 3 it does not fit (one line on stderr); 130 stopped by Ctrl-C.
 """
 
-import logging
-import os
 import sys
-import warnings
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +12,7 @@ import typer
 
 from lowvram_db.config import DEFAULT_IDENTIFIER, load
 from lowvram_db.errors import Interrupted, UserError
+from lowvram_db.quiet import hide_loading_bars, quiet_libraries
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -67,7 +65,7 @@ def train(
     settings = load(config, overrides)  # before the heavy imports: a typo is answered at once
     from lowvram_db.dreambooth import run_dreambooth
 
-    _hide_loading_bars()
+    hide_loading_bars()
     run = run_dreambooth(settings, resume)
     print(f"model: {run.model}")
     print(f"pictures: {run.sample_grid(settings.train.steps)}")
@@ -88,7 +86,7 @@ def sample(
     """Draw a labelled grid: prompts down, guidance scales and seeds across."""
     from lowvram_db.sampling import parse_scales, sample_model
 
-    _hide_loading_bars()
+    hide_loading_bars()
     sample_model(
         model,
         prompt,
@@ -104,7 +102,7 @@ def sample(
 
 def main() -> None:
     """Entry point of `lowvram-db`: run a command and turn the user's errors into one line and an exit code."""
-    _quiet_libraries()
+    quiet_libraries()
     try:
         app(standalone_mode=True)
     except UserError as error:
@@ -120,21 +118,3 @@ def _leave(message: str, code: int, error: BaseException) -> None:
         raise error
     print(" ".join(message.split()), file=sys.stderr)
     sys.exit(code)
-
-
-def _hide_loading_bars() -> None:
-    """Of parts read from the disk in a moment; a download keeps its bar."""
-    import diffusers
-    import transformers
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-
-
-def _quiet_libraries() -> None:
-    """Their start-up chatter (absent torchvision, optional kernels) would bury our own lines."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)

@@ -1,11 +1,9 @@
 """A Stable Diffusion pipeline in miniature with random weights, and photos to train it on.
 
 It has every part of a real one, from diffusers' and transformers' own classes, and knows nothing: it shows that a run
-works from end to end, not what DreamBooth can do. `python -m lowvram_db.demo.miniature FOLDER` writes FOLDER/model
-and FOLDER/photos.
+works from end to end, not what DreamBooth can do.
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -100,16 +98,3 @@ def write_photos(folder: Path, count: int = 5, side: int = 96) -> None:
         for stripe in (width // 3, width // 2, 2 * width // 3):
             draw.line((left + 4, top + stripe, left + width - 4, top + stripe), fill="crimson", width=3)
         photo.save(folder / f"{number:02d}.png")
-
-
-def main() -> None:
-    """Write model and photos where they are not there yet."""
-    folder = Path(sys.argv[1])
-    if not (folder / "model" / "model_index.json").exists():
-        write_pipeline(folder / "model")
-        write_photos(folder / "photos")
-    print(f"{folder}: a miniature Stable Diffusion with RANDOM weights, and photos to train it on")
-
-
-if __name__ == "__main__":
-    main()

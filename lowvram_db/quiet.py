@@ -1,0 +1,23 @@
+"""Keep the libraries' chatter from burying our own lines."""
+
+import logging
+import os
+import warnings
+
+
+def quiet_libraries() -> None:
+    """Before they are imported: absent torchvision, optional kernels of others, deprecations we cannot mend."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def hide_loading_bars() -> None:
+    """Of parts read from or written to the disk in a moment; a download keeps its bar. Imports the libraries."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
