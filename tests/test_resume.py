@@ -2,9 +2,10 @@
 
 import json
 import multiprocessing
-import os
 import random
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from lowvram_db.dreambooth import run_dreambooth
-from lowvram_db.errors import Interrupted, UserError
+from lowvram_db.errors import UserError
 from lowvram_db.run import Run
 
 OPTIMIZERS = ["adamw", "bnb-adam8"]
@@ -41,15 +42,6 @@ def config_of(make_config):
     return make
 
 
-def quietly(config):
-    """What a child process runs."""
-    torch.set_num_threads(1)
-    try:
-        run_dreambooth(config)
-    except Interrupted as stop:
-        raise SystemExit(stop.exit_code) from None
-
-
 def assert_same_result(straight, resumed):
     files = sorted(path.relative_to(straight.model) for path in straight.model.rglob("*.safetensors"))
     files_of_state = [straight.checkpoint(STEPS) / name for name in ("unet.safetensors", "optimizer.safetensors")]
@@ -76,12 +68,12 @@ def test_kill_9_anywhere(config_of, processes, optimizer):
     killed, chance, patience = Run.of(config), random.Random(1), 1.0
     stages = set()
     while True:
-        process = processes.Process(target=quietly, args=(config,))
+        process = processes.Process(target=run_dreambooth, args=(config,))
         process.start()
         process.join(patience * chance.uniform(0.3, 2.5))
         if process.exitcode == 0:
             break
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.join()
         latest = killed.latest_checkpoint()
         stage = latest.name if latest else "before the first checkpoint"
@@ -96,31 +88,35 @@ def test_kill_9_in_the_middle_of_saving(config_of, processes):
     straight = run_dreambooth(config_of("straight", "adamw"))
     config = config_of("killed", "adamw")
     killed = Run.of(config)
-    process = processes.Process(target=quietly, args=(config,))
+    process = processes.Process(target=run_dreambooth, args=(config,))
     process.start()
     while not (killed.latest_checkpoint() and list(killed.checkpoints.glob(".step-*.partial-*"))):
         assert process.is_alive()
         time.sleep(0.0005)
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.join()
     assert_same_result(straight, run_dreambooth(config))
     assert not list(killed.checkpoints.glob(".*"))
 
 
-def test_ctrl_c_saves_and_goes_on_exactly(config_of, processes):
+def test_ctrl_c_saves_says_where_and_goes_on_exactly(config_of, tmp_path):
+    """The real command, in a process of its own, as a terminal would interrupt it."""
     straight = run_dreambooth(config_of("straight", "adamw"))
     config = config_of("stopped", "adamw")
     config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"every": 0})})
-    stopped = Run.of(config)
-    process = processes.Process(target=quietly, args=(config,))
-    process.start()
-    while not (stopped.metrics.exists() and stopped.metrics.read_text()):
-        time.sleep(0.005)
-        assert process.is_alive()
-    os.kill(process.pid, signal.SIGINT)
-    process.join()
-    assert process.exitcode == 130
-    assert stopped.latest_checkpoint()
+    stopped, toml = Run.of(config), tmp_path / "stopped.toml"
+    config.save(toml)
+    command = [sys.executable, "-c", "from lowvram_db.cli import main; main()", "train", str(toml)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while not (stopped.metrics.exists() and stopped.metrics.read_text()):
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.send_signal(signal.SIGINT)
+        message = process.communicate()[1].splitlines()[-1]
+    assert process.returncode == 130
+    saved = stopped.latest_checkpoint()
+    assert message.endswith(f"saved {saved}; the same command goes on from there")
+    assert "Traceback" not in message
     assert_same_result(straight, run_dreambooth(config))
 
 
@@ -161,11 +157,11 @@ def test_the_text_encoder_resumes_too(config_of, processes):
     straight = run_dreambooth(config_of("straight", "bnb-adam8", text_encoder=True))
     config = config_of("killed", "bnb-adam8", text_encoder=True)
     killed = Run.of(config)
-    process = processes.Process(target=quietly, args=(config,))
+    process = processes.Process(target=run_dreambooth, args=(config,))
     process.start()
     while not killed.latest_checkpoint():
         time.sleep(0.005)
         assert process.is_alive()
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.join()
     assert_same_result(straight, run_dreambooth(config))
