@@ -9,9 +9,10 @@ INSTALLED := $(VENV)/installed
 
 .PHONY: demo test test-slow
 
+# One thread: on tensors as tiny as the miniature's a second one only waits.
 demo: $(INSTALLED)
 	$(BIN)/python -m lowvram_db.demo runs/miniature
-	OMP_NUM_THREADS=1 $(BIN)/lowvram-db train configs/demo.toml  # tiny tensors: a second thread only waits
+	OMP_NUM_THREADS=1 $(BIN)/lowvram-db train configs/demo.toml
 
 test: $(INSTALLED)
 	$(BIN)/ruff check .

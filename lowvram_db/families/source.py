@@ -81,4 +81,6 @@ def weight_files(folder: Path, part: str) -> list[Path]:
         files = sorted(file for file in (folder / part).glob(pattern) if ".fp16." not in file.name)
         if files:
             return files
-    raise UserError(f"{folder / part}: no weights (*.safetensors) there; the model folder is not complete")
+    raise UserError(
+        f"{folder / part}: no weights there (*.safetensors, other than *.fp16.*); the model folder is not complete"
+    )

@@ -86,6 +86,26 @@ def test_saved_model_loads_in_diffusers_with_the_trained_part(family, tmp_path):
     assert half.unet.dtype == half.vae.dtype == torch.float16
 
 
+def test_the_hubs_layout_without_its_safety_checker(copy, tmp_path):
+    """Stable Diffusion 1.x on the hub names a safety checker and PNDM; neither is downloaded or needed."""
+    edit(
+        copy / "model_index.json",
+        safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
+        feature_extractor=["transformers", "CLIPImageProcessor"],
+        requires_safety_checker=True,
+        scheduler=["diffusers", "PNDMScheduler"],
+    )
+    edit(copy / "scheduler" / "scheduler_config.json", _class_name="PNDMScheduler", skip_prk_steps=True)
+    family = open_model(str(copy))
+    family.save(tmp_path / "saved", torch.float32, unet=family.load_denoiser())
+    for folder in (copy, tmp_path / "saved"):
+        pipeline = open_model(str(folder)).pipeline()
+        assert pipeline("a ball", num_inference_steps=2, height=64, width=64).images[0].size == (64, 64)
+    saved = StableDiffusionPipeline.from_pretrained(tmp_path / "saved")
+    assert saved.safety_checker is None
+    assert type(saved.scheduler).__name__ == "PNDMScheduler", "the model keeps its own scheduler"
+
+
 def test_a_prompt_that_would_be_cut_is_refused(family):
     family.check_prompts(["x" * 75])
     with pytest.raises(UserError, match="78 tokens, the model reads 77"):

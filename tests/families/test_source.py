@@ -55,8 +55,10 @@ def test_safetensors_come_before_pickles(tmp_path):
     (tmp_path / "unet").mkdir()
     with pytest.raises(UserError, match="unet: no weights"):
         weight_files(tmp_path, "unet")
-    (tmp_path / "unet" / "model.bin").touch()
     (tmp_path / "unet" / "model.fp16.safetensors").touch()
+    with pytest.raises(UserError, match=r"unet: no weights there .*other than \*\.fp16"):
+        weight_files(tmp_path, "unet")
+    (tmp_path / "unet" / "model.bin").touch()
     assert [file.name for file in weight_files(tmp_path, "unet")] == ["model.bin"]
     (tmp_path / "unet" / "model.safetensors").touch()
     assert [file.name for file in weight_files(tmp_path, "unet")] == ["model.safetensors"]
