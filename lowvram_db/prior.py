@@ -1,6 +1,7 @@
 """Class images: the base model's own pictures of the class, made where they are missing."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lowvram_db.photos import list_photos, load_photo
 from lowvram_db.progress import Bar
 
 _RECIPE = "class_images.json"
+_GENERATED = re.compile(r"class-\d{5,}\.png")
 
 
 def class_images(config: Config, family: Family, folder: Path, device: torch.device, dtype: torch.dtype) -> list[Path]:
@@ -26,7 +28,7 @@ def class_images(config: Config, family: Family, folder: Path, device: torch.dev
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     _check_recipe(config, folder)
-    own = [photo for photo in list_photos(folder) if not photo.name.startswith("class-")]
+    own = [photo for photo in list_photos(folder) if not _GENERATED.fullmatch(photo.name)]
     for photo in own:
         load_photo(photo)
     generated = [folder / f"class-{number:05d}.png" for number in range(max(0, config.prior.count - len(own)))]
@@ -52,7 +54,7 @@ def _recipe(config: Config) -> dict[str, Any]:
 def _check_recipe(config: Config, folder: Path) -> None:
     """Refuse to mix pictures of two recipes in one folder; write the recipe down for the next time."""
     path, recipe = folder / _RECIPE, _recipe(config)
-    if path.exists() and any(folder.glob("class-*.png")):
+    if path.exists() and any(_GENERATED.fullmatch(photo.name) for photo in list_photos(folder)):
         old = json.loads(path.read_text(encoding="utf-8"))
         changed = [f"{key} ({old.get(key)!r} -> {recipe[key]!r})" for key in recipe if old.get(key) != recipe[key]]
         if changed:

@@ -36,18 +36,20 @@ class Run:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the folder for one process. Raises UserError where another one has it or it cannot be made."""
+        lock = FileLock(self.folder / ".lock", timeout=0)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.folder / ".lock", timeout=0):
-                for place in (self.folder, self.checkpoints, self.samples):
-                    remove_leftovers(place)
-                yield
+            lock.acquire()
         except Timeout as error:
             raise UserError(f"{self.folder}: another process is training there; choose another output.name") from error
-        except (FileExistsError, NotADirectoryError, PermissionError) as error:
-            raise UserError(
-                f"{self.folder}: cannot be used as a folder ({error.strerror}); change output.dir"
-            ) from error
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be used as a folder ({error}); change output.dir") from error
+        try:
+            for place in (self.folder, self.checkpoints, self.samples):
+                remove_leftovers(place)
+            yield
+        finally:
+            lock.release()
 
     def sample_grid(self, step: int) -> Path:
         return self.samples / f"step-{step:06d}.png"

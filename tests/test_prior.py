@@ -76,10 +76,12 @@ def test_nothing_is_loaded_when_nothing_is_missing(make, family, monkeypatch):
 def test_own_pictures_count_first_and_stay(make, tmp_path):
     folder = tmp_path / "class"
     folder.mkdir()
-    Image.new("RGB", (30, 30), "green").save(folder / "mine.jpg")
+    for name in ("class-photo.jpg", "mine.jpg"):
+        Image.new("RGB", (30, 30), "green").save(folder / name)
     before = (folder / "mine.jpg").read_bytes()
     images = make()
-    assert [path.name for path in images] == ["mine.jpg", *(f"class-{number:05d}.png" for number in range(4))]
+    generated = [f"class-{number:05d}.png" for number in range(3)]
+    assert [path.name for path in images] == ["class-photo.jpg", "mine.jpg", *generated]
     assert (folder / "mine.jpg").read_bytes() == before
 
 

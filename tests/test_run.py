@@ -48,6 +48,13 @@ def test_one_process_at_a_time(run):
         pass
 
 
+def test_an_error_at_work_is_not_taken_for_one_of_the_folder(run):
+    with pytest.raises(PermissionError), run.locked():
+        raise PermissionError("of something else")
+    with run.locked():
+        pass
+
+
 def test_a_place_that_is_a_file_is_named(make_config, tmp_path):
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(UserError, match=r"runs/test: cannot be used as a folder"), Run.of(make_config()).locked():
