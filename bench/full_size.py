@@ -3,7 +3,7 @@
 Builds a pipeline of SD 1.5's true shape with random weights (4.3 GB on disk, once), then times the ordinary command
 line on it, from class images to the saved model, as a separate process.
 
-    python bench/full_size.py --steps 2 --resolution 256 --optimizer bnb-adam8
+    python bench/full_size.py --steps 2 --resolution 256 --optimizer adam8
 """
 
 import argparse
@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 from machine import add_row
 
+from lowvram_db.config import load
 from lowvram_db.demo.miniature import write_photos, write_pipeline
 
 SD15_UNET: dict[str, Any] = {
@@ -75,7 +76,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/sd15-random"))
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--resolution", type=int, default=256)
-    parser.add_argument("--optimizer", default="bnb-adam8")
+    parser.add_argument("--optimizer", default="adam8")
     parser.add_argument("--compute", default="bf16")
     options = parser.parse_args()
     config = prepare(options.folder)
@@ -100,6 +101,7 @@ def main() -> None:
             "batch": "1 + 1 prior",
             "optimizer": options.optimizer,
             "compute": options.compute,
+            "weights": load(run / "config.toml").weights,
             "weights_million": log.split("training ")[1].split(" M ")[0],
             "peak_training_gib": f"{steps[-1]['peak_bytes'] / 2**30:.2f}",
             "peak_command_gib": f"{peak / 2**30:.2f}",

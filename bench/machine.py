@@ -4,6 +4,7 @@ import csv
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def machine() -> str:
     return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, no GPU"
 
 
-def add_row(name: str, row: dict[str, object]) -> Path:
+def add_row(name: str, row: Mapping[str, object]) -> Path:
     """Append a row, stamped, to bench/results/NAME.csv; the columns of an existing file must be the same."""
     path = RESULTS / f"{name}.csv"
     stamped = {**stamp(), **row}

@@ -1,17 +1,24 @@
-"""Addressed randomness: Philox 4x32-10 as plain tensor arithmetic.
+"""Addressed randomness and rounding by explicit bits, in PyTorch and in Triton.
 
 A random number here is a function of where it is used -- (seed, step, sample, stream, element) -- and never of
 how often somebody drew before. Resuming a run, changing the batch order or dropping a feature therefore leaves
 every other draw as it was. The arithmetic is the one `tl.philox` and `tl.randn` do in Triton, so that a kernel can
 redraw the same numbers from the same address.
 
-Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC'11.
+Rounding to a shorter float adds to the bits that will be cut: half of the last kept place, or random bits. Both are
+integer arithmetic on the float's pattern, exact on every device, where a cast may truncate or round as it likes.
+
+Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC'11 (Philox 4x32-10).
 """
+
+from __future__ import annotations
 
 import math
 
 import torch
 from torch import Tensor
+
+from .launch import jit, tl
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
@@ -63,3 +70,110 @@ def permutation(length: int, seed: int, *, step: int, stream: int) -> list[int]:
     """The numbers 0..length-1 in the random order that belongs to one address."""
     words = philox(seed, torch.arange(length, dtype=torch.int64), step, 0, stream)[0]
     return torch.argsort(words, stable=True).tolist()
+
+
+def lanes(groups: Tensor, seed: int, *, step: int, sample: int, stream: int) -> Tensor:
+    """Sixteen random bits for each of the eight elements of every group: one Philox call serves eight.
+
+    groups: int64 [n], values in [0, 2^32). Returns int32 [n, 8], values in [0, 2^16).
+    """
+    words = torch.stack([word.int() for word in philox(seed, groups, step, sample, stream)], -1)
+    return words.view(torch.int16).int() & 0xFFFF  # the low half of a word comes first, as in memory
+
+
+def other_bits(random: Tensor) -> Tensor:
+    """Sixteen more bits from sixteen: a permutation of all values that leaves no simple relation between the two."""
+    return (random * 40503) & 0xFFFF
+
+
+def round_bf16(x: Tensor, random: Tensor | None = None) -> Tensor:
+    """float32 -> bf16: to nearest even, or up with the probability of the cut part, given int32 in [0, 2^16).
+
+    A NaN stays a NaN, an infinity may become one: callers keep both out.
+    """
+    pattern = x.view(torch.int32)
+    added = 0x7FFF + ((pattern >> 16) & 1) if random is None else random
+    return ((pattern + added) >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+def split_bf16(x: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 -> its nearest bf16 and what that leaves, int8, in units of 2^-8 of the bf16's last place.
+
+    Together they are the upper 24 bits of the float, rounded stochastically with the low 8 of the `random` bits.
+    """
+    upper = (x.view(torch.int32) + (random & 0xFF)) >> 8
+    nearest = (upper + 0x80) >> 8
+    return nearest.to(torch.int16).view(torch.bfloat16), (upper - (nearest << 8)).to(torch.int8)
+
+
+def join_bf16(nearest: Tensor, residual: Tensor) -> Tensor:
+    """The float32 that split_bf16 has kept."""
+    upper = (nearest.view(torch.int16).int() << 8) + residual.int()
+    return (upper << 8).view(torch.float32)
+
+
+def round_fp16(x: Tensor, random: Tensor) -> Tensor:
+    """float32 -> fp16, up with the probability of the cut part, given int32 in [0, 2^16).
+
+    Below 2^-14 fp16 has fixed places of 2^-24: there the part to cut is found by arithmetic.
+    """
+    normal = ((x.view(torch.int32) + (random & 0x1FFF)) & ~0x1FFF).view(torch.float32)
+    places = torch.floor(x.abs() * 2.0**24 + (random & 0x1FFF) * 2.0**-13)
+    small = torch.copysign(places * 2.0**-24, x)
+    return torch.where(x.abs() < 2.0**-14, small, normal).half()
+
+
+@jit
+def lanes_kernel(groups, seed, step, sample, stream):  # type: ignore[no-untyped-def]
+    """As lanes: int [rows, n] -> int32 [rows, 8 n]."""
+    w0, w1, w2, w3 = tl.philox(seed, groups.to(tl.uint32), step, sample, stream)
+    # A join adds the fastest place: eight lanes become three binary places, the first join the slowest.
+    even = tl.join(tl.join(w0 & 0xFFFF, w2 & 0xFFFF), tl.join(w1 & 0xFFFF, w3 & 0xFFFF))
+    odd = tl.join(tl.join(w0 >> 16, w2 >> 16), tl.join(w1 >> 16, w3 >> 16))
+    return tl.reshape(tl.join(even, odd), (groups.shape[0], 8 * groups.shape[1])).to(tl.int32)
+
+
+@jit
+def other_bits_kernel(random):  # type: ignore[no-untyped-def]
+    return (random * 40503) & 0xFFFF
+
+
+@jit
+def as_bits(x):  # type: ignore[no-untyped-def]
+    return x.to(tl.int32, bitcast=True)
+
+
+@jit
+def as_float(pattern):  # type: ignore[no-untyped-def]
+    return pattern.to(tl.float32, bitcast=True)
+
+
+@jit
+def round_bf16_kernel(x, random):  # type: ignore[no-untyped-def]
+    """As round_bf16 with random bits; returns the pattern, int16."""
+    return ((as_bits(x) + random) >> 16).to(tl.int16)
+
+
+@jit
+def split_bf16_kernel(x, random):  # type: ignore[no-untyped-def]
+    """As split_bf16; returns the bf16's pattern, int16, and the int8 residual."""
+    upper = (as_bits(x) + (random & 0xFF)) >> 8
+    nearest = (upper + 0x80) >> 8
+    return nearest.to(tl.int16), (upper - (nearest << 8)).to(tl.int8)
+
+
+@jit
+def join_bf16_kernel(pattern, residual):  # type: ignore[no-untyped-def]
+    return as_float(((pattern.to(tl.int32) << 8) + residual.to(tl.int32)) << 8)
+
+
+@jit
+def round_fp16_kernel(x, random):  # type: ignore[no-untyped-def]
+    """As round_fp16."""
+    normal = as_float((as_bits(x) + (random & 0x1FFF)) & ~0x1FFF)
+    magnitude = tl.abs(x)
+    small = (
+        tl.floor(magnitude * 16777216.0 + (random & 0x1FFF).to(tl.float32) * 0.0001220703125) * 5.9604644775390625e-08
+    )
+    small = tl.where(x < 0, -small, small)
+    return tl.where(magnitude < 6.103515625e-05, small, normal).to(tl.float16)

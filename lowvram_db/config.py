@@ -97,13 +97,18 @@ class TrainConfig(_Section):
 
 
 class PrecisionConfig(_Section):
-    compute: Literal["bf16", "fp16", "fp32"] = Field(
-        "bf16", description="bf16 | fp16 (autocast over fp32 weights) | fp32"
+    compute: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="bf16 | fp16 (for cards without bf16) | fp32")
+    weights: Literal["bf16", "bf16+residual", "fp16", "fp32"] | None = Field(
+        None,
+        description="bf16 | bf16+residual (8 more bits a weight) | fp16 | fp32 (compute under autocast); "
+        "default: as compute with adam8, fp32 with other optimizers",
     )
 
 
 class OptimizerConfig(_Section):
-    name: Literal["bnb-adam8", "adamw"] = Field("bnb-adam8", description="bnb-adam8 (8-bit state) | adamw (fp32 state)")
+    name: Literal["adam8", "bnb-adam8", "adamw"] = Field(
+        "adam8", description="adam8 (16 bits of state, steps inside backward) | bnb-adam8 (bitsandbytes) | adamw (fp32)"
+    )
     beta1: Fraction = Field(0.9, description="decay of the first moment")
     beta2: Fraction = Field(0.999, description="decay of the second moment")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
@@ -141,6 +146,7 @@ class Config(_Section):
     """One DreamBooth run. Relative paths start from the current folder."""
 
     attention: Literal["auto", "sdpa", "xformers"] = Field("auto", description="auto | sdpa | xformers")
+    kernels: Literal["auto", "triton", "torch"] = Field("auto", description="auto | triton | torch (plain operations)")
     model: ModelConfig
     subject: SubjectConfig
     prior: PriorConfig = PriorConfig()
@@ -151,6 +157,12 @@ class Config(_Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     output: OutputConfig = OutputConfig()
 
+    @property
+    def weights(self) -> Literal["bf16", "bf16+residual", "fp16", "fp32"]:
+        """How the weights are stored in training."""
+        default = self.precision.compute if self.optimizer.name == "adam8" else "fp32"
+        return self.precision.weights or default
+
     def fill(self, template: str) -> str:
         """A prompt template with this subject's identifier and class noun in it."""
         return template.format_map({"identifier": self.subject.identifier, "class": self.subject.class_noun})
@@ -159,6 +171,22 @@ class Config(_Section):
         """Write the resolved settings as TOML, whole or not at all."""
         with replacing_file(path) as temporary:
             temporary.write_text(tomli_w.dumps(self.model_dump(exclude_none=True)), encoding="utf-8")
+
+    @model_validator(mode="after")
+    def _weights_can_be_stepped(self) -> "Config":
+        if self.weights == "fp32":
+            return self
+        if self.optimizer.name != "adam8":
+            raise ValueError(
+                f'precision.weights: {self.weights} weights need optimizer.name = "adam8"; '
+                f"{self.optimizer.name} would lose most updates in rounding"
+            )
+        if not self.weights.startswith(self.precision.compute):
+            raise ValueError(
+                f"precision.weights: {self.weights} weights compute in that precision, "
+                f"precision.compute is {self.precision.compute}; make them the same"
+            )
+        return self
 
     @model_validator(mode="after")
     def _templates_can_be_filled(self) -> "Config":

@@ -130,6 +130,7 @@ def _save_model(trainer: Trainer, run: Run, began_at: int) -> None:
         if began_at == trainer.step:
             return  # it is this step's own: only its pictures are missing
         run.model.rename(run.folder / f"model-before-step-{trainer.step:06d}")
+    trainer.finish()
     with creating_folder(run.model) as temporary:
         trainer.family.save(temporary, DTYPES[trainer.config.output.dtype], **trainer.modules)
 
@@ -139,12 +140,12 @@ def _sample_trainer(trainer: Trainer, path: Path) -> None:
     parts: dict[str, Any] = dict(trainer.modules)
     if trainer.text_encoder is None:
         parts |= {"text_encoder": None, "tokenizer": None}
-    pipeline = trainer.family.pipeline(**parts).to(trainer.device)
+    pipeline = trainer.family.pipeline(trainer.weights, **parts).to(trainer.device)
 
     def inputs(prompt: str) -> dict[str, Any]:
         if trainer.text_encoder is not None:
             return {"prompt": prompt}
-        embeds, negative = trainer.conditioning([prompt]), trainer.conditioning([_NO_PROMPT])
+        embeds, negative = (trainer.conditioning([text]).to(trainer.weights) for text in (prompt, _NO_PROMPT))
         return {"prompt_embeds": embeds, "negative_prompt_embeds": negative}
 
     with trainer.autocast():

@@ -11,8 +11,8 @@ from lowvram_db.config import Config, differences
 from lowvram_db.errors import UserError
 
 # Settings that do not change what has been trained so far; keys, or sections ending in a dot.
-MAY_CHANGE = ("train.steps", "sample.", "checkpoint.", "output.", "attention", "train.gradient_checkpointing",
-              "prior.batch")  # fmt: skip
+MAY_CHANGE = ("train.steps", "sample.", "checkpoint.", "output.", "attention", "kernels",
+              "train.gradient_checkpointing", "prior.batch")  # fmt: skip
 
 
 class Run:

@@ -1,4 +1,5 @@
 import contextlib
+import re
 import tomllib
 
 import pytest
@@ -74,7 +75,9 @@ WRONG = {
     'sample.prompts=["a {animal}"]': "sample.prompts: {animal} is unknown; use {identifier} and {class}",
     "sample.prompts=[]": "sample.prompts: ",
     'sample.prompts=["a {class"]': "expected '}'",
-    "optimizer.name=lion": "optimizer.name: should be 'bnb-adam8' or 'adamw' (is 'lion')",
+    "optimizer.name=lion": "optimizer.name: should be 'adam8', 'bnb-adam8' or 'adamw' (is 'lion')",
+    "kernels=cuda": "kernels: should be 'auto', 'triton' or 'torch' (is 'cuda')",
+    "precision.weights=bf15": "precision.weights: should be 'bf16', ",
     "attention=flash": "attention: should be 'auto', 'sdpa' or 'xformers' (is 'flash')",
     'output.name="../elsewhere"': "output.name: ",
     "train.steps": "write it as key=value",
@@ -134,3 +137,35 @@ def test_the_shipped_configs_load(request):
     for path in paths:
         assert isinstance(load(path), Config)
         assert tomllib.loads(path.read_text())["subject"]["class"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "weights"),
+    [
+        ([], "bf16"),
+        (["precision.compute=fp16"], "fp16"),
+        (["precision.compute=fp32"], "fp32"),
+        (["optimizer.name=bnb-adam8"], "fp32"),
+        (["optimizer.name=adamw", "precision.compute=fp16"], "fp32"),
+        (["precision.weights=bf16+residual"], "bf16+residual"),
+        (["precision.weights=fp32"], "fp32"),
+    ],
+)
+def test_weights_are_stored_as_optimizer_and_arithmetic_allow(toml, changes, weights):
+    assert load(toml, changes).weights == weights
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["precision.weights=bf16", "optimizer.name=bnb-adam8"], 'bf16 weights need optimizer.name = "adam8"'),
+        (["precision.weights=fp16"], "fp16 weights compute in that precision, precision.compute is bf16"),
+        (
+            ["precision.weights=bf16+residual", "precision.compute=fp32"],
+            "precision.compute is fp32; make them the same",
+        ),
+    ],
+)
+def test_weights_that_could_not_be_stepped_are_refused(toml, changes, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        load(toml, changes)

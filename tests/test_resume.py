@@ -16,7 +16,7 @@ from lowvram_db.dreambooth import run_dreambooth
 from lowvram_db.errors import UserError
 from lowvram_db.run import Run
 
-OPTIMIZERS = ["adamw", "bnb-adam8"]
+OPTIMIZERS = ["adamw", "bnb-adam8", "adam8"]
 STEPS = 12
 
 

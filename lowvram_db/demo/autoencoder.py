@@ -87,6 +87,21 @@ def latent_std(vae: AutoencoderKL, pixels: Tensor) -> float:
 
 
 @torch.inference_mode()
+def soften_all(vae: AutoencoderKL, pictures: np.ndarray, path: Path) -> np.ndarray:
+    """What the autoencoder makes of every picture, uint8 (N, 64, 64, 3); kept at `path`."""
+    if not path.exists():
+        device, parts = vae.device.type, []
+        for start in range(0, len(pictures), 100):
+            pixels = to_pixels(pictures[start : start + 100], device)
+            with torch.autocast(device, torch.bfloat16):
+                output = vae.decode(vae.encode(pixels).latent_dist.mode()).sample.float()
+            parts.append(((output.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+        np.save(path, np.concatenate(parts))
+    kept: np.ndarray = np.load(path, mmap_mode="r")
+    return kept
+
+
+@torch.inference_mode()
 def encode_all(vae: AutoencoderKL, stream: np.ndarray, path: Path, device: str) -> Tensor:
     """Posterior moments of every picture, fp16 (N, 8, 16, 16): mean, then standard deviation; kept at `path`."""
     if path.exists():

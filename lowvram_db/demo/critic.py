@@ -3,7 +3,8 @@
 It judges the base model and every DreamBooth run on it. Heads: class noun, colour, setting; and a unit vector in
 which pictures of one individual lie close together, whatever their setting and pose. The vector is learned from pairs
 of pictures of thousands of looks (InfoNCE, van den Oord et al. 2018), with colour channels swapped at random, so that
-looks outside the world's colours have their place too.
+looks outside the world's colours have their place too. Half of these pictures have gone through the autoencoder: what
+a model draws is as soft as that, and an individual must not become another by being soft.
 """
 
 from __future__ import annotations
@@ -116,9 +117,16 @@ def _same_look_loss(first: Tensor, second: Tensor) -> Tensor:
 
 
 def train_critic(
-    stream: np.ndarray, looks: np.ndarray, held_out: np.ndarray, budget: Budget, folder: Path, device: str
+    stream: np.ndarray,
+    looks: np.ndarray,
+    soft: np.ndarray,
+    held_out: np.ndarray,
+    budget: Budget,
+    folder: Path,
+    device: str,
 ) -> Critic:
-    """Learns class, colour and setting on the stream, likeness on `looks` (VIEWS pictures in a row show one look)."""
+    """Learns class, colour and setting on the stream, likeness on `looks` (VIEWS pictures in a row show one look) and
+    `soft`, the same after the autoencoder."""
     torch.manual_seed(2)
     critic = Critic().to(device)
     labels = labels_of([training_scene(i) for i in range(len(stream))]).to(device)
@@ -130,7 +138,9 @@ def train_critic(
         chosen = np.sort(rng.integers(0, len(stream), budget.batch))
         who = rng.choice(len(looks) // VIEWS, budget.batch, replace=False) * VIEWS
         views = np.stack([rng.permutation(VIEWS)[:2] for _ in who], 1)
-        pairs = to_pixels(looks[np.concatenate([who + views[0], who + views[1]])], device)
+        places = np.concatenate([who + views[0], who + views[1]])
+        choice = rng.random((len(places), 1, 1, 1)) < 0.5
+        pairs = to_pixels(np.where(choice, looks[places], soft[places]), device)
         swapped = pairs[:, torch.from_numpy(rng.permutation(3)).to(device)]
         pixels = _roughen(torch.cat([to_pixels(stream[chosen], device), swapped]), rng)
         with torch.autocast(device, torch.bfloat16):

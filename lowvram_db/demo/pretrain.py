@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from lowvram_db.demo.autoencoder import encode_all, polish_decoder, train_vae
+from lowvram_db.demo.autoencoder import encode_all, polish_decoder, soften_all, train_vae
 from lowvram_db.demo.critic import train_critic
 from lowvram_db.demo.denoiser import train_base
 from lowvram_db.demo.export import export
@@ -28,7 +28,7 @@ VAE = Budget(steps=2_500, batch=16, lr=1e-3, decay=0.5, measure_steps=500)
 DECODER = Budget(steps=400, batch=16, lr=4e-4, warmup=20, decay=0.8, average=0.99, measure_steps=200)
 READER = Budget(steps=1_500, batch=64, lr=1e-3, warmup=100, measure_steps=500)
 CRITIC = Budget(steps=1_500, batch=24, lr=1e-3, decay=0.6, measure_steps=500)
-BASE = Budget(steps=6_000, batch=32, lr=8e-4, warmup=300, decay=0.5, measure_steps=1_000)
+BASE = Budget(steps=10_500, batch=32, lr=8e-4, warmup=300, decay=0.6, measure_steps=1_000)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,8 @@ def run(settings: Settings, out: Path, device: str, until: str = STAGES[-1]) -> 
         polish_decoder(vae, stream, held_out, settings.decoder, out)
     if last >= 3:
         looks = pictures("critic", settings.looks, out)
-        critic = train_critic(stream, looks, held_out, settings.critic, out, device)
+        soft = soften_all(vae, looks, out / "critic-soft.npy")
+        critic = train_critic(stream, looks, soft, held_out, settings.critic, out, device)
     if last >= 4:
         export(base, vae, critic, tokenizer, out / "export")
 

@@ -7,23 +7,50 @@ from torch import Tensor, nn
 
 from lowvram_db.config import OptimizerConfig
 from lowvram_db.errors import UserError
+from lowvram_db.kernels.launch import Choice
+from lowvram_db.optim.adam8 import Adam8, Weights
 
 _MIN_8_BIT_SIZE = 4096  # smaller tensors keep float32 state: their blocks are too few to matter and too small to trust
 
 
-def build(settings: OptimizerConfig, parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    """The optimizer of the settings over float32 parameters."""
-    parameters = list(parameters)
+def build(
+    settings: OptimizerConfig,
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    lr: float,
+    *,
+    weights: Weights = "fp32",
+    seed: int = 0,
+    kernels: Choice = "auto",
+    device: torch.device | None = None,
+) -> torch.optim.Optimizer:
+    """The optimizer of the settings over float32 parameters with their names.
+
+    weights, device, seed (of the rounding), kernels: for adam8, which brings the parameters there and stores them so.
+    """
+    named = list(parameters)
     betas = (settings.beta1, settings.beta2)
+    if settings.name == "adam8":
+        return Adam8(
+            named,
+            lr=lr,
+            betas=betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            weights=weights,
+            seed=seed,
+            kernels=kernels,
+            device=device,
+        )
+    plain = [parameter for _, parameter in named]
     if settings.name == "adamw":
         return torch.optim.AdamW(
-            parameters, lr=lr, betas=betas, eps=settings.eps, weight_decay=settings.weight_decay, foreach=False
+            plain, lr=lr, betas=betas, eps=settings.eps, weight_decay=settings.weight_decay, foreach=False
         )
     import bitsandbytes
 
     # Keywords only: bitsandbytes has removed positional parameters before, and what followed was bound wrongly.
     return bitsandbytes.optim.AdamW8bit(
-        params=parameters,
+        params=plain,
         lr=lr,
         betas=betas,
         eps=settings.eps,

@@ -71,7 +71,10 @@ def restore(folder: Path, state: State, modules: dict[str, nn.Module], optimizer
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: damaged ({error}); delete it to go on from an older one") from error
     current = optimizer.state_dict()
-    optimizer.load_state_dict({**current, "state": _unflatten(tensors, state.optimizer)})
+    try:
+        optimizer.load_state_dict({**current, "state": _unflatten(tensors, state.optimizer)})
+    except ValueError as error:
+        raise UserError(f"{folder}: {error}; start a new run with another output.name") from error
 
 
 def keep_last(folder: Path, count: int) -> None:

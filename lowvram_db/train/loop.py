@@ -11,10 +11,14 @@ from torch import Tensor, nn
 
 from lowvram_db.config import Config
 from lowvram_db.errors import Interrupted, UserError
-from lowvram_db.families.base import Family, Moments
+from lowvram_db.families.base import Family
+from lowvram_db.kernels.launch import runs_triton
+from lowvram_db.kernels.noise_loss import noise_loss, noisy_latents
 from lowvram_db.memory.attention import use_attention
 from lowvram_db.memory.device import compute_dtype, peak_bytes
+from lowvram_db.optim.adam8 import DTYPES, Adam8
 from lowvram_db.optim.choices import FirstStepCheck, build
+from lowvram_db.optim.loss_scale import LossScale
 from lowvram_db.optim.schedule import learning_rate
 from lowvram_db.progress import Bar
 from lowvram_db.run import Run, check_resumable
@@ -28,32 +32,61 @@ class Trainer:
     """The trained networks, their optimizer and the number of steps done."""
 
     def __init__(self, config: Config, family: Family, batches: Batches, device: torch.device):
-        """Load the denoiser (and the text encoder, if it is trained) onto the device with float32 weights."""
+        """Load the denoiser (and the text encoder, if it is trained) onto the device, weights as the config stores
+        them; with adam8, backward steps them from now on."""
         self.config, self.family, self.batches, self.device = config, family, batches, device
         self.dtype = compute_dtype(config.precision.compute, device)
+        self.weights = DTYPES[config.weights]
+        try:
+            self.triton = runs_triton(config.kernels, device)
+        except RuntimeError as error:
+            raise UserError(f'kernels: {error}; use kernels = "auto"') from error
+        self.table = objective.table(family.noise_schedule, config.train.min_snr_gamma).to(device)
         self.step = 0
-        self.denoiser = _trainable(family.load_denoiser(), device)
-        self.text_encoder: Any = None
-        if config.train.text_encoder:
-            self.text_encoder = _trainable(family.load_text_encoder(), device)
+        self.denoiser = _trainable(family.load_denoiser())
+        self.text_encoder = _trainable(family.load_text_encoder()) if config.train.text_encoder else None
+        if config.optimizer.name != "adam8":  # which brings each weight there by itself, in its final size
+            self._move_to_device()
         if config.train.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
             if self.text_encoder:
                 self.text_encoder.gradient_checkpointing_enable()
         self.attention = use_attention(self.denoiser, config.attention, device, self.dtype)
-        self.parameters = [parameter for module in self.modules.values() for parameter in module.parameters()]
-        self.optimizer = build(config.optimizer, self.parameters, config.train.lr)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        named = {f"{part}.{name}": p for part, module in self.modules.items() for name, p in module.named_parameters()}
+        self.parameters = list(named.values())
+        self.optimizer = build(
+            config.optimizer,
+            named.items(),
+            config.train.lr,
+            weights=config.weights,
+            seed=config.train.seed,
+            kernels="triton" if self.triton else "torch",
+            device=device,
+        )
+        self._move_to_device()
+        self.scaler = self._loss_scale()
+
+    def _move_to_device(self) -> None:
+        for module in self.modules.values():
+            module.to(self.device)
 
     @property
-    def modules(self) -> dict[str, nn.Module]:
+    def modules(self) -> dict[str, Any]:
         """The networks being trained, by their names in the model folder."""
         modules = {self.family.denoiser_part: self.denoiser}
         return modules | ({"text_encoder": self.text_encoder} if self.text_encoder else {})
 
+    def _loss_scale(self) -> LossScale | torch.amp.GradScaler:
+        if not isinstance(self.optimizer, Adam8):
+            return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.optimizer.attach()
+        return LossScale(self.optimizer, dynamic=self.dtype == torch.float16)
+
     def autocast(self) -> torch.autocast:
+        """For weights that are more precise than the arithmetic."""
         # A weight is used once a forward pass: keeping its half-precision copy until the end would only cost memory.
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False)
+        enabled = self.config.weights == "fp32" and self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype, enabled=enabled, cache_enabled=False)
 
     def train_step(self) -> objective.Loss:
         """One optimizer step on the batch that belongs to its number."""
@@ -63,7 +96,10 @@ class Trainer:
         loss = self.forward(self.batches[self.step])
         self.scaler.scale(loss.total).backward()
         self.scaler.step(self.optimizer)
-        self.scaler.update()
+        try:
+            self.scaler.update()
+        except FloatingPointError as error:
+            raise UserError(f"{error}; lower train.lr ({train.lr:g})") from error
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         if not math.isfinite(loss.total.item()):
@@ -75,19 +111,19 @@ class Trainer:
 
     def forward(self, batch: Batch) -> objective.Loss:
         """The loss of one batch, with the draws that belong to the step."""
-        train, schedule = self.config.train, self.family.noise_schedule
-        draws = objective.draw(tuple(batch.moments.mean.shape), len(schedule.alphas_cumprod), train.seed, self.step)
-        posterior, noise, timesteps = (tensor.to(self.device) for tensor in draws)
+        train = self.config.train
         mean, logvar = (tensor.to(self.device) for tensor in batch.moments)
+        timesteps = objective.timesteps(len(mean), len(self.table), train.seed, self.step).to(self.device)
+        address = torch.tensor([train.seed, self.step], device=self.device)
 
-        latents = objective.sample_posterior(Moments(mean, logvar), posterior)
-        noisy = objective.add_noise(latents, noise, timesteps, schedule)
+        noisy = noisy_latents(mean, logvar, timesteps, self.table, address, self.triton)
         with self.autocast():
-            prediction = self.family.denoise(self.denoiser, noisy, timesteps, self.conditioning(batch.prompts))
-        wanted = objective.target(latents, noise, timesteps, schedule)
-        gamma = train.min_snr_gamma
-        weights = None if gamma is None else objective.min_snr_weights(timesteps, schedule, gamma)
-        return objective.loss(prediction, wanted, weights, batch.instances, self.config.prior.weight)
+            prediction = self.family.denoise(
+                self.denoiser, noisy.to(self.weights), timesteps, self.conditioning(batch.prompts).to(self.weights)
+            )
+        weights = objective.row_weights(len(mean), batch.instances, self.config.prior.weight).to(self.device)
+        total, rows = noise_loss(prediction, mean, logvar, timesteps, self.table, address, weights, triton=self.triton)
+        return objective.split(total, rows, batch.instances)
 
     def conditioning(self, prompts: list[str]) -> Tensor:
         """[len(prompts), tokens, width]: from the cache, or from the text encoder while it is being trained."""
@@ -98,6 +134,11 @@ class Trainer:
     def learning_rate(self) -> float:
         train = self.config.train
         return learning_rate(self.step, schedule=train.schedule, lr=train.lr, warmup=train.warmup, steps=train.steps)
+
+    def finish(self) -> None:
+        """Bring the weights to float32, as exact as they are known. There is no training after that."""
+        if isinstance(self.optimizer, Adam8):
+            self.optimizer.finish()
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint of the step just done into `folder`."""
@@ -172,8 +213,8 @@ def save_checkpoint(trainer: Trainer, run: Run) -> None:
     checkpoint.keep_last(run.checkpoints, trainer.config.checkpoint.keep)
 
 
-def _trainable(module: nn.Module, device: torch.device) -> Any:
-    return module.to(device).requires_grad_().train()
+def _trainable(module: nn.Module) -> Any:
+    return module.requires_grad_().train()
 
 
 def _due(step: int, every: int) -> bool:

@@ -1,6 +1,7 @@
-"""The DreamBooth loss: noise prediction on the subject, plus lambda times noise prediction on the class.
+"""The DreamBooth objective: noise prediction on the subject, plus lambda times noise prediction on the class.
 
-Every draw is a function of (seed, step, sample, stream); `sample` numbers the rows of a step's batch.
+Everything that depends on the timestep stands in one table, which the kernels of kernels/noise_loss.py read. Every draw
+is a function of (seed, step, sample, stream); `sample` numbers the rows of a step's batch.
 Sources: Ho et al. 2020 (epsilon), Salimans & Ho 2022 (v), Ruiz et al. 2023 (prior preservation), Hang et al. 2023
 (min-SNR).
 """
@@ -11,66 +12,53 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lowvram_db.families.base import Moments, NoiseSchedule
-from lowvram_db.kernels import bits
+from lowvram_db.families.base import NoiseSchedule
+from lowvram_db.kernels import bits, noise_loss
 
 
 class Stream(IntEnum):
     """What a random draw is for; draws of different streams share no bits."""
 
-    POSTERIOR = 0
-    NOISE = 1
+    POSTERIOR = noise_loss.POSTERIOR
+    NOISE = noise_loss.NOISE
     TIMESTEP = 2
     INSTANCE_ORDER = 3
     CLASS_ORDER = 4
     PROMPT = 5
 
 
-class Draws(NamedTuple):
-    """The random part of one step."""
-
-    posterior: Tensor  # float32 [B, C, h, w], standard normal
-    noise: Tensor  # float32 [B, C, h, w], standard normal
-    timesteps: Tensor  # int64 [B]
-
-
-def draw(shape: tuple[int, ...], train_timesteps: int, seed: int, step: int) -> Draws:
-    """The draws of one step for latents of `shape` = (B, C, h, w), on the CPU."""
-    rows = range(shape[0])
-
-    def normal(stream: Stream) -> Tensor:
-        return torch.stack([bits.normal(shape[1:], seed, step=step, sample=row, stream=stream) for row in rows])
-
-    timesteps = [bits.integer(train_timesteps, seed, step=step, sample=row, stream=Stream.TIMESTEP) for row in rows]
-    return Draws(normal(Stream.POSTERIOR), normal(Stream.NOISE), torch.tensor(timesteps))
+def timesteps(rows: int, train_timesteps: int, seed: int, step: int) -> Tensor:
+    """Each row's timestep, int64 [rows], on the CPU."""
+    return torch.tensor(
+        [bits.integer(train_timesteps, seed, step=step, sample=row, stream=Stream.TIMESTEP) for row in range(rows)]
+    )
 
 
-def sample_posterior(moments: Moments, normal: Tensor) -> Tensor:
-    """Moments and standard normal noise, all [B, C, h, w] -> latents."""
-    return moments.mean + torch.exp(0.5 * moments.logvar) * normal
+def table(schedule: NoiseSchedule, min_snr_gamma: float | None = None) -> Tensor:
+    """For every timestep, float32 [T, 5]: a and b of noisy = a latents + b noise, c and d of target = c latents + d
+    noise, and the loss weight.
+
+    The target is the noise, or v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) latents. The weight is 1, or min(SNR,
+    gamma) / SNR for epsilon and min(SNR, gamma) / (SNR + 1) for v.
+    """
+    alpha_bar = schedule.alphas_cumprod
+    signal, spread = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    predicts_noise = schedule.prediction_type == "epsilon"
+    target = (torch.zeros_like(signal), torch.ones_like(signal)) if predicts_noise else (-spread, signal)
+    weight = torch.ones_like(signal)
+    if min_snr_gamma is not None:
+        snr = alpha_bar / (1 - alpha_bar)
+        # For epsilon the same as the formula above, and 1 where the SNR is zero.
+        weight = (min_snr_gamma / snr).clamp(max=1.0) if predicts_noise else snr.clamp(max=min_snr_gamma) / (snr + 1)
+    return torch.stack([signal, spread, *target, weight], 1)
 
 
-def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """sqrt(alpha_bar) x + sqrt(1 - alpha_bar) noise, row by row."""
-    signal, spread = _coefficients(timesteps, schedule)
-    return signal * latents + spread * noise
-
-
-def target(latents: Tensor, noise: Tensor, timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """What the denoiser should predict: the noise, or v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x."""
-    if schedule.prediction_type == "epsilon":
-        return noise
-    signal, spread = _coefficients(timesteps, schedule)
-    return signal * noise - spread * latents
-
-
-def min_snr_weights(timesteps: Tensor, schedule: NoiseSchedule, gamma: float) -> Tensor:
-    """Loss weight of each row, float32 [B]: min(SNR, gamma) / SNR for epsilon, min(SNR, gamma) / (SNR + 1) for v."""
-    alpha_bar = schedule.alphas_cumprod.to(timesteps.device)[timesteps]
-    snr = alpha_bar / (1 - alpha_bar)
-    if schedule.prediction_type == "epsilon":
-        return (gamma / snr).clamp(max=1.0)  # the same, and 1 where the SNR is zero
-    return snr.clamp(max=gamma) / (snr + 1)
+def row_weights(rows: int, instances: int, prior_weight: float) -> Tensor:
+    """What makes a sum over rows the mean over the subject's rows plus prior_weight times the mean over the class's."""
+    weights = torch.full((rows,), 1 / instances)
+    if rows > instances:
+        weights[instances:] = prior_weight / (rows - instances)
+    return weights
 
 
 class Loss(NamedTuple):
@@ -78,23 +66,10 @@ class Loss(NamedTuple):
 
     total: Tensor
     instance: Tensor
-    prior: Tensor  # zero where the batch has no class images
+    prior: Tensor  # without lambda; zero where the batch has no class images
 
 
-def loss(prediction: Tensor, wanted: Tensor, weights: Tensor | None, instances: int, prior_weight: float) -> Loss:
-    """mean over instance rows + prior_weight * mean over prior rows of each row's weighted mean squared error.
-
-    prediction, wanted: [B, C, h, w], the first `instances` rows of the subject and the rest of the class; computed in
-    float32. weights: float32 [B] or None.
-    """
-    per_row = (prediction.float() - wanted.float()).square().flatten(1).mean(1)
-    if weights is not None:
-        per_row = per_row * weights
-    instance = per_row[:instances].mean()
-    prior = per_row[instances:].mean() if len(per_row) > instances else torch.zeros_like(instance)
-    return Loss(instance + prior_weight * prior, instance, prior)
-
-
-def _coefficients(timesteps: Tensor, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
-    alpha_bar = schedule.alphas_cumprod.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)
-    return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+def split(total: Tensor, rows: Tensor, instances: int) -> Loss:
+    """The loss and its two terms, from the loss of every row [B], the first `instances` rows the subject's."""
+    prior = rows[instances:].mean() if len(rows) > instances else torch.zeros_like(total)
+    return Loss(total, rows[:instances].mean(), prior.detach())

@@ -2,6 +2,8 @@ import math
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -82,3 +84,119 @@ def test_integer_is_uniform():
 @given(length=st.integers(1, 200), step=WORD)
 def test_permutation_holds_everything_once(length, step):
     assert sorted(bits.permutation(length, 3, step=step, stream=4)) == list(range(length))
+
+
+def floats_near(exponent, count, seed=0):
+    """Random float32 of one binary exponent, both signs."""
+    generator = torch.Generator().manual_seed(seed)
+    fraction = 1 + torch.rand(count, generator=generator)
+    return fraction * 2.0**exponent * (torch.randint(0, 2, (count,), generator=generator) * 2 - 1)
+
+
+def random_lanes(count, **address):
+    return bits.lanes(torch.arange(-(-count // 8)), 1, **{"step": 0, "sample": 0, "stream": 0} | address).flatten()[
+        :count
+    ]
+
+
+def test_lanes_are_uniform_and_their_bits_independent():
+    lanes = random_lanes(2**20)
+    assert lanes.min() >= 0 and lanes.max() < 2**16
+    counts = torch.bincount(lanes >> 8, minlength=256)
+    assert ((counts - 4096.0) ** 2 / 4096).sum() < 350  # 1 in 10,000 for 255 degrees of freedom is 345; fixed draws
+    ones = torch.stack([(lanes >> bit) & 1 for bit in range(16)]).double()
+    correlation = torch.corrcoef(ones) - torch.eye(16)
+    assert correlation.abs().max() < 5 / 2**10
+    neighbours = torch.corrcoef(lanes.view(-1, 8).T.double()) - torch.eye(8)
+    assert neighbours.abs().max() < 5 / 2**8.5
+
+
+def test_other_bits_are_a_permutation_apart():
+    every = torch.arange(2**16, dtype=torch.int32)
+    other = bits.other_bits(every)
+    assert torch.equal(other.sort().values, every)
+    assert abs(torch.corrcoef(torch.stack([every, other]).double())[0, 1]) < 0.02
+
+
+@pytest.mark.parametrize("exponent", [-126, -100, -60, -30, -20, -15, -14, -10, -6, -5, -1, 0, 1, 7, 15, 60, 126])
+def test_stochastic_rounding_to_bf16_is_unbiased(exponent):
+    """10^6 draws: the mean error is within four standard deviations of zero, and no error reaches a place."""
+    x = floats_near(exponent, 10**6)
+    rounded = bits.round_bf16(x, random_lanes(10**6)).double()
+    place = 2.0 ** (exponent - 7)
+    error = (rounded - x.double()) / place
+    assert error.abs().max() < 1
+    assert abs(error.mean()) < 4 * error.std() / 1000
+    assert abs((error * x.sign()).mean()) < 4 * error.std() / 1000
+
+
+@pytest.mark.parametrize("exponent", [-26, -25, -24, -20, -15, -14, -13, -5, 0, 10, 15])
+def test_stochastic_rounding_to_fp16_is_unbiased(exponent):
+    x = floats_near(exponent, 10**6).clamp(-65000, 65000)
+    rounded = bits.round_fp16(x, random_lanes(10**6)).double()
+    place = 2.0 ** max(exponent - 10, -24)
+    error = (rounded - x.double()) / place
+    assert error.abs().max() < 1
+    assert abs(error.mean()) < 4 * error.std() / 1000
+    assert abs((error * x.sign()).mean()) < 4 * error.std() / 1000
+
+
+@pytest.mark.parametrize("exponent", [-100, -20, -6, 0, 60])
+def test_bf16_with_residual_holds_24_bits_without_bias(exponent):
+    x = floats_near(exponent, 10**6)
+    nearest, residual = bits.split_bf16(x, random_lanes(10**6))
+    error = (bits.join_bf16(nearest, residual).double() - x.double()) / 2.0 ** (exponent - 15)
+    assert error.abs().max() < 1
+    assert abs(error.mean()) < 4 * error.std() / 1000
+    assert ((nearest.double() - x.double()).abs() <= 2.0 ** (exponent - 8) * 1.01).all(), (
+        "the bf16 alone is the nearest"
+    )
+
+
+@given(st.floats(width=32, allow_nan=False, allow_infinity=False).filter(lambda x: abs(x) < 3e38))
+def test_rounding_to_nearest_is_pytorchs(x):
+    x = torch.tensor([x], dtype=torch.float32)
+    assert torch.equal(bits.round_bf16(x), x.bfloat16())
+
+
+@given(st.integers(-(2**15), 2**15 - 1), st.integers(0, 2**16 - 1))
+def test_what_fits_is_not_changed(pattern, random):
+    """A value that has its place is kept by every rounding, whatever the random bits."""
+    value = torch.tensor([pattern], dtype=torch.int16).view(torch.bfloat16)
+    random = torch.tensor([random], dtype=torch.int32)
+    if value.isfinite().item():
+        assert bits.round_bf16(value.float(), random).view(torch.int16).item() == pattern
+        assert torch.equal(bits.join_bf16(*bits.split_bf16(value.float(), random)), value.float())
+    half = torch.tensor([pattern], dtype=torch.int16).view(torch.float16)
+    if half.isfinite().item():
+        assert bits.round_fp16(half.float(), random).view(torch.int16).item() == pattern
+
+
+@triton.jit
+def _all_of_bits(x, lanes, other, nearest, residual, joined, half, COUNT: tl.constexpr):
+    groups = tl.arange(0, COUNT // 8)[None, :]
+    place = tl.arange(0, COUNT)[None, :]
+    random = bits.lanes_kernel(groups, 2**40 + 1, 7, 8, 9)
+    value = tl.load(x + place)
+    tl.store(lanes + place, random)
+    tl.store(other + place, bits.other_bits_kernel(random))
+    upper, rest = bits.split_bf16_kernel(value, random)
+    tl.store(nearest + place, upper)
+    tl.store(residual + place, rest)
+    tl.store(joined + place, bits.join_bf16_kernel(upper, rest))
+    tl.store(half + place, bits.round_fp16_kernel(value, random))
+
+
+def test_every_device_function_is_bit_equal_to_its_twin():
+    count = 1024
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.cat([floats_near(exponent, count // 16) for exponent in range(-26, 6, 2)]).to(device)
+    dtypes = (torch.int32, torch.int32, torch.int16, torch.int8, torch.float32, torch.float16)
+    got = [torch.empty(count, dtype=dtype, device=device) for dtype in dtypes]
+    _all_of_bits[(1,)](x, *got, COUNT=count)
+    random = bits.lanes(torch.arange(count // 8, device=device), 2**40 + 1, step=7, sample=8, stream=9).flatten()
+    nearest, residual = bits.split_bf16(x, random)
+    wanted = [random, bits.other_bits(random), nearest.view(torch.int16), residual]
+    wanted += [bits.join_bf16(nearest, residual), bits.round_fp16(x, random)]
+    for ours, twin in zip(got, wanted, strict=True):
+        assert torch.equal(ours, twin)

@@ -9,7 +9,7 @@ from lowvram_db.run import Run
 from lowvram_db.train import checkpoint
 from lowvram_db.train.loop import save_checkpoint
 
-OPTIMIZERS = ["adamw", "bnb-adam8"]
+OPTIMIZERS = ["adamw", "bnb-adam8", "adam8"]
 
 
 def same(trainer, other):

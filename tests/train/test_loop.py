@@ -9,11 +9,17 @@ from lowvram_db.concept import Concept
 from lowvram_db.demo.miniature import write_pipeline
 from lowvram_db.errors import UserError
 from lowvram_db.families.base import Moments
+from lowvram_db.kernels import bits
+from lowvram_db.kernels.noise_loss import noise_loss, noisy_latents
 from lowvram_db.optim.choices import build
 from lowvram_db.run import Run
 from lowvram_db.train import objective
 from lowvram_db.train.batches import Batches
 from lowvram_db.train.loop import train
+
+
+def draws(shape, step, stream):
+    return torch.stack([bits.normal(shape[1:], 0, step=step, sample=row, stream=stream) for row in range(shape[0])])
 
 
 def plain_losses(model, trainer, steps, lr):
@@ -24,7 +30,8 @@ def plain_losses(model, trainer, steps, lr):
     losses = []
     for step in range(steps):
         batch = trainer.batches[step]
-        posterior, noise, timesteps = objective.draw(tuple(batch.moments.mean.shape), 1000, 0, step)
+        posterior, noise = (draws(batch.moments.mean.shape, step, stream) for stream in (0, 1))
+        timesteps = objective.timesteps(len(noise), 1000, 0, step)
         latents = batch.moments.mean + batch.moments.logvar.mul(0.5).exp() * posterior
         text = torch.stack([trainer.batches.cached.conditioning[prompt] for prompt in batch.prompts])
         prediction = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, text).sample
@@ -71,20 +78,64 @@ def test_gradient_checkpointing_changes_memory_only(make_config, make_trainer):
     assert on == off
 
 
+@pytest.mark.parametrize("weights", [None, "fp32"])
 @pytest.mark.parametrize("compute", ["bf16", "fp16"])
 @pytest.mark.parametrize("checkpointing", [True, False])
-def test_autocast_stays_near_float32(make_config, make_trainer, compute, checkpointing):
+def test_half_precision_stays_near_float32(make_config, make_trainer, weights, compute, checkpointing):
     train = {"gradient_checkpointing": checkpointing}
     exact = losses_of(make_trainer, make_config(train=train))
-    mixed = losses_of(make_trainer, make_config(train=train, precision={"compute": compute}))
+    mixed = losses_of(make_trainer, make_config(train=train, precision={"compute": compute, "weights": weights}))
     assert mixed == pytest.approx(exact, rel=0.03)
     assert mixed != exact
 
 
 def test_weights_stay_float32_under_autocast(make_config, make_trainer):
-    trainer = make_trainer(make_config(precision={"compute": "bf16"}))
+    trainer = make_trainer(make_config(precision={"compute": "bf16"}, optimizer={"name": "adamw"}))
     trainer.train_step()
     assert {parameter.dtype for parameter in trainer.parameters} == {torch.float32}
+
+
+WEIGHTS = {"bf16": torch.bfloat16, "bf16+residual": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_adam8_stores_weights_as_it_is_told_and_leaves_no_gradient(make_config, make_trainer, weights):
+    compute = {"fp16": "fp16", "fp32": "fp32"}.get(weights, "bf16")
+    trainer = make_trainer(make_config(precision={"compute": compute, "weights": weights}))
+    assert {parameter.dtype for parameter in trainer.parameters} == {WEIGHTS[weights]}
+    trainer.scaler.scale(trainer.forward(trainer.batches[0]).total).backward()
+    assert all(parameter.grad is None for parameter in trainer.parameters), "every gradient is gone with its update"
+    trainer.finish()
+    assert {parameter.dtype for parameter in trainer.parameters} == {torch.float32}
+
+
+@pytest.mark.parametrize(("weights", "tolerance"), [("fp32", 0.01), ("bf16+residual", 0.03), ("bf16", 0.03)])
+def test_adam8_learns_as_adamw_does(make_config, make_trainer, weights, tolerance):
+    train = {"steps": 30, "lr": 1e-3, "gradient_checkpointing": False}
+    exact = losses_of(make_trainer, make_config(train=train, optimizer={"name": "adamw"}), steps=30)
+    precision = {"compute": "fp32" if weights == "fp32" else "bf16", "weights": weights}
+    ours = losses_of(make_trainer, make_config(train=train, precision=precision), steps=30)
+    assert ours == pytest.approx(exact, rel=tolerance)
+    assert min(exact[20:]) < 0.9 * exact[0], "nothing was learned, so nothing was compared"
+
+
+def test_kernels_that_cannot_run_here_are_refused_by_name(make_config, make_trainer, monkeypatch):
+    monkeypatch.setattr("lowvram_db.kernels.launch._problem", lambda device: "it is not installed")
+    with pytest.raises(
+        UserError, match=r'kernels: Triton does not run here: it is not installed; use kernels = "auto"'
+    ):
+        make_trainer(make_config().model_copy(update={"kernels": "triton"}))
+
+
+def test_gradients_that_stay_no_numbers_end_the_run_by_name(make_config, make_trainer):
+    trainer = make_trainer(make_config(train={"steps": 100}))
+    trainer.denoiser.conv_in.weight.register_hook(lambda grad: torch.full_like(grad, torch.nan))
+    with (
+        pytest.warns(UserWarning, match=r"a gradient of unet\.conv_in\.weight"),
+        pytest.raises(UserError, match=r"unet\.conv_in\.\w+ was not finite in 20 steps in a row; lower train\.lr"),
+    ):
+        for _ in range(20):
+            trainer.train_step()
 
 
 def test_text_encoder_training_moves_it(make_config, make_trainer):
@@ -108,15 +159,13 @@ def test_min_snr_lowers_the_loss_of_easy_timesteps(make_config, make_trainer):
 
 def fixed_loss(trainer, prompt, moments, rows=32):
     """Mean loss on noise and timesteps that never change (an address that training does not reach)."""
-    draws = objective.draw((rows, *moments.mean.shape), 1000, seed=99, step=10**6)
-    schedule = trainer.family.noise_schedule
+    address, timesteps = torch.tensor([99, 10**6]), objective.timesteps(rows, 1000, 99, 10**6)
+    mean, logvar = (part.expand(rows, -1, -1, -1) for part in moments)
+    noise = mean, logvar, timesteps, trainer.table, address
     with torch.no_grad():
-        latents = moments.mean.expand(rows, -1, -1, -1)
-        noisy = objective.add_noise(latents, draws.noise, draws.timesteps, schedule)
         conditioning = trainer.batches.cached.conditioning[prompt].expand(rows, -1, -1)
-        prediction = trainer.family.denoise(trainer.denoiser, noisy, draws.timesteps, conditioning)
-    wanted = objective.target(latents, draws.noise, draws.timesteps, schedule)
-    return objective.loss(prediction, wanted, None, rows, 0.0).total.item()
+        prediction = trainer.family.denoise(trainer.denoiser, noisy_latents(*noise), timesteps, conditioning)
+        return noise_loss(prediction, *noise, objective.row_weights(rows, rows, 0.0))[0].item()
 
 
 SUBJECT_PROMPT, CLASS_PROMPT = "a photo of a pkblz ball", "a photo of a ball"
@@ -125,7 +174,8 @@ SUBJECT_PROMPT, CLASS_PROMPT = "a photo of a pkblz ball", "a photo of a ball"
 def retrain(trainer, concept, steps=200):
     """Go on with the same weights on another concept, with a fresh optimizer."""
     batches = Batches(concept, trainer.batches.cached, 1, seed=trainer.step)
-    trainer.batches, trainer.optimizer = batches, build(trainer.config.optimizer, trainer.parameters, 1e-3)
+    named = trainer.denoiser.named_parameters()
+    trainer.batches, trainer.optimizer = batches, build(trainer.config.optimizer, named, 1e-3)
     for _ in range(steps):
         trainer.train_step()
 
@@ -133,7 +183,8 @@ def retrain(trainer, concept, steps=200):
 @pytest.mark.parametrize("prior", [True, False])
 def test_the_subject_is_learned_and_the_class_kept(make_config, make_trainer, prior):
     """200 steps on one photo, after the class has been learned: with prior preservation only, the class stays."""
-    trainer = make_trainer(make_config(train={"lr": 1e-3, "gradient_checkpointing": False}))
+    train = {"lr": 1e-3, "gradient_checkpointing": False}
+    trainer = make_trainer(make_config(train=train, optimizer={"name": "adamw"}))
     subject_photo, class_photo = trainer.batches.concept.instance_photos[::4]
     moments = trainer.batches.cached.moments
     for photo, (mean, logvar) in moments.items():  # a random VAE's latents are faint; a trained one's have unit scale
@@ -159,7 +210,7 @@ def test_a_loss_that_is_no_number_ends_the_run(make_config, make_trainer, tmp_pa
 
 
 def test_an_optimizer_that_does_nothing_is_noticed_after_one_step(make_config, make_trainer, monkeypatch):
-    config = make_config()
+    config = make_config(optimizer={"name": "adamw"})
     trainer, run = make_trainer(config), Run.of(config)
     run.folder.mkdir(parents=True)
     monkeypatch.setattr(trainer.optimizer, "step", lambda: None)
@@ -170,7 +221,7 @@ def test_an_optimizer_that_does_nothing_is_noticed_after_one_step(make_config, m
 
 def test_fp16_gradients_that_overflow_are_no_broken_optimizer(make_config, make_trainer):
     """The first step is skipped and the loss scale comes down; only then the optimizer steps and is judged."""
-    config = make_config(precision={"compute": "fp16"})
+    config = make_config(precision={"compute": "fp16"}, optimizer={"name": "adamw"})
     trainer, run = make_trainer(config), Run.of(config)
     run.folder.mkdir(parents=True)
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100, backoff_factor=2.0**-90)

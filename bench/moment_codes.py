@@ -1,0 +1,233 @@
+"""Which code for Adam's moments follows fp32 Adam? `python bench/moment_codes.py [--real]`
+
+Feeds the same gradients to fp32 Adam and to Adam with its moments kept in each code, and appends to
+bench/results/moment_codes.csv how far the sum of all updates ends from fp32's, as a share of its length, and the
+largest single update. Made-up gradients: each element has a scale of its own, lognormal with `sigma` over the tensor,
+noise, and a drift of 0.3 of it. --real: gradients of configs/demo.toml's run, recorded while fp32 AdamW trains.
+"""
+
+import argparse
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+from machine import add_row
+from torch import Tensor
+
+from lowvram_db.kernels import adam8
+
+BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
+ELEMENTS, STEPS = 32_768, 600
+
+
+class Code:
+    """A moment code: what is stored of m and v, and what comes back. Arguments and results float32 [n]."""
+
+    bytes_a_weight: float
+
+    def store(self, m: Tensor, v: Tensor, step: adam8.Step) -> None:
+        raise NotImplementedError
+
+    def load(self, step: adam8.Step) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    foresight = False  # take what rounding m would go on to add off the update at once
+
+
+class Ours(Code):
+    """10 bits of log2 v on an anchored grid, 6 of the companded ratio; blocks of 256."""
+
+    bytes_a_weight, foresight = 2 + 4 / 256, True
+
+    def store(self, m: Tensor, v: Tensor, step: adam8.Step) -> None:
+        blocks = [x.view(-1, adam8.BLOCK) for x in (m, v)]
+        present = torch.ones_like(blocks[0], dtype=torch.bool)
+        random = torch.randint(0, 2**16, present.shape, dtype=torch.int32)
+        self.words, self.grids, self.kept = adam8.encode(*blocks, present, random, step.encode)
+
+    def load(self, step: adam8.Step) -> tuple[Tensor, Tensor]:
+        u, root = adam8.decode(self.words, self.grids)
+        return (u * root / step.encode).flatten(), root.square().flatten()
+
+
+class OursBlind(Ours):
+    """The same without foresight: what rounding m to 6 bits costs."""
+
+    foresight = False
+
+
+class RatioLog(Code):
+    """8 bits of log2 v between the block's own least and largest, 8 of m / sqrt(v), companded; blocks of 256."""
+
+    bytes_a_weight = 2 + 12 / 256
+
+    def store(self, m: Tensor, v: Tensor, step: adam8.Step) -> None:
+        m, log = m.view(-1, 256), v.view(-1, 256).clamp(min=1e-38).log2()
+        self.low = log.amin(1, keepdim=True)
+        self.unit = ((log.amax(1, keepdim=True) - self.low) / 254).clamp(min=1e-12)
+        self.level = ((log - self.low) / self.unit + torch.rand_like(log)).floor().clamp(0, 254)
+        ratio = m / torch.exp2((self.low + self.level * self.unit) / 2)
+        bent = ratio / (ratio.abs() + 0.5)
+        self.scale = bent.abs().amax(1, keepdim=True).clamp(min=1e-12)
+        self.place = (bent / self.scale * 127).round()
+
+    def load(self, step: adam8.Step) -> tuple[Tensor, Tensor]:
+        v = torch.exp2(self.low + self.level * self.unit)
+        bent = self.place / 127 * self.scale
+        return (0.5 * bent / (1 - bent.abs()) * v.sqrt()).flatten(), v.flatten()
+
+
+class FlashOptim(Code):
+    """Both in 8 bits by groups of 32: m by softsign, v by its root; fp16 scales (Ortiz et al. 2026, `flashoptim`)."""
+
+    bytes_a_weight = 2 + 4 / 32
+
+    def store(self, m: Tensor, v: Tensor, step: adam8.Step) -> None:
+        m, root = m.view(-1, 32), v.sqrt().view(-1, 32)
+        self.m_scale, self.root_scale = (x.abs().amax(1, keepdim=True).clamp(min=1e-12) for x in (m, root))
+        normal = m / self.m_scale
+        self.m_place = (2 * normal / (1 + normal.abs()) * 127).round()
+        self.root_place = (root / self.root_scale * 255).round()
+
+    def load(self, step: adam8.Step) -> tuple[Tensor, Tensor]:
+        bent = self.m_place / 127
+        m = bent / (2 - bent.abs()) * self.m_scale
+        return m.flatten(), (self.root_place / 255 * self.root_scale).square().flatten()
+
+
+class BitsAndBytes(Code):
+    """Both by a dynamic map of 256 entries, blocks of 256 (Dettmers et al. 2022, `bitsandbytes`)."""
+
+    bytes_a_weight = 2 + 8 / 256
+
+    def __init__(self) -> None:
+        from bitsandbytes.functional import create_dynamic_map
+
+        self.maps = [create_dynamic_map(signed=signed).sort().values for signed in (True, False)]
+
+    def store(self, m: Tensor, v: Tensor, step: adam8.Step) -> None:
+        self.kept = [self._rounded(x.view(-1, 256), entries) for x, entries in zip((m, v), self.maps, strict=True)]
+
+    @staticmethod
+    def _rounded(x: Tensor, entries: Tensor) -> Tensor:
+        scale = x.abs().amax(1, keepdim=True).clamp(min=1e-38)
+        return (entries[torch.bucketize(x / scale, (entries[1:] + entries[:-1]) / 2)] * scale).flatten()
+
+    def load(self, step: adam8.Step) -> tuple[Tensor, Tensor]:
+        return self.kept[0], self.kept[1]
+
+
+CODES = {
+    "ours": Ours,
+    "ours, without foresight": OursBlind,
+    "ratio-log 8+8": RatioLog,
+    "FlashOptim": FlashOptim,
+    "bitsandbytes": BitsAndBytes,
+}
+
+
+def made_up(sigma: float, elements: int = ELEMENTS, steps: int = STEPS, seed: int = 0) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    scale = 1e-4 * torch.exp(sigma * torch.randn(elements, generator=generator))
+    drift = 0.3 * torch.randn(elements, generator=generator)
+    for _ in range(steps):
+        yield scale * (torch.randn(elements, generator=generator) + drift)
+
+
+def compare(code: Code, gradients: Iterable[Tensor]) -> tuple[float, float]:
+    """(distance of the displacement from fp32 Adam's as a share of its length, largest update in units of lr)."""
+    torch.manual_seed(0)
+    first = next(gradients := iter(gradients))
+    exact_m, exact_v, exact, ours, zero = (torch.zeros_like(first) for _ in range(5))
+    largest = 0.0
+    for t, g in enumerate(_chain(first, gradients), 1):
+        step = adam8.step_numbers(t, lr=1.0, betas=(BETA1, BETA2), eps=EPS, weight_decay=0.0)
+        exact_m, exact_v = BETA1 * exact_m + (1 - BETA1) * g, BETA2 * exact_v + (1 - BETA2) * g * g
+        exact = adam8.new_weights(exact, exact_m, exact_v, exact_m, step)
+        before = adam8.step_numbers(max(1, t - 1), lr=1.0, betas=(BETA1, BETA2), eps=EPS, weight_decay=0.0)
+        m, v = code.load(before) if t > 1 else (zero, zero)
+        m, v = BETA1 * m + (1 - BETA1) * g, BETA2 * v + (1 - BETA2) * g * g
+        code.store(m, v, step)
+        kept = code.load(step)[0] if code.foresight else m
+        moved = adam8.new_weights(ours, m, v, kept, step)
+        largest = max(largest, (moved - ours).abs().max().item())
+        ours = moved
+    return ((ours - exact).norm() / exact.norm()).item(), largest
+
+
+def _chain(first: Tensor, rest: Iterator[Tensor]) -> Iterator[Tensor]:
+    yield first
+    yield from rest
+
+
+def recorded(steps: int) -> dict[str, list[Tensor]]:
+    """Gradients of the demo's run: the first 8,192 elements of every large tensor, by name, [steps] each."""
+    from pathlib import Path
+
+    from lowvram_db.cache.precompute import precompute
+    from lowvram_db.cache.store import Store
+    from lowvram_db.concept import describe, subject_photos
+    from lowvram_db.config import load
+    from lowvram_db.families import open_model
+    from lowvram_db.train.batches import Batches
+    from lowvram_db.train.loop import Trainer
+
+    root = Path(__file__).parents[1]
+    config = load(root / "configs" / "demo.toml", ["optimizer.name=adamw", "precision.compute=fp32"])
+    family, photos = open_model(config.model.name), subject_photos(config)
+    concept = describe(config, photos, photos[::-1])  # class images would have to be drawn first
+    cache, device = Store(root / "runs" / "moment-codes"), torch.device("cpu")
+    cached = precompute(family, concept.photos, concept.prompts, config.train.resolution, cache, device)
+    trainer = Trainer(config, family, Batches(concept, cached, 1, 0), device)
+    large = {n: p for n, p in trainer.denoiser.named_parameters() if p.numel() >= 8192}
+    gradients: dict[str, list[Tensor]] = {name: [] for name in large}
+    for name, parameter in large.items():
+        parameter.register_post_accumulate_grad_hook(
+            lambda p, name=name: gradients[name].append(p.grad.flatten()[:8192].clone())
+        )
+    for _ in range(steps):
+        trainer.train_step()
+    return gradients
+
+
+def spread(gradients: list[Tensor]) -> float:
+    """sigma: the standard deviation, within blocks of 256, of the log of each element's root mean square."""
+    root = torch.stack(gradients).square().mean(0).sqrt().view(-1, 256)
+    return root.clamp(min=1e-30).log().std(1).mean().item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--real", action="store_true")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    given = parser.parse_args()
+    if given.real:
+        real = recorded(given.steps)
+        for name, code in CODES.items():
+            results = [compare(code(), gradients) for gradients in real.values()]
+            errors = sorted(error for error, _ in results)
+            sigma = sum(map(spread, real.values())) / len(real)
+            report(
+                name, code(), f"demo, {len(real)} tensors", sigma, errors[len(errors) // 2], max(u for _, u in results)
+            )
+    else:
+        for name, code in CODES.items():
+            for sigma in (0.5, 1.0, 2.0, 3.0):
+                report(name, code(), "made up", sigma, *compare(code(), made_up(sigma, steps=given.steps)))
+
+
+def report(name: str, code: Code, source: str, sigma: float, error: float, largest: float) -> None:
+    row = {
+        "code": name,
+        "bytes_a_weight": f"{code.bytes_a_weight:.3f}",
+        "gradients": source,
+        "sigma": f"{sigma:.2f}",
+        "error": f"{error:.4f}" if math.isfinite(error) else "inf",
+        "largest_update": f"{largest:.2f}",
+    }
+    add_row("moment_codes", row)
+    print("  ".join(map(str, row.values())), flush=True)
+
+
+if __name__ == "__main__":
+    main()

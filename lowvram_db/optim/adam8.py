@@ -1,0 +1,353 @@
+"""Adam8: AdamW with 16 bits of state a weight, stepping when asked or inside backward, to the same bits.
+
+    optimizer = Adam8(unet.named_parameters(), lr=2e-6)
+    handle = optimizer.attach()  # from now on backward updates each weight when its gradient exists, and frees that
+    for batch in batches:
+        loss_of(batch).backward()
+        optimizer.step()  # ends the step; without attach() it does all the work
+
+Every rounding belongs to a step's number: a run that is stopped and resumed rounds as one that never was.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lowvram_db.kernels import adam8, bits
+from lowvram_db.kernels.launch import Choice, runs_triton
+from lowvram_db.optim.bucket import Bucket
+
+Weights = Literal["bf16", "bf16+residual", "fp16", "fp32"]
+DTYPES = {"bf16": torch.bfloat16, "bf16+residual": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SMALLEST = 4096  # elements; smaller tensors go into the bucket
+STREAM = 16  # of the rounding bits, apart from the streams of train/objective.py
+PATIENCE = 20  # steps in a row in which a tensor may be skipped
+
+
+class Handle:
+    """What attach() returns; remove() lets backward be as it was."""
+
+    def __init__(self, remove: Callable[[], None]) -> None:
+        self.remove = remove
+
+
+class Adam8(torch.optim.Optimizer):
+    """AdamW (Loshchilov & Hutter 2019) on the 16-bit state of kernels/adam8.py: 4.02 bytes a bf16 weight in all.
+
+    params: parameters, (name, parameter) pairs, or groups of them, all on one device, as precise as there are.
+    weights, device: how and where the parameters are stored from now on; they change in place, one after the other.
+        "bf16+residual" keeps 8 more bits of every weight beside it. Tensors under 4,096 elements keep a float32 copy of
+        themselves and float32 moments.
+    lr, betas, eps, weight_decay, clamp: may differ by group, and change between steps. clamp: largest update of an
+        element, in units of lr.
+    seed: of the rounding.
+    micro_batches: how many backwards, each followed by step(), make one step of the weights. m gathers the mean of
+        their gradients and v the mean of their squares (AdamA, Zhang et al. 2023, takes v smaller by their number):
+        nothing has to hold a sum of gradients.
+    max_norm: scale a step's gradients by max_norm / (global norm of the step before) where that is below 1; the first
+        step is not scaled. It needs no second look at the gradients. The exact norm takes a backward of its own:
+
+            with optimizer.measuring():
+                loss_of(batch).backward()  # moves nothing
+            loss_of(batch).backward()
+
+    Raises ValueError for parameters that share memory or have gaps in it.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 2e-6,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        *,
+        weights: Weights = "bf16",
+        clamp: float = math.inf,
+        seed: int = 0,
+        micro_batches: int = 1,
+        max_norm: float | None = None,
+        kernels: Choice = "auto",
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "clamp": clamp})
+        self.calls = 0  # of step()
+        self._micro_batches, self._max_norm, self._seed = micro_batches, max_norm, seed
+        self._attached = self._measuring = False
+        self._group_of = {p: number for number, group in enumerate(self.param_groups) for p in group["params"]}
+        self._places = {p: place for place, p in enumerate(self._group_of)}
+        names = (group.get("param_names", [None] * len(group["params"])) for group in self.param_groups)
+        self._names = [name or f"parameter {place}" for place, name in enumerate(chain.from_iterable(names))]
+        _refuse_shared_memory(list(self._places), self._names)
+
+        device = device or next(iter(self._places)).device
+        self._triton = runs_triton(kernels, device)
+        self._arrived: set[nn.Parameter] = set()  # had their gradient in this call
+        self.loss_scale = torch.ones(1, device=device)  # what the loss is multiplied with before backward
+        self._squares = torch.zeros(len(self._places), device=device)  # of the gradients, unscaled
+        self._norm = torch.zeros(1, device=device)  # of all gradients, what max_norm goes by; 0: not known yet
+        self._skipped = torch.zeros(len(self._places), dtype=torch.int32, device=device)
+        self._in_a_row = [0] * len(self._places)
+        for p in self._places:
+            if p.numel() >= SMALLEST:
+                self.state[p] = _store(p, weights, device)
+        self._buckets = [_bucket(group["params"], weights, device) for group in self.param_groups]
+        for bucket in filter(None, self._buckets):
+            self.state.update({p: {**state} for p, state in zip(bucket.parameters, bucket.states, strict=True)})
+        if max_norm is not None:
+            self.state[next(iter(self._places))]["norm"] = self._norm
+        self._note_calls(0)
+
+    def attach(self) -> Handle:
+        """Update each parameter inside backward, and free its gradient there, until the handle is removed."""
+        if self._attached:
+            raise RuntimeError("Adam8 is attached already; remove that handle first")
+        self._attached = True
+        hooks = [p.register_post_accumulate_grad_hook(self._on_gradient) for p in self._places]
+
+        def remove() -> None:
+            self._attached = False
+            for hook in hooks:
+                hook.remove()
+
+        return Handle(remove)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """End a step: do what backward has not done. Gradients stay where they are unless attached."""
+        if closure is not None:
+            raise ValueError("Adam8 takes no closure: it never evaluates the loss again")
+        for p in self._places:
+            if p.grad is not None and p.numel() >= SMALLEST:
+                self._update(p)
+        for number in range(len(self._buckets)):
+            self._update_bucket(number)
+        self._arrived.clear()
+        self._note_norm()
+        self._note_calls(self.calls + 1)
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """A backward in here moves nothing and leaves no gradient: it only finds the norm that max_norm goes by."""
+        self._measuring = True
+        try:
+            yield
+        finally:
+            for p in self._places:
+                if p.grad is not None:
+                    self._measure(p)
+                    p.grad = None
+            self._note_norm()
+            self._measuring = False
+
+    def count_skipped(self) -> int:
+        """How many tensors the steps since the last call left, at least in part, as they were because a gradient was
+        not finite.
+
+        Waits for the device. Warns when it begins; raises FloatingPointError, with the tensor's name, after PATIENCE
+        calls in a row.
+        """
+        skipped = self._skipped.tolist()
+        self._skipped.zero_()
+        if any(skipped) and not any(self._in_a_row):
+            name = self._names[next(place for place, count in enumerate(skipped) if count)]
+            warnings.warn(f"a gradient of {name} is not finite: what it would have changed stays", stacklevel=2)
+        self._in_a_row = [before + 1 if count else 0 for before, count in zip(self._in_a_row, skipped, strict=True)]
+        worst = max(self._in_a_row)
+        if worst >= PATIENCE:
+            name = self._names[self._in_a_row.index(worst)]
+            raise FloatingPointError(f"the gradient of {name} was not finite in {worst} steps in a row")
+        return sum(count > 0 for count in skipped)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Copy what state_dict() gave into the state that is there; the settings of groups stay as they are.
+
+        Raises ValueError where it is of another optimizer, or of parameters of other shapes.
+        """
+        saved = state_dict["state"]
+        for place, (p, name) in enumerate(zip(self._places, self._names, strict=True)):
+            own, theirs = self.state[p], saved.get(place, {})
+            if shapes(own) != shapes(theirs):
+                raise ValueError(f"{name}: this state is not Adam8's for it: {shapes(theirs)}, not {shapes(own)}")
+            for key, value in own.items():
+                if isinstance(value, Tensor):
+                    value.copy_(theirs[key])
+        self._note_calls(saved[0]["calls"] if saved else 0)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Turn every parameter into float32, as exact as its state knows it, and let the state go."""
+        for p, state in self.state.items():
+            if "master" in state:
+                p.data = state["master"].clone()
+            elif "residual" in state:
+                exact = torch.empty_like(p, dtype=torch.float32)
+                flat(exact).copy_(bits.join_bf16(flat(p.detach()), state["residual"]))
+                p.data = exact
+            else:
+                p.data = p.data.float()
+            state.clear()
+
+    def _on_gradient(self, parameter: Tensor) -> None:
+        assert isinstance(parameter, nn.Parameter)
+        if self._measuring:
+            self._measure(parameter)
+            parameter.grad = None
+            return
+        if parameter in self._arrived:
+            raise RuntimeError(
+                f"{self._names[self._places[parameter]]} received a second gradient before step(): backward ran "
+                "twice, or the parameter stands in two checkpointed parts. To accumulate, call step() after every "
+                "backward, with micro_batches=N; to clip by the norm of all gradients, see max_norm"
+            )
+        self._arrived.add(parameter)
+        number = self._group_of[parameter]
+        bucket = self._buckets[number]
+        if parameter.numel() >= SMALLEST:
+            self._update(parameter)
+            parameter.grad = None
+        elif bucket is not None and self._arrived.issuperset(bucket.parameters):
+            self._update_bucket(number)
+
+    @torch.no_grad()
+    def _update(self, p: nn.Parameter) -> None:
+        place, group, state = self._places[p], self.param_groups[self._group_of[p]], self.state[p]
+        grad = p.grad
+        assert grad is not None
+        if grad.stride() != p.stride():
+            grad = torch.empty_like(p, dtype=grad.dtype).copy_(grad)
+        unscale = self._unscale()
+        if p.dtype == torch.float16:  # an overflow anywhere says that the loss scale was too large for all of it
+            unscale = torch.where(torch.isfinite(grad).all(), unscale, math.nan)
+        if self._max_norm is not None:
+            self._measure(p)
+        # Inside backward behind autograd's back: its own complaint about a changed weight would come before ours, which
+        # names the parameter and the way out (see _on_gradient).
+        adam8.update_(
+            flat(p.data if self._attached else p.detach()),
+            state.get("residual"),
+            flat(grad),
+            state["words"],
+            state["grids"],
+            self._skipped[place : place + 1],
+            unscale,
+            self._numbers(group),
+            adam8.Address(self._seed, self.calls, place, STREAM),
+            self._triton,
+        )
+
+    @torch.no_grad()
+    def _update_bucket(self, number: int) -> None:
+        bucket = self._buckets[number]
+        if bucket is None or all(p.grad is None for p in bucket.parameters):
+            return
+        if self._max_norm is not None:
+            for p in bucket.parameters:
+                if p.grad is not None:
+                    self._measure(p)
+        skipped = bucket.update_(self._numbers(self.param_groups[number]), self._unscale())
+        self._skipped[self._places[bucket.parameters[0]]] += skipped
+        if self._attached:
+            for p in bucket.parameters:
+                p.grad = None
+
+    def _numbers(self, group: dict[str, Any]) -> adam8.Step:
+        step, micro_batch = divmod(self.calls, self._micro_batches)
+        return adam8.step_numbers(
+            step + 1,
+            lr=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            clamp=group["clamp"],
+            micro_batch=micro_batch,
+            micro_batches=self._micro_batches,
+        )
+
+    def _unscale(self) -> Tensor:
+        """What turns a gradient as it comes into the one to step with: float32 [1]."""
+        if self._max_norm is None:
+            return 1 / self.loss_scale
+        return torch.where(self._norm > 0, self._max_norm / self._norm, 1.0).clamp(max=1.0) / self.loss_scale
+
+    def _measure(self, p: nn.Parameter) -> None:
+        assert p.grad is not None
+        square = torch.linalg.vector_norm(p.grad, dtype=torch.float32).square() / self.loss_scale[0].square()
+        self._squares[self._places[p]] = torch.where(torch.isfinite(square), square, 0.0)
+
+    def _note_norm(self) -> None:
+        self._norm.copy_(self._squares.sum().sqrt())
+        self._squares.zero_()
+
+    def _note_calls(self, calls: int) -> None:
+        self.calls = calls
+        for state in self.state.values():
+            state["calls"] = calls
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """A dense tensor's elements in the order of its memory, [n], without a copy."""
+    return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+
+
+def shapes(state: dict[str, Any]) -> dict[str, Any]:
+    """What a parameter's state is made of: (shape, dtype) of its tensors."""
+    return {key: (tuple(v.shape), v.dtype) if isinstance(v, Tensor) else "a number" for key, v in state.items()}
+
+
+def _store(p: nn.Parameter, weights: Weights, device: torch.device) -> dict[str, Any]:
+    """Bring p to its device and dtype; returns its state before the first step."""
+    blocks = math.ceil(p.numel() / adam8.BLOCK)
+    state: dict[str, Any] = {
+        "words": torch.zeros(p.numel(), dtype=torch.int16, device=device),
+        "grids": torch.zeros(blocks, dtype=torch.int32, device=device),
+    }
+    exact = p.data.to(device)
+    p.data = exact.to(DTYPES[weights])
+    if weights == "bf16+residual":
+        values = flat(exact).float()
+        half = torch.full_like(values, 0x80, dtype=torch.int32)  # rounds to the nearest of 24 bits
+        nearest, state["residual"] = bits.split_bf16(values, half)
+        flat(p.data).copy_(nearest)
+    return state
+
+
+def _bucket(parameters: list[nn.Parameter], weights: Weights, device: torch.device) -> Bucket | None:
+    small = [p for p in parameters if p.numel() < SMALLEST]
+    for p in small:
+        p.data = p.data.to(device)
+    bucket = Bucket(small) if small else None
+    for p in small:
+        p.data = p.data.to(DTYPES[weights])
+    return bucket
+
+
+def _refuse_shared_memory(parameters: list[nn.Parameter], names: list[str]) -> None:
+    owners: dict[int, str] = {}
+    for p, name in zip(parameters, names, strict=True):
+        if not _is_dense(p):
+            raise ValueError(f"{name}: has gaps in memory (strides {p.stride()}); make it contiguous first")
+        other = owners.setdefault(p.data_ptr(), name)
+        if other != name:
+            raise ValueError(
+                f"{name} shares its memory with {other}: tied weights cannot step inside backward; untie them"
+            )
+
+
+def _is_dense(p: Tensor) -> bool:
+    """Whether the elements lie side by side, in any order of the dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(p.stride(), p.shape, strict=True)):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True

@@ -1,0 +1,55 @@
+"""The many small tensors of a network as one float32 AdamW: 393 of Stable Diffusion 1.5's 686 tensors, 0.04% of its
+weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lowvram_db.kernels.adam8 import Step
+
+NAMES = ("master", "exp_avg", "exp_avg_sq")
+
+
+class Bucket:
+    """Weights and moments of `parameters`, flat and in float32.
+
+    The parameters themselves, of any dtype, hold the weights rounded to nearest. `states` has a dict for each of them:
+    its part of the three flat tensors, in its own shape and sharing their memory.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters = parameters
+        self._sizes = [parameter.numel() for parameter in parameters]
+        device = parameters[0].device
+        self._flat = [torch.zeros(sum(self._sizes), dtype=torch.float32, device=device) for _ in NAMES]
+        parts = [flat.split(self._sizes) for flat in self._flat]
+        self.states: list[dict[str, Tensor]] = [
+            {name: part[place].view(parameter.shape) for name, part in zip(NAMES, parts, strict=True)}
+            for place, parameter in enumerate(parameters)
+        ]
+        for parameter, state in zip(parameters, self.states, strict=True):
+            state["master"].copy_(parameter.detach())
+
+    def update_(self, step: Step, unscale: Tensor) -> Tensor:
+        """One AdamW step on the parameters that have a gradient; on none of them where a gradient is not finite.
+
+        Returns whether it was so: bool, [].
+        """
+        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
+        g = torch.cat([grad.float().flatten() for grad in grads]) * unscale
+        finite = torch.isfinite(g).all()
+        moved = finite
+        if any(parameter.grad is None for parameter in self.parameters):
+            there = torch.tensor([parameter.grad is not None for parameter in self.parameters], device=g.device)
+            moved = finite & there.repeat_interleave(torch.tensor(self._sizes, device=g.device))
+
+        w, m, v = self._flat
+        new_m = m * step.keep_m + g * step.add_m
+        new_v = v * step.keep_v + g * g * step.add_v
+        update = new_m * step.unbias_m / (new_v.sqrt() * step.unbias_root + step.eps)
+        new_w = w * step.decay - update.clamp(-step.clamp, step.clamp) * step.lr
+        for old, new in zip(self._flat, (new_w, new_m, new_v), strict=True):
+            old.copy_(torch.where(moved, new, old))
+        torch._foreach_copy_([p.detach() for p in self.parameters], [state["master"] for state in self.states])
+        return ~finite

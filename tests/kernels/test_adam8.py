@@ -1,0 +1,238 @@
+"""The 16-bit AdamW: state code, update and rounding against float64 and fp32 Adam; kernel beside twin."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lowvram_db.kernels import adam8, bits
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MODES = {"bf16": torch.bfloat16, "bf16+residual": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class Tensors:
+    """A weight and its state, stepped with or without Triton."""
+
+    def __init__(self, weights: torch.Tensor, mode: str) -> None:
+        n = len(weights)
+        self.residual = None
+        self.weight = weights.to(DEVICE, MODES[mode])
+        if mode == "bf16+residual":
+            half = torch.full((n,), 0x80, dtype=torch.int32, device=DEVICE)
+            self.weight, self.residual = bits.split_bf16(weights.to(DEVICE), half)
+        self.words = torch.zeros(n, dtype=torch.int16, device=DEVICE)
+        self.grids = torch.zeros(math.ceil(n / 256), dtype=torch.int32, device=DEVICE)
+        self.skipped = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+        self.steps = 0
+
+    def step(self, grad, triton=False, unscale=1.0, lr=1e-3, weight_decay=0.0, **more):
+        self.steps += 1
+        numbers = adam8.step_numbers(self.steps, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, **more)
+        adam8.update_(
+            self.weight,
+            self.residual,
+            grad.to(DEVICE),
+            self.words,
+            self.grids,
+            self.skipped,
+            torch.tensor([unscale], device=DEVICE),
+            numbers,
+            adam8.Address(3, self.steps, 2, 1),
+            triton,
+        )
+
+    @property
+    def exact(self):
+        return self.weight.float() if self.residual is None else bits.join_bf16(self.weight, self.residual)
+
+
+def gradients(n, sigma, steps, seed=0, signal=0.3):
+    """Each element has a scale of its own, lognormal with `sigma` over the tensor, noise, and some drift below it."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = 1e-4 * torch.exp(sigma * torch.randn(n, generator=generator))
+    drift = signal * torch.randn(n, generator=generator)
+    for _ in range(steps):
+        yield scale * (torch.randn(n, generator=generator) + drift)
+
+
+def fp64_adam(grads):
+    """The sum of all m_hat / (sqrt(v_hat) + eps), and the largest of its terms."""
+    m = v = moved = 0.0
+    largest = 0.0
+    for t, g in enumerate(grads, 1):
+        g = g.double()
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        update = m / (1 - 0.9**t) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+        moved, largest = moved + update, max(largest, update.abs().max().item())
+    return moved, largest
+
+
+@pytest.mark.parametrize(("sigma", "goal"), [(0.5, 0.03), (1.0, 0.05), (2.0, 0.08), (3.0, 0.08)])
+def test_displacement_follows_fp64_adam(sigma, goal):
+    n, steps = 8192, 600
+    wanted, _ = fp64_adam(gradients(n, sigma, steps))
+    ours, largest = Tensors(torch.zeros(n), "fp32"), 0.0
+    for g in gradients(n, sigma, steps):
+        before = ours.weight.clone()
+        ours.step(g, lr=1.0)
+        largest = max(largest, (ours.weight - before).abs().max().item())
+    error = (-ours.weight.cpu().double() - wanted).norm() / wanted.norm()
+    assert error <= goal, f"{error:.4f}"
+    assert largest <= 1.6
+
+
+@pytest.mark.parametrize("mode", ["bf16", "bf16+residual"])
+def test_no_update_is_lost_at_dreambooths_learning_rate(mode):
+    """1,000 steps at 2e-6 in one direction: 0.2% of a typical weight, each step far below bf16's last place."""
+    n, steps, lr = 16_384, 1000, 2e-6
+    generator = torch.Generator().manual_seed(0)
+    start = 0.03 * torch.randn(n, generator=generator)
+    sign = torch.where(torch.rand(n, generator=generator) < 0.5, -1.0, 1.0)
+    ours = Tensors(start, mode)
+    begin = ours.exact.clone()
+    for _ in range(steps):
+        ours.step(1e-4 * sign, lr=lr)
+    moved = (begin - ours.exact).cpu() * sign / (lr * steps)
+    assert moved.mean().item() == pytest.approx(1.0, abs=0.01)
+    rms = (moved - 1).square().mean().sqrt().item()
+    assert rms <= (0.11 if mode == "bf16+residual" else 2.1), rms
+    nearest = start.bfloat16()
+    for _ in range(20):  # what ordinary rounding makes of it: most weights never leave their place
+        nearest = (nearest.float() - lr * sign).bfloat16()
+    assert (nearest == start.bfloat16()).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("n", [1, 255, 256, 1024, 4099, 9000])
+def test_kernel_equals_twin(mode, n):
+    """Integer and rounding paths are bit-equal; log2 and exp2 may differ in their last place, and so a code by one."""
+    start = 0.05 * torch.randn(n, generator=torch.Generator().manual_seed(n))
+    twin, kernel = Tensors(start, mode), Tensors(start, mode)
+    for g in gradients(n, 1.5, 4, seed=n):
+        g = g.to(torch.float16 if mode == "fp16" else torch.bfloat16)
+        twin.step(g, weight_decay=0.01)
+        kernel.step(g, triton=True, weight_decay=0.01)
+    assert torch.equal(twin.grids, kernel.grids)
+    difference = [(a.int() - b.int()).abs() for a, b in zip(_codes(twin), _codes(kernel), strict=True)]
+    assert max(d.max() for d in difference) <= 1
+    assert max((d > 0).float().mean() for d in difference) <= 1e-3
+    assert torch.allclose(twin.exact, kernel.exact, rtol=2**-7, atol=1e-8)  # one place of bf16
+    assert (twin.weight.float() != kernel.weight.float()).float().mean() <= (1e-3 if mode != "fp32" else 1)
+
+
+def _codes(tensors):
+    word = tensors.words.int() & 0xFFFF
+    return word >> 6, word & 63
+
+
+@settings(max_examples=30)
+@given(
+    sigma=st.floats(0, 6),
+    magnitude=st.integers(-12, 6),
+    n=st.integers(1, 700),
+    zeros=st.floats(0, 1),
+    seed=st.integers(0, 99),
+)
+def test_the_state_keeps_what_it_is_given(sigma, magnitude, n, zeros, seed):
+    """sqrt(v) within a step of its grid, never zero; u within a level; whatever the spread, the size, the zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    v = (10.0**magnitude * torch.exp(sigma * torch.randn(n, generator=generator))) ** 2
+    v = torch.where(torch.rand(n, generator=generator) < zeros, 0.0, v).clamp(max=2.0**120)
+    u = (2 * torch.rand(n, generator=generator) - 1) * 3
+    m = u * v.sqrt()
+    filled = [torch.nn.functional.pad(x, (0, -n % 256)).view(-1, 256) for x in (m, v)]
+    present = torch.nn.functional.pad(torch.ones(n, dtype=torch.bool), (0, -n % 256)).view(-1, 256)
+    random = torch.randint(0, 2**16, present.shape, generator=generator, dtype=torch.int32)
+    words, grids, kept = adam8.encode(*filled, present, random, 1.0)
+    got_u, root = (x.flatten()[:n] for x in adam8.decode(words, grids))
+    step = (2.0 ** -(grids & 15).float()).expand_as(words).flatten()[:n]
+    there = v > adam8.FAINTEST
+    octaves = 2 * (root[there].log2() - v[there].log2() / 2)
+    assert (root > 0).all()
+    assert (octaves.abs() <= step[there] * 1.001 + 1e-4).all()
+    wanted = (m / root)[there]  # the ratio to the root as it is kept
+    level = (wanted.abs() + 1).square() * adam8.BENT / adam8.SIDE  # the companding's slope there
+    assert ((got_u[there] - wanted).abs() <= 0.75 * level + 1e-5).all()
+    assert torch.allclose(kept.flatten()[:n], got_u * root)
+
+
+def test_a_block_is_as_fine_as_its_spread_allows():
+    for octaves, fineness in [
+        (1, 7),
+        (7.9, 7),
+        (8.1, 6),
+        (15.9, 6),
+        (16.1, 5),
+        (31.9, 5),
+        (32.1, 4),
+        (64, 3),
+        (120, 3),
+    ]:
+        v = torch.full((1, 256), 2.0**-60)
+        v[0, 0] = 2.0 ** (-60 + octaves)
+        _, grids, _ = adam8.encode(torch.zeros_like(v), v, torch.ones_like(v) > 0, torch.zeros(1, 256).int(), 1.0)
+        assert (grids & 15).item() == fineness, octaves
+
+
+@pytest.mark.parametrize("triton", [False, True])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e25])
+def test_a_gradient_that_is_not_finite_leaves_its_block_alone(triton, value):
+    tensors = Tensors(torch.ones(1000), "fp32")
+    tensors.step(torch.ones(1000), triton)
+    before = tensors.weight.clone(), tensors.words.clone(), tensors.grids.clone()
+    grad = torch.ones(1000)
+    grad[300] = value
+    tensors.step(grad, triton)
+    assert tensors.skipped.item() == 1
+    for old, new in zip(before[:2], (tensors.weight, tensors.words), strict=True):
+        assert torch.equal(old[256:512], new[256:512])
+    assert torch.equal(before[2][1:2], tensors.grids[1:2])
+    assert (before[0][:256] != tensors.weight[:256]).all() and (before[0][512:] != tensors.weight[512:]).all()
+    again = tensors.weight.clone()
+    tensors.step(torch.ones(1000), triton, unscale=math.nan)
+    assert tensors.skipped.item() == 5
+    assert torch.equal(again, tensors.weight)
+
+
+@pytest.mark.parametrize("triton", [False, True])
+def test_zero_gradients_move_nothing_but_by_decay(triton):
+    tensors = Tensors(torch.ones(600), "fp32")
+    for _ in range(3):
+        tensors.step(torch.zeros(600), triton, lr=0.1, weight_decay=0.5)
+    torch.testing.assert_close(tensors.weight, torch.full_like(tensors.weight, 0.95**3))
+
+
+def test_the_clamp_bounds_every_update():
+    tensors = Tensors(torch.zeros(600), "fp32")
+    for g in gradients(600, 1.0, 3):
+        before = tensors.weight.clone()
+        tensors.step(g, lr=1.0, clamp=0.25)
+        assert (tensors.weight - before).abs().max().item() == pytest.approx(0.25, abs=1e-6)
+
+
+def test_unscale_is_what_a_smaller_gradient_would_be():
+    plain, scaled = Tensors(torch.zeros(600), "fp32"), Tensors(torch.zeros(600), "fp32")
+    for g in gradients(600, 1.0, 4):
+        plain.step(g)
+        scaled.step(g * 1024, unscale=1 / 1024)
+    assert torch.equal(plain.weight, scaled.weight)
+
+
+def test_micro_batches_follow_their_rule():
+    """m gathers the mean of the gradients and v the mean of their squares; the last micro-batch moves the weights."""
+    n, parts, steps = 4096, 4, 150
+    grads = list(gradients(n, 0.5, parts * steps))
+    m = v = wanted = torch.zeros(n, dtype=torch.float64)
+    ours = Tensors(torch.zeros(n), "fp32")
+    for step in range(1, steps + 1):
+        micro = torch.stack(grads[(step - 1) * parts : step * parts]).double()
+        m, v = 0.9 * m + 0.1 * micro.mean(0), 0.999 * v + 0.001 * micro.square().mean(0)
+        wanted = wanted - m / (1 - 0.9**step) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
+        for place, g in enumerate(micro.float()):
+            ours.steps = step - 1
+            ours.step(g, lr=1.0, micro_batch=place, micro_batches=parts)
+    error = (ours.weight.cpu() - wanted).norm() / wanted.norm()
+    assert error < 0.05, error

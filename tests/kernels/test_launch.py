@@ -1,0 +1,88 @@
+"""Where kernels run, and what happens where Triton is missing or broken."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lowvram_db.kernels import launch
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def _ask_again():
+    launch._problem.cache_clear()
+    yield
+    launch._problem.cache_clear()
+
+
+def test_cpu_tensors_take_the_twin_unless_triton_is_asked_for():
+    assert not launch.runs_triton("auto", CPU)
+    assert not launch.runs_triton("torch", CPU)
+    if launch.interpreted():
+        assert launch.runs_triton("triton", CPU)
+
+
+def test_triton_on_a_cpu_is_refused_without_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="Triton does not run here: it has no compiler for cpu"):
+        launch.runs_triton("triton", CPU)
+
+
+def test_a_missing_triton_is_said_once_and_the_twins_are_used(monkeypatch):
+    monkeypatch.setattr(launch, "triton", None)
+    with pytest.warns(UserWarning, match=r"Triton does not run here \(it is not installed\); PyTorch's own operations"):
+        assert not launch.runs_triton("auto", GPU)
+    assert not launch.runs_triton("torch", GPU)
+    with pytest.raises(RuntimeError, match="it is not installed"):
+        launch.runs_triton("triton", GPU)
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("no C compiler\nlong story"), OSError("cache folder not writable")])
+def test_a_broken_triton_is_found_by_running_a_kernel(monkeypatch, failure):
+    class Broken:
+        def __getitem__(self, grid):
+            raise failure
+
+    monkeypatch.setattr(launch, "_add_one", Broken())
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device: torch.empty(*shape))
+    with pytest.warns(UserWarning, match=rf"\({type(failure).__name__}: {str(failure).splitlines()[0]}\)"):
+        assert not launch.runs_triton("auto", GPU)
+
+
+def test_a_kernel_that_computes_nonsense_is_not_used(monkeypatch):
+    class Nothing:
+        def __getitem__(self, grid):
+            return lambda *arguments, **constants: None
+
+    monkeypatch.setattr(launch, "_add_one", Nothing())
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device: zeros(*shape))
+    with pytest.warns(UserWarning, match="computed nonsense"):
+        assert not launch.runs_triton("auto", GPU)
+
+
+def test_kernels_can_be_imported_and_used_without_triton(tmp_path):
+    """As on Windows: the optimizer steps, the loss is computed."""
+    (tmp_path / "triton.py").write_text("raise ImportError('no triton here')\n")
+    program = """
+import torch
+from lowvram_db.kernels import noise_loss
+from lowvram_db.optim.adam8 import Adam8
+parameter = torch.nn.Parameter(torch.ones(64, 128))
+optimizer = Adam8([parameter], lr=0.1, weights="fp32", weight_decay=0.0)
+parameter.grad = torch.ones_like(parameter)
+optimizer.step()
+print(round(parameter.mean().item(), 2))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.stdout == "0.9\n", done.stderr
+
+
+def test_triton_is_there_where_it_should_be():
+    assert importlib.util.find_spec("triton") is not None or sys.platform != "linux"
