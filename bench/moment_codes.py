@@ -8,7 +8,8 @@ noise, and a drift of 0.3 of it. --real: gradients of configs/demo.toml's run, r
 
 import argparse
 import math
-from collections.abc import Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from machine import add_row
@@ -20,16 +21,16 @@ BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 ELEMENTS, STEPS = 32_768, 600
 
 
-class Code:
+class Code(ABC):
     """A moment code: what is stored of m and v, and what comes back. Arguments and results float32 [n]."""
 
     bytes_a_weight: float
 
-    def store(self, m: Tensor, v: Tensor, step: adam8.Step) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def store(self, m: Tensor, v: Tensor, step: adam8.Step) -> None: ...
 
-    def load(self, step: adam8.Step) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+    @abstractmethod
+    def load(self, step: adam8.Step) -> tuple[Tensor, Tensor]: ...
 
     foresight = False  # take what rounding m would go on to add off the update at once
 
@@ -117,7 +118,7 @@ class BitsAndBytes(Code):
         return self.kept[0], self.kept[1]
 
 
-CODES = {
+CODES: dict[str, Callable[[], Code]] = {
     "ours": Ours,
     "ours, without foresight": OursBlind,
     "ratio-log 8+8": RatioLog,

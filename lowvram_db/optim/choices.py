@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from lowvram_db.config import OptimizerConfig
 from lowvram_db.errors import UserError
 from lowvram_db.kernels.launch import Choice
-from lowvram_db.optim.adam8 import Adam8, Weights
+from lowvram_db.optim.adam8 import Adam8
+from lowvram_db.optim.storage import Weights
 
 _MIN_8_BIT_SIZE = 4096  # smaller tensors keep float32 state: their blocks are too few to matter and too small to trust
 

@@ -16,10 +16,11 @@ from lowvram_db.kernels.launch import runs_triton
 from lowvram_db.kernels.noise_loss import noise_loss, noisy_latents
 from lowvram_db.memory.attention import use_attention
 from lowvram_db.memory.device import compute_dtype, peak_bytes
-from lowvram_db.optim.adam8 import DTYPES, Adam8
+from lowvram_db.optim.adam8 import Adam8
 from lowvram_db.optim.choices import FirstStepCheck, build
 from lowvram_db.optim.loss_scale import LossScale
 from lowvram_db.optim.schedule import learning_rate
+from lowvram_db.optim.storage import DTYPES
 from lowvram_db.progress import Bar
 from lowvram_db.run import Run, check_resumable
 from lowvram_db.train import checkpoint, objective

@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lowvram_db.kernels import bits
-from lowvram_db.optim.adam8 import PATIENCE, Adam8, flat
+from lowvram_db.optim.adam8 import PATIENCE, Adam8
+from lowvram_db.optim.storage import flat
 from lowvram_db.train.checkpoint import _flatten, _unflatten
 
 

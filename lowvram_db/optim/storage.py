@@ -1,0 +1,75 @@
+"""How Adam8 stores parameters and what it keeps beside them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lowvram_db.kernels import adam8, bits
+from lowvram_db.optim.bucket import Bucket
+
+Weights = Literal["bf16", "bf16+residual", "fp16", "fp32"]
+DTYPES = {"bf16": torch.bfloat16, "bf16+residual": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SMALLEST = 4096  # elements; smaller tensors go into the bucket
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """A dense tensor's elements in the order of its memory, [n], without a copy."""
+    return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+
+
+def shapes(state: dict[str, Any]) -> dict[str, Any]:
+    """What a parameter's state is made of: (shape, dtype) of its tensors."""
+    return {key: (tuple(v.shape), v.dtype) if isinstance(v, Tensor) else "a number" for key, v in state.items()}
+
+
+def store(p: nn.Parameter, weights: Weights, device: torch.device) -> dict[str, Any]:
+    """Bring p to its device and dtype; returns its state before the first step."""
+    blocks = math.ceil(p.numel() / adam8.BLOCK)
+    state: dict[str, Any] = {
+        "words": torch.zeros(p.numel(), dtype=torch.int16, device=device),
+        "grids": torch.zeros(blocks, dtype=torch.int32, device=device),
+    }
+    exact = p.data.to(device)
+    p.data = exact.to(DTYPES[weights])
+    if weights == "bf16+residual":
+        values = flat(exact).float()
+        half = torch.full_like(values, 0x80, dtype=torch.int32)  # rounds to the nearest of 24 bits
+        nearest, state["residual"] = bits.split_bf16(values, half)
+        flat(p.data).copy_(nearest)
+    return state
+
+
+def bucket_of(parameters: list[nn.Parameter], weights: Weights, device: torch.device) -> Bucket | None:
+    small = [p for p in parameters if p.numel() < SMALLEST]
+    for p in small:
+        p.data = p.data.to(device)
+    bucket = Bucket(small) if small else None
+    for p in small:
+        p.data = p.data.to(DTYPES[weights])
+    return bucket
+
+
+def refuse_shared_memory(parameters: list[nn.Parameter], names: list[str]) -> None:
+    owners: dict[int, str] = {}
+    for p, name in zip(parameters, names, strict=True):
+        if not _is_dense(p):
+            raise ValueError(f"{name}: has gaps in memory (strides {p.stride()}); make it contiguous first")
+        other = owners.setdefault(p.data_ptr(), name)
+        if other != name:
+            raise ValueError(
+                f"{name} shares its memory with {other}: tied weights cannot step inside backward; untie them"
+            )
+
+
+def _is_dense(p: Tensor) -> bool:
+    """Whether the elements lie side by side, in any order of the dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(p.stride(), p.shape, strict=True)):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
