@@ -1,4 +1,4 @@
-"""`python -m lowvram_db.demo FOLDER`: write the miniature to FOLDER/model and its photos to FOLDER/photos."""
+"""`python -m lowvram_db.demo RUN OTHER_RUN`: draw the base model and what two runs made of it into one sheet."""
 
 import sys
 from pathlib import Path
@@ -7,15 +7,13 @@ from lowvram_db.quiet import hide_loading_bars, quiet_libraries
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
     quiet_libraries()
-    from lowvram_db.demo.miniature import write_photos, write_pipeline
+    from lowvram_db.demo.showcase import before_after
+    from lowvram_db.run import Run
 
     hide_loading_bars()
-    if not (folder / "model" / "model_index.json").exists():
-        write_pipeline(folder / "model")
-        write_photos(folder / "photos")
-    print(f"{folder}: a miniature Stable Diffusion with RANDOM weights, and photos to train it on")
+    trained, other = (Run(Path(folder)) for folder in sys.argv[1:])
+    print(f"before and after: {before_after(trained, other)}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from lowvram_db.demo.subjects import Subject
 from lowvram_db.demo.world import NOUNS, SETTINGS, is_held_out, render, subject_scene
 
 STEPS = 25
-GUIDANCE = 4.0
+GUIDANCE = 2.5
 MISTAKEN_FROM = 0.75  # a picture this like the held-out ones (as a share of their own likeness) passes for the subject
 
 

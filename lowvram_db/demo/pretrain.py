@@ -1,7 +1,8 @@
 """`python -m lowvram_db.demo.pretrain --out DIR`: makes the miniature base model and its critic from nothing.
 
-Stages: tokenizer, autoencoder, text encoder alone, text encoder and UNet together, decoder, critic, export. Each leaves
-its result in DIR and is passed over when that is there; a stage that was killed goes on from its last checkpoint.
+Stages: tokenizer, autoencoder, text encoder alone, text encoder and UNet together, decoder, autoencoder on more
+colours, critic, export. Each leaves its result in DIR and is passed over when that is there; a stage that was killed
+goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from lowvram_db.demo.reader import train_reader
 from lowvram_db.demo.scenes import pictures
 from lowvram_db.demo.stage import Budget
 from lowvram_db.demo.tokenizer import train_tokenizer
+from lowvram_db.demo.widen import widen
 
-STAGES = ("vae", "base", "decoder", "critic", "export")
+STAGES = ("vae", "base", "decoder", "wide", "critic", "export")
 VAE = Budget(steps=2_500, batch=16, lr=1e-3, decay=0.5, measure_steps=500)
 DECODER = Budget(steps=400, batch=16, lr=4e-4, warmup=20, decay=0.8, average=0.99, measure_steps=200)
+WIDE = Budget(steps=1_500, batch=16, lr=6e-4, warmup=50, decay=0.6, average=0.99, measure_steps=150)
 READER = Budget(steps=1_500, batch=64, lr=1e-3, warmup=100, measure_steps=500)
 CRITIC = Budget(steps=1_500, batch=24, lr=1e-3, decay=0.6, measure_steps=500)
 BASE = Budget(steps=10_500, batch=32, lr=8e-4, warmup=300, decay=0.6, measure_steps=1_000)
@@ -41,6 +44,7 @@ class Settings:
     latents: int = 32_000
     vae: Budget = VAE
     decoder: Budget = DECODER
+    wide: Budget = WIDE
     reader: Budget = READER
     critic: Budget = CRITIC
     base: Budget = BASE
@@ -62,9 +66,11 @@ def run(settings: Settings, out: Path, device: str, until: str = STAGES[-1]) -> 
         polish_decoder(vae, stream, held_out, settings.decoder, out)
     if last >= 3:
         looks = pictures("critic", settings.looks, out)
+        widen(vae, stream, looks, held_out, settings.wide, out)
+    if last >= 4:
         soft = soften_all(vae, looks, out / "critic-soft.npy")
         critic = train_critic(stream, looks, soft, held_out, settings.critic, out, device)
-    if last >= 4:
+    if last >= 5:
         export(base, vae, critic, tokenizer, out / "export")
 
 

@@ -22,7 +22,16 @@ from lowvram_db.demo.world import NOUNS, SETTINGS, training_scene
 
 SHORT = Budget(steps=2, batch=2, lr=1e-3, measure_steps=2)
 TINY = dataclasses.replace(
-    Settings(), scenes=8, held_out=4, looks=16, vae=SHORT, decoder=SHORT, reader=SHORT, critic=SHORT, base=SHORT
+    Settings(),
+    scenes=8,
+    held_out=4,
+    looks=16,
+    vae=SHORT,
+    decoder=SHORT,
+    wide=SHORT,
+    reader=SHORT,
+    critic=SHORT,
+    base=SHORT,
 )
 
 
@@ -48,6 +57,7 @@ def test_the_command_makes_a_pipeline_that_loads_and_draws(tmp_path: Path, monke
     assert {p.name for p in tmp_path.glob("*.csv")} == {
         "vae.csv",
         "decoder.csv",
+        "wide.csv",
         "critic.csv",
         "reader.csv",
         "base.csv",
