@@ -130,9 +130,10 @@ def _save_model(trainer: Trainer, run: Run, began_at: int) -> None:
         if began_at == trainer.step:
             return  # it is this step's own: only its pictures are missing
         run.model.rename(run.folder / f"model-before-step-{trainer.step:06d}")
-    trainer.finish()
+    dtype = DTYPES[trainer.config.output.dtype]
+    trainer.finish(dtype)
     with creating_folder(run.model) as temporary:
-        trainer.family.save(temporary, DTYPES[trainer.config.output.dtype], **trainer.modules)
+        trainer.family.save(temporary, dtype, **trainer.modules)
 
 
 def _sample_trainer(trainer: Trainer, path: Path) -> None:

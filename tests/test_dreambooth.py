@@ -38,9 +38,9 @@ def test_every_weight_of_the_unet_is_trained(make_config, miniature):
 def test_the_encoders_are_gone_before_the_denoiser_comes(make_config, monkeypatch):
     load_denoiser, seen = StableDiffusion.load_denoiser, []
 
-    def watched(family):
+    def watched(family, narrow):
         seen.append([type(thing) for thing in gc.get_objects() if isinstance(thing, AutoencoderKL | CLIPTextModel)])
-        return load_denoiser(family)
+        return load_denoiser(family, narrow)
 
     monkeypatch.setattr(StableDiffusion, "load_denoiser", watched)
     run_dreambooth(make_config())

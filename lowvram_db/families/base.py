@@ -10,6 +10,7 @@ networks never have to sit in memory together. Tensors cross this border in the 
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,8 +63,8 @@ class Family(ABC):
         """Prompts -> conditioning [len(prompts), tokens, width]."""
 
     @abstractmethod
-    def load_denoiser(self) -> nn.Module:
-        """The denoiser with float32 weights."""
+    def load_denoiser(self, narrow: Callable[[Tensor], Tensor] = lambda weight: weight) -> nn.Module:
+        """The denoiser with float32 weights, or with what `narrow` makes of each, one after the other."""
 
     @abstractmethod
     def denoise(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from lowvram_db.errors import UserError
 from lowvram_db.families.base import Family, Moments, NoiseSchedule
 from lowvram_db.families.source import read_json, weight_files
+from lowvram_db.families.weights import Narrow, read_narrowed
 
 _PREDICTION_TYPES = ("epsilon", "v_prediction")
 
@@ -111,8 +112,14 @@ class StableDiffusion(Family):
         device = next(text_encoder.parameters()).device
         return text_encoder(tokens.input_ids.to(device)).last_hidden_state
 
-    def load_denoiser(self) -> nn.Module:
-        return UNet.from_pretrained(self.folder, subfolder="unet", dtype=torch.float32).eval()
+    def load_denoiser(self, narrow: Narrow = lambda weight: weight) -> nn.Module:
+        files = weight_files(self.folder, "unet")
+        if files[0].suffix == ".safetensors":
+            return read_narrowed(UNet, self.folder / "unet", files, narrow)
+        unet = UNet.from_pretrained(self.folder, subfolder="unet", dtype=torch.float32).eval()
+        for parameter in unet.parameters():
+            parameter.data = narrow(parameter.data)
+        return unet
 
     def denoise(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Tensor) -> Tensor:
         return denoiser(latents, timesteps, encoder_hidden_states=conditioning).sample

@@ -181,17 +181,17 @@ class Adam8(torch.optim.Optimizer):
         self._note_calls(saved[0]["calls"] if saved else 0)
 
     @torch.no_grad()
-    def finish(self) -> None:
-        """Turn every parameter into float32, as exact as its state knows it, and let the state go."""
+    def finish(self, dtype: torch.dtype = torch.float32) -> None:
+        """Turn every parameter into dtype from the most exact value its state knows, and let the state go."""
         for p, state in self.state.items():
             if "master" in state:
-                p.data = state["master"].clone()
+                p.data = state["master"].to(dtype, copy=True)
             elif "residual" in state:
                 exact = torch.empty_like(p, dtype=torch.float32)
                 flat(exact).copy_(bits.join_bf16(flat(p.detach()), state["residual"]))
-                p.data = exact
+                p.data = exact.to(dtype)
             else:
-                p.data = p.data.float()
+                p.data = p.data.to(dtype)
             state.clear()
 
     def _on_gradient(self, parameter: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,16 @@ def flat(tensor: Tensor) -> Tensor:
 def shapes(state: dict[str, Any]) -> dict[str, Any]:
     """What a parameter's state is made of: (shape, dtype) of its tensors."""
     return {key: (tuple(v.shape), v.dtype) if isinstance(v, Tensor) else "a number" for key, v in state.items()}
+
+
+def narrowing(weights: Weights) -> Callable[[Tensor], Tensor]:
+    """What a weight may become while it is read without store() or bucket_of() missing a bit of it."""
+
+    def narrow(weight: Tensor) -> Tensor:
+        exact = weight.numel() < SMALLEST or weights == "bf16+residual"
+        return weight if exact else weight.to(DTYPES[weights])
+
+    return narrow
 
 
 def store(p: nn.Parameter, weights: Weights, device: torch.device) -> dict[str, Any]:

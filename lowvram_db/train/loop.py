@@ -20,7 +20,7 @@ from lowvram_db.optim.adam8 import Adam8
 from lowvram_db.optim.choices import FirstStepCheck, build
 from lowvram_db.optim.loss_scale import LossScale
 from lowvram_db.optim.schedule import learning_rate
-from lowvram_db.optim.storage import DTYPES
+from lowvram_db.optim.storage import DTYPES, narrowing
 from lowvram_db.progress import Bar
 from lowvram_db.run import Run, check_resumable
 from lowvram_db.train import checkpoint, objective
@@ -44,7 +44,7 @@ class Trainer:
             raise UserError(f'kernels: {error}; use kernels = "auto"') from error
         self.table = objective.table(family.noise_schedule, config.train.min_snr_gamma).to(device)
         self.step = 0
-        self.denoiser = _trainable(family.load_denoiser())
+        self.denoiser = _trainable(family.load_denoiser(narrowing(config.weights)))
         self.text_encoder = _trainable(family.load_text_encoder()) if config.train.text_encoder else None
         if config.optimizer.name != "adam8":  # which brings each weight there by itself, in its final size
             self._move_to_device()
@@ -136,10 +136,10 @@ class Trainer:
         train = self.config.train
         return learning_rate(self.step, schedule=train.schedule, lr=train.lr, warmup=train.warmup, steps=train.steps)
 
-    def finish(self) -> None:
-        """Bring the weights to float32, as exact as they are known. There is no training after that."""
+    def finish(self, dtype: torch.dtype = torch.float32) -> None:
+        """Bring the weights to dtype from what is known of them at best. There is no training after that."""
         if isinstance(self.optimizer, Adam8):
-            self.optimizer.finish()
+            self.optimizer.finish(dtype)
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint of the step just done into `folder`."""

@@ -18,7 +18,7 @@ from lowvram_db.demo.subjects import SUBJECTS
 from lowvram_db.dreambooth import run_dreambooth
 
 ROOT = Path(__file__).parents[2]
-OWN, ELSEWHERE, SETTING, MISTAKEN, DIVERSITY = 0.75, 0.75, 0.65, 0.15, 0.85
+OWN, ELSEWHERE, SETTING, MISTAKEN, DIVERSITY = 0.75, 0.7, 0.7, 0.3, 0.85
 
 
 def measured(model: str) -> Learned:

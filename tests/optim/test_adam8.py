@@ -170,6 +170,16 @@ def test_finish_gives_float32_back():
         torch.testing.assert_close(after.detach(), before, rtol=2**-16, atol=0)
 
 
+@pytest.mark.parametrize("weights", ["bf16", "bf16+residual", "fp32"])
+def test_finish_in_half_precision_rounds_the_exact_weight_once(weights):
+    exact, half = Network(), Network()
+    half.load_state_dict(exact.state_dict())
+    for network, dtype in ((exact, torch.float32), (half, torch.float16)):
+        Adam8(network.named_parameters(), weights=weights).finish(dtype)
+    for whole, rounded in zip(exact.parameters(), half.parameters(), strict=True):
+        assert torch.equal(whole.half(), rounded)
+
+
 # what users run into
 
 
