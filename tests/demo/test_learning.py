@@ -18,6 +18,7 @@ from lowvram_db.demo.subjects import SUBJECTS
 from lowvram_db.dreambooth import run_dreambooth
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.timeout(900)  # under 3 minutes where nothing else runs
 OWN, ELSEWHERE, SETTING, MISTAKEN, DIVERSITY = 0.75, 0.7, 0.7, 0.3, 0.85
 
 
