@@ -1,6 +1,10 @@
+import sys
+
 import numpy as np
+import pytest
 from PIL import Image
 
+from lowvram_db.demo import __main__ as command
 from lowvram_db.demo.showcase import ELSEWHERE, SEEDS, before_after
 from lowvram_db.dreambooth import run_dreambooth
 
@@ -24,3 +28,11 @@ def test_base_and_both_runs_stand_side_by_side(make_config):
         assert np.abs(base - with_prior).mean() < 2
         assert np.abs(base - without).mean() < 2
     assert np.abs(cells[0] - cells[1]).mean() > 5
+
+
+def test_a_run_that_is_not_there_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["python -m lowvram_db.demo", str(tmp_path / "one"), str(tmp_path / "two")])
+    with pytest.raises(SystemExit) as stop:
+        command.main()
+    assert stop.value.code == 2
+    assert str(tmp_path / "one") in capsys.readouterr().err
