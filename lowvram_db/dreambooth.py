@@ -9,14 +9,14 @@ from PIL import Image
 
 from lowvram_db import prior
 from lowvram_db.atomic import creating_folder, replacing_file
-from lowvram_db.cache.precompute import Cached, precompute, release_memory
+from lowvram_db.cache.precompute import Cached, precompute
 from lowvram_db.cache.store import Store
 from lowvram_db.concept import Concept, describe, subject_photos
 from lowvram_db.config import Config
 from lowvram_db.errors import DoesNotFit, Interrupted, UserError
 from lowvram_db.families import open_model
 from lowvram_db.families.base import Family
-from lowvram_db.memory.device import DTYPES, compute_dtype, peak_bytes, pick_device, reset_peak
+from lowvram_db.memory.device import DTYPES, compute_dtype, peak_bytes, pick_device, release_memory, reset_peak
 from lowvram_db.progress import say
 from lowvram_db.run import Run, check_resumable
 from lowvram_db.sampling import sample_grid
@@ -131,7 +131,9 @@ def _save_model(trainer: Trainer, run: Run, began_at: int) -> None:
             return  # it is this step's own: only its pictures are missing
         run.model.rename(run.folder / f"model-before-step-{trainer.step:06d}")
     dtype = DTYPES[trainer.config.output.dtype]
+    release_memory()
     trainer.finish(dtype)
+    release_memory()
     with creating_folder(run.model) as temporary:
         trainer.family.save(temporary, dtype, **trainer.modules)
 

@@ -1,6 +1,5 @@
 """Run each encoder once over what it has not seen yet, one encoder in memory at a time, and let it go."""
 
-import gc
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from torch import Tensor
 from lowvram_db.cache.key import files_digest, latent_key, text_key
 from lowvram_db.cache.store import Store
 from lowvram_db.families.base import Family, Moments
+from lowvram_db.memory.device import release_memory
 from lowvram_db.photos import load_photo, to_pixels
 from lowvram_db.progress import Bar
 
@@ -88,10 +88,3 @@ def _stored(store: Store, key: str) -> dict[str, Tensor]:
     entry = store.get(key)
     assert entry is not None, f"cache entry {key} vanished while it was in use"
     return entry
-
-
-def release_memory() -> None:
-    """Give back what a dropped network held, on the CPU and on the GPU."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

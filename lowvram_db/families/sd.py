@@ -125,6 +125,8 @@ class StableDiffusion(Family):
         return denoiser(latents, timesteps, encoder_hidden_states=conditioning).sample
 
     def pipeline(self, dtype: torch.dtype = torch.float32, **parts: Any) -> Any:
+        if "unet" not in parts:
+            parts["unet"] = self.load_denoiser(lambda weight: weight.to(dtype))
         parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False, **parts}
         pipeline = StableDiffusionPipeline.from_pretrained(self.folder, dtype=dtype, **parts)
         # The model's own schedule under a solver that needs 25-30 steps where the shipped one takes 50.

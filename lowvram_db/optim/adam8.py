@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -108,7 +109,16 @@ class Adam8(torch.optim.Optimizer):
         if self._attached:
             raise RuntimeError("Adam8 is attached already; remove that handle first")
         self._attached = True
-        hooks = [p.register_post_accumulate_grad_hook(self._on_gradient) for p in self._places]
+        # A hook lives in its parameter, where the garbage collector does not see it: holding the optimizer, which holds
+        # the parameters, it would keep all of them in memory for good.
+        own = weakref.WeakMethod(self._on_gradient)
+
+        def on_gradient(parameter: Tensor) -> None:
+            update = own()
+            if update is not None:
+                update(parameter)
+
+        hooks = [p.register_post_accumulate_grad_hook(on_gradient) for p in self._places]
 
         def remove() -> None:
             self._attached = False
@@ -183,6 +193,9 @@ class Adam8(torch.optim.Optimizer):
     @torch.no_grad()
     def finish(self, dtype: torch.dtype = torch.float32) -> None:
         """Turn every parameter into dtype from the most exact value its state knows, and let the state go."""
+        for state in self.state.values():  # all of it before a weight grows
+            for moments in ("words", "grids"):
+                state.pop(moments, None)
         for p, state in self.state.items():
             if "master" in state:
                 p.data = state["master"].to(dtype, copy=True)

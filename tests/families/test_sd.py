@@ -49,6 +49,16 @@ def test_the_prompt_is_read(family):
     assert (one - other).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_pipeline_draws_with_the_weights_diffusers_reads(family, miniature, dtype):
+    theirs = StableDiffusionPipeline.from_pretrained(miniature, safety_checker=None, dtype=dtype)
+    ours = family.pipeline(dtype)
+    for part in ("unet", "vae", "text_encoder"):
+        wanted = getattr(theirs, part).state_dict()
+        for name, tensor in getattr(ours, part).state_dict().items():
+            assert tensor.dtype == wanted[name].dtype and torch.equal(tensor, wanted[name]), name
+
+
 def test_denoise_calls_the_unet(family):
     denoiser = family.load_denoiser()
     latents, conditioning = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 32)

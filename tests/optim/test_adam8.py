@@ -1,7 +1,9 @@
 """Adam8 as an optimizer: one result, whether it steps when asked or inside backward, straight or resumed."""
 
 import copy
+import gc
 import math
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -157,6 +159,20 @@ def test_a_parameter_without_a_gradient_is_left_alone():
     optimizer.step()
     assert (unused == 1).all()
     assert not torch.equal(before, network.norm.bias), "the other small tensors do not wait for it"
+
+
+@pytest.mark.parametrize("after_a_step", [False, True])
+def test_nothing_keeps_an_attached_optimizer_and_its_weights_in_memory(after_a_step):
+    network = Network()
+    optimizer = Adam8(network.named_parameters())
+    optimizer.attach()
+    if after_a_step:
+        loss_of(network, 0).backward()
+        optimizer.step()
+    gone = [weakref.ref(optimizer), *map(weakref.ref, network.parameters())]
+    del network, optimizer
+    gc.collect()
+    assert [reference() for reference in gone] == [None] * len(gone)
 
 
 def test_finish_gives_float32_back():
