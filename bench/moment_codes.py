@@ -1,21 +1,34 @@
-"""Which code for Adam's moments follows fp32 Adam? `python bench/moment_codes.py [--real]`
+"""Which code for Adam's moments follows fp32 Adam? `python bench/moment_codes.py [--real CONFIG]`
 
 Feeds the same gradients to fp32 Adam and to Adam with its moments kept in each code, and appends to
 bench/results/moment_codes.csv how far the sum of all updates ends from fp32's, as a share of its length, and the
 largest single update. Made-up gradients: each element has a scale of its own, lognormal with `sigma` over the tensor,
-noise, and a drift of 0.3 of it. --real: gradients of configs/demo.toml's run, recorded while fp32 AdamW trains.
+noise, and a drift of 0.3 of it. --real: gradients of a run, recorded while fp32 AdamW trains:
+
+    python bench/moment_codes.py --real configs/demo.toml --steps 250
+    python bench/moment_codes.py --real runs/sd15-random/full_size.toml --steps 40 --set train.resolution=64
 """
 
 import argparse
 import math
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from statistics import mean, median
 
 import torch
 from machine import add_row
 from torch import Tensor
 
+from lowvram_db.cache.precompute import precompute
+from lowvram_db.cache.store import Store
+from lowvram_db.concept import describe, subject_photos
+from lowvram_db.config import load
+from lowvram_db.families import open_model
 from lowvram_db.kernels import adam8
+from lowvram_db.train.batches import Batches
+from lowvram_db.train.loop import Trainer
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 ELEMENTS, STEPS = 32_768, 600
@@ -161,24 +174,15 @@ def _chain(first: Tensor, rest: Iterator[Tensor]) -> Iterator[Tensor]:
     yield from rest
 
 
-def recorded(steps: int) -> dict[str, list[Tensor]]:
-    """Gradients of the demo's run: the first 8,192 elements of every large tensor, by name, [steps] each."""
-    from pathlib import Path
-
-    from lowvram_db.cache.precompute import precompute
-    from lowvram_db.cache.store import Store
-    from lowvram_db.concept import describe, subject_photos
-    from lowvram_db.config import load
-    from lowvram_db.families import open_model
-    from lowvram_db.train.batches import Batches
-    from lowvram_db.train.loop import Trainer
-
-    root = Path(__file__).parents[1]
-    config = load(root / "configs" / "demo.toml", ["optimizer.name=adamw", "precision.compute=fp32"])
+def recorded(path: Path, overrides: list[str], steps: int) -> dict[str, list[Tensor]]:
+    """Gradients of a config's run: the first 8,192 elements of every large tensor, by name, [steps] each."""
+    config = load(path, ["optimizer.name=adamw", "precision.compute=fp32", *overrides])
     family, photos = open_model(config.model.name), subject_photos(config)
-    concept = describe(config, photos, photos[::-1])  # class images would have to be drawn first
-    cache, device = Store(root / "runs" / "moment-codes"), torch.device("cpu")
-    cached = precompute(family, concept.photos, concept.prompts, config.train.resolution, cache, device)
+    concept = describe(config, photos, photos[::-1])  # the model's own class images would have to be drawn first
+    device = torch.device("cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(Path(folder))
+        cached = precompute(family, concept.photos, concept.prompts, config.train.resolution, store, device)
     trainer = Trainer(config, family, Batches(concept, cached, 1, 0), device)
     large = {n: p for n, p in trainer.denoiser.named_parameters() if p.numel() >= 8192}
     gradients: dict[str, list[Tensor]] = {name: [] for name in large}
@@ -186,8 +190,9 @@ def recorded(steps: int) -> dict[str, list[Tensor]]:
         parameter.register_post_accumulate_grad_hook(
             lambda p, name=name: gradients[name].append(p.grad.flatten()[:8192].clone())
         )
-    for _ in range(steps):
-        trainer.train_step()
+    for step in range(steps):
+        loss = trainer.train_step()
+        print(f"step {step + 1}: loss {loss.total.item():.4f}", flush=True)
     return gradients
 
 
@@ -199,22 +204,24 @@ def spread(gradients: list[Tensor]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--real", action="store_true")
+    parser.add_argument("--real", type=Path, metavar="CONFIG", help="gradients of this config's run")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], help="as lowvram-db train --set")
     parser.add_argument("--steps", type=int, default=STEPS)
     given = parser.parse_args()
     if given.real:
-        real = recorded(given.steps)
-        for name, code in CODES.items():
-            results = [compare(code(), gradients) for gradients in real.values()]
-            errors = sorted(error for error, _ in results)
-            sigma = sum(map(spread, real.values())) / len(real)
-            report(
-                name, code(), f"demo, {len(real)} tensors", sigma, errors[len(errors) // 2], max(u for _, u in results)
-            )
-    else:
-        for name, code in CODES.items():
-            for sigma in (0.5, 1.0, 2.0, 3.0):
-                report(name, code(), "made up", sigma, *compare(code(), made_up(sigma, steps=given.steps)))
+        compare_on(given.real.stem, recorded(given.real, given.overrides, given.steps), given.steps)
+        return
+    for name, code in CODES.items():
+        for sigma in (0.5, 1.0, 2.0, 3.0):
+            report(name, code(), "made up", sigma, *compare(code(), made_up(sigma, steps=given.steps)))
+
+
+def compare_on(source: str, real: dict[str, list[Tensor]], steps: int) -> None:
+    """A row a code: over the tensors the mean spread, the median error, the largest update."""
+    sigma = mean(map(spread, real.values()))
+    for name, code in CODES.items():
+        errors, updates = zip(*(compare(code(), gradients) for gradients in real.values()), strict=True)
+        report(name, code(), f"{source}, {len(real)} tensors, {steps} steps", sigma, median(errors), max(updates))
 
 
 def report(name: str, code: Code, source: str, sigma: float, error: float, largest: float) -> None:
