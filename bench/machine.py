@@ -15,8 +15,9 @@ _ROOT = Path(__file__).parents[1]
 
 
 def stamp() -> dict[str, str]:
-    """Date (UTC), commit (with + where the tree had changes), machine and versions."""
-    commit = _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "-uno") else "")
+    """Date (UTC), commit (with + where the tree had changes other than rows like this one), machine and versions."""
+    changed = _git("status", "--porcelain", "-uno", "--", ".", ":!bench/results")
+    commit = _git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
         "commit": commit,
