@@ -70,7 +70,8 @@ def fp64_adam(grads):
     return moved, largest
 
 
-@pytest.mark.parametrize(("sigma", "goal"), [(0.5, 0.03), (1.0, 0.05), (2.0, 0.08), (3.0, 0.08)])
+# Without foresight the first two are missed; bitsandbytes' code reaches .038, .088, 17 and 40.
+@pytest.mark.parametrize(("sigma", "goal"), [(0.5, 0.015), (1.0, 0.024), (2.0, 0.036), (3.0, 0.042)])
 def test_displacement_follows_fp64_adam(sigma, goal):
     n, steps = 8192, 600
     wanted, _ = fp64_adam(gradients(n, sigma, steps))
