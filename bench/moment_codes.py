@@ -27,6 +27,7 @@ from lowvram_db.concept import describe, subject_photos
 from lowvram_db.config import load
 from lowvram_db.families import open_model
 from lowvram_db.kernels import adam8
+from lowvram_db.kernels.adam8_step import Step, step_numbers
 from lowvram_db.train.batches import Batches
 from lowvram_db.train.loop import Trainer
 
@@ -40,10 +41,10 @@ class Code(ABC):
     bytes_a_weight: float
 
     @abstractmethod
-    def store(self, m: Tensor, v: Tensor, step: adam8.Step) -> None: ...
+    def store(self, m: Tensor, v: Tensor, step: Step) -> None: ...
 
     @abstractmethod
-    def load(self, step: adam8.Step) -> tuple[Tensor, Tensor]: ...
+    def load(self, step: Step) -> tuple[Tensor, Tensor]: ...
 
     foresight = False  # take what rounding m would go on to add off the update at once
 
@@ -53,13 +54,13 @@ class Ours(Code):
 
     bytes_a_weight, foresight = 2 + 4 / 256, True
 
-    def store(self, m: Tensor, v: Tensor, step: adam8.Step) -> None:
+    def store(self, m: Tensor, v: Tensor, step: Step) -> None:
         blocks = [x.view(-1, adam8.BLOCK) for x in (m, v)]
         present = torch.ones_like(blocks[0], dtype=torch.bool)
         random = torch.randint(0, 2**16, present.shape, dtype=torch.int32)
         self.words, self.grids, self.kept = adam8.encode(*blocks, present, random, step.encode)
 
-    def load(self, step: adam8.Step) -> tuple[Tensor, Tensor]:
+    def load(self, step: Step) -> tuple[Tensor, Tensor]:
         u, root = adam8.decode(self.words, self.grids)
         return (u * root / step.encode).flatten(), root.square().flatten()
 
@@ -75,7 +76,7 @@ class RatioLog(Code):
 
     bytes_a_weight = 2 + 12 / 256
 
-    def store(self, m: Tensor, v: Tensor, step: adam8.Step) -> None:
+    def store(self, m: Tensor, v: Tensor, step: Step) -> None:
         m, log = m.view(-1, 256), v.view(-1, 256).clamp(min=1e-38).log2()
         self.low = log.amin(1, keepdim=True)
         self.unit = ((log.amax(1, keepdim=True) - self.low) / 254).clamp(min=1e-12)
@@ -85,7 +86,7 @@ class RatioLog(Code):
         self.scale = bent.abs().amax(1, keepdim=True).clamp(min=1e-12)
         self.place = (bent / self.scale * 127).round()
 
-    def load(self, step: adam8.Step) -> tuple[Tensor, Tensor]:
+    def load(self, step: Step) -> tuple[Tensor, Tensor]:
         v = torch.exp2(self.low + self.level * self.unit)
         bent = self.place / 127 * self.scale
         return (0.5 * bent / (1 - bent.abs()) * v.sqrt()).flatten(), v.flatten()
@@ -96,14 +97,14 @@ class FlashOptim(Code):
 
     bytes_a_weight = 2 + 4 / 32
 
-    def store(self, m: Tensor, v: Tensor, step: adam8.Step) -> None:
+    def store(self, m: Tensor, v: Tensor, step: Step) -> None:
         m, root = m.view(-1, 32), v.sqrt().view(-1, 32)
         self.m_scale, self.root_scale = (x.abs().amax(1, keepdim=True).clamp(min=1e-12) for x in (m, root))
         normal = m / self.m_scale
         self.m_place = (2 * normal / (1 + normal.abs()) * 127).round()
         self.root_place = (root / self.root_scale * 255).round()
 
-    def load(self, step: adam8.Step) -> tuple[Tensor, Tensor]:
+    def load(self, step: Step) -> tuple[Tensor, Tensor]:
         bent = self.m_place / 127
         m = bent / (2 - bent.abs()) * self.m_scale
         return m.flatten(), (self.root_place / 255 * self.root_scale).square().flatten()
@@ -119,7 +120,7 @@ class BitsAndBytes(Code):
 
         self.maps = [create_dynamic_map(signed=signed).sort().values for signed in (True, False)]
 
-    def store(self, m: Tensor, v: Tensor, step: adam8.Step) -> None:
+    def store(self, m: Tensor, v: Tensor, step: Step) -> None:
         self.kept = [self._rounded(x.view(-1, 256), entries) for x, entries in zip((m, v), self.maps, strict=True)]
 
     @staticmethod
@@ -127,7 +128,7 @@ class BitsAndBytes(Code):
         scale = x.abs().amax(1, keepdim=True).clamp(min=1e-38)
         return (entries[torch.bucketize(x / scale, (entries[1:] + entries[:-1]) / 2)] * scale).flatten()
 
-    def load(self, step: adam8.Step) -> tuple[Tensor, Tensor]:
+    def load(self, step: Step) -> tuple[Tensor, Tensor]:
         return self.kept[0], self.kept[1]
 
 
@@ -155,10 +156,10 @@ def compare(code: Code, gradients: Iterable[Tensor]) -> tuple[float, float]:
     exact_m, exact_v, exact, ours, zero = (torch.zeros_like(first) for _ in range(5))
     largest = 0.0
     for t, g in enumerate(_chain(first, gradients), 1):
-        step = adam8.step_numbers(t, lr=1.0, betas=(BETA1, BETA2), eps=EPS, weight_decay=0.0)
+        step = step_numbers(t, lr=1.0, betas=(BETA1, BETA2), eps=EPS, weight_decay=0.0)
         exact_m, exact_v = BETA1 * exact_m + (1 - BETA1) * g, BETA2 * exact_v + (1 - BETA2) * g * g
         exact = adam8.new_weights(exact, exact_m, exact_v, exact_m, step)
-        before = adam8.step_numbers(max(1, t - 1), lr=1.0, betas=(BETA1, BETA2), eps=EPS, weight_decay=0.0)
+        before = step_numbers(max(1, t - 1), lr=1.0, betas=(BETA1, BETA2), eps=EPS, weight_decay=0.0)
         m, v = code.load(before) if t > 1 else (zero, zero)
         m, v = BETA1 * m + (1 - BETA1) * g, BETA2 * v + (1 - BETA2) * g * g
         code.store(m, v, step)

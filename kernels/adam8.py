@@ -11,7 +11,6 @@ weight for 1 / (1 - beta1) steps; its whole future effect is known at once and i
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -19,15 +18,14 @@ import torch
 from torch import Tensor
 
 from . import bits
-from .launch import jit, tl
+from .adam8_step import Step, on_device
+from .launch import compiled_for_cpu, jit, tl
 
 BLOCK = 256
 LEVELS = 1023  # steps of the v grid below its upper end
 FINEST = 7  # the grid's step is 2^-7 octaves, and twice as long for every time the block's spread asks for more reach
 SIDE = 31  # levels of m on each side of zero
-BENT = (
-    SIDE / 34
-)  # |u| / (|u| + 1) of the last level, u = 10.3: Adam's ends at 7.27. u = 1, as in step 1, is a level too
+BENT = SIDE / 34  # |u| / (|u| + 1) of the last level, u = 10.3: Adam's ends at 7.27. u = 1, as in step 1, is a level
 FAINTEST = 2.0**-126  # v below this counts as zero
 LIMIT = 1.5  # no correction makes an update larger than this
 ROWS = 4  # blocks a program of the kernel: one for every warp
@@ -43,70 +41,6 @@ class Address(NamedTuple):
     stream: int
 
 
-class Step(NamedTuple):
-    """The numbers of one optimizer step, the same for every weight of a parameter group."""
-
-    lr: float
-    decay: float  # 1 - lr * weight_decay
-    eps: float
-    keep_m: float  # m <- keep_m * m + add_m * g
-    add_m: float
-    keep_v: float  # v <- keep_v * v + add_v * g^2
-    add_v: float
-    decode: float  # m = decode * u * sqrt(v), of what the state holds
-    encode: float  # u = encode * m / sqrt(v), of what it will hold
-    unbias_m: float  # m_hat = unbias_m * m; 0: the weights do not move yet
-    unbias_root: float  # sqrt(v_hat) = unbias_root * sqrt(v)
-    foresee: float  # what an error of 1 in m adds to the sum of all later m_hat
-    clamp: float  # largest |m_hat| / (sqrt(v_hat) + eps)
-
-
-@functools.lru_cache(maxsize=64)  # all tensors of a group ask for the same
-def step_numbers(
-    step: int,
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    clamp: float = math.inf,
-    micro_batch: int = 0,
-    micro_batches: int = 1,
-) -> Step:
-    """The numbers of optimizer step 1, 2, ..., or of one of its micro-batches 0, 1, ...: each brings its share of the
-    moments, the first lets the old ones decay, the last moves the weights; the others only take their rounding of m off
-    them."""
-    beta1, beta2 = betas
-    first, root = 1 - beta1**step, math.sqrt(1 - beta2**step)
-    decode = first / root
-    keep_m, keep_v = 1.0, 1.0
-    if micro_batch == 0:
-        keep_m, keep_v = (beta1, beta2) if step > 1 else (0.0, 0.0)  # before step 1 the state means nothing
-        decode = (1 - beta1 ** (step - 1)) / math.sqrt(1 - beta2 ** (step - 1)) if step > 1 else 0.0
-    # until beta1^k is below a millionth
-    foresee = sum(beta1**k / (1 - beta1 ** (step + k)) for k in range(1, math.ceil(14 / (1 - beta1))))
-    last = micro_batch == micro_batches - 1
-    return Step(
-        lr=lr,
-        decay=1 - lr * weight_decay if last else 1.0,
-        eps=eps,
-        keep_m=keep_m,
-        add_m=(1 - beta1) / micro_batches,
-        keep_v=keep_v,
-        add_v=(1 - beta2) / micro_batches,
-        decode=decode,
-        encode=root / first,
-        unbias_m=1 / first if last else 0.0,
-        unbias_root=1 / root,
-        foresee=foresee if last else foresee + 1 / first,
-        clamp=clamp,
-    )
-
-
-def _power_of_two(exponent: Tensor) -> Tensor:
-    return ((exponent + 127) << 23).view(torch.float32)
-
-
 def _unbend(places: Tensor) -> Tensor:
     """Levels of m -> u."""
     bent = places.float() * (BENT / SIDE)
@@ -114,35 +48,37 @@ def _unbend(places: Tensor) -> Tensor:
 
 
 def decode(words: Tensor, grids: Tensor) -> tuple[Tensor, Tensor]:
-    """State -> (u, sqrt(v)). words: int16 [blocks, 256]; grids: int32 [blocks, 1]. Both results float32."""
+    """State -> (u, sqrt(v)). words: int16 or int32 [blocks, 256]; grids: int32 [blocks, 1]. Both results float32."""
     word = words.int() & 0xFFFF
-    fineness, top = grids & 15, grids >> 4
+    steps, top = (1 << (grids & 15)).float(), grids >> 4
     levels = (word >> 6) + (top - LEVELS)
-    return _unbend((word & 63) - SIDE - 1), torch.exp2(levels.float() * _power_of_two(-1 - fineness))
+    return _unbend((word & 63) - SIDE - 1), torch.exp2(levels.float() * (0.5 / steps))
 
 
-def encode(m: Tensor, v: Tensor, present: Tensor, random: Tensor, factor: float) -> tuple[Tensor, Tensor, Tensor]:
+def encode(
+    m: Tensor, v: Tensor, present: Tensor, random: Tensor, factor: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Moments -> (words, grids, what the state holds of m).
 
     m, v: float32 [blocks, 256]. present: bool, False where a block is filled up. random: int32 in [0, 2^16).
-    factor: turns m / sqrt(v) into u.
+    factor: turns m / sqrt(v) into u. words: int32 in [0, 2^16). grids: int32 [blocks, 1].
     """
     log = torch.log2(v.clamp(min=FAINTEST))
     present = present & (v > FAINTEST)
     top = log.masked_fill(~present, math.log2(FAINTEST)).amax(1, keepdim=True)
     spread = top - log.where(present, top).amin(1, keepdim=True)
     fineness = FINEST - sum((spread > (LEVELS - 2) / 2**e).int() for e in range(FINEST, FINEST - 4, -1))
-    steps = _power_of_two(fineness)
+    steps = (1 << fineness).float()
     top = torch.ceil(top * steps)
     exact = log * steps
     below = torch.floor(exact)
     levels = below + ((exact - below) * 65536 > random)
     levels = torch.minimum(torch.maximum(levels, top - LEVELS), top)
-    root = torch.exp2(levels * _power_of_two(-1 - fineness))
+    root = torch.exp2(levels * (0.5 / steps))
     u = m * factor / root
     places = torch.floor(u / (u.abs() + 1) * (SIDE / BENT) + 0.5).clamp(-SIDE, SIDE)
-    words = ((levels - (top - LEVELS)).int() << 6) | (places.int() + SIDE + 1)
-    return words.to(torch.int16), top.int() << 4 | fineness, _unbend(places) * root / factor
+    words = (levels - (top - LEVELS)).int() << 6 | (places.int() + SIDE + 1)
+    return words, top.int() << 4 | fineness, _unbend(places) * root / factor
 
 
 def new_weights(w: Tensor, m: Tensor, v: Tensor, kept: Tensor, step: Step) -> Tensor:
@@ -177,13 +113,13 @@ def update_(
     if triton:
         _launch(weight, residual, grad, words, grids, skipped, unscale, step, address)
         return
+    numbers, where = on_device(step, weight.device), torch.tensor(address, device=weight.device)
     for first in range(0, len(weight), CHUNK):
         chunk = slice(first, first + CHUNK)
         blocks = slice(first // BLOCK, (first + CHUNK) // BLOCK)
         rest = None if residual is None else residual[chunk]
-        _twin(
-            weight[chunk], rest, grad[chunk], words[chunk], grids[blocks], skipped, unscale, step, address, first // 8
-        )
+        state = words[chunk], grids[blocks], skipped
+        _twin(weight[chunk], rest, grad[chunk], *state, unscale, numbers, where, first // 8)
 
 
 def _twin(
@@ -194,35 +130,52 @@ def _twin(
     grids: Tensor,
     skipped: Tensor,
     unscale: Tensor,
-    step: Step,
-    address: Address,
+    numbers: Tensor,
+    address: Tensor,
     first_group: int,
 ) -> None:
-    """One chunk of update_; what the kernel means."""
+    """One chunk of update_: the kernel's meaning. Casts stay outside of what is compiled: 16-bit integers keep
+    torch.compile from vectorising."""
     n = len(weight)
-    g = _blocks(grad.float()) * unscale
+    whole = n == CHUNK and weight.device.type == "cpu"
+    draw, advance = (_compiled_lanes, _compiled_advance) if whole else (bits.lanes, _advance)
+    w, g = _blocks(_widen(weight, residual)), _blocks(grad.float())
     present = _blocks(torch.ones(n, dtype=torch.bool, device=weight.device))
-    groups = torch.arange(first_group, first_group + g.numel() // 8, device=weight.device)
-    random = bits.lanes(groups, address.seed, step=address.step, sample=address.tensor, stream=address.stream)
-    random = random.view_as(g)
-    w = _blocks(_widen(weight, residual))
-    old_words, old_grids = _blocks(words), grids.unsqueeze(1)
-
-    u, root = decode(old_words, old_grids)
-    square = g * g
-    m = u * root * (step.keep_m * step.decode) + g * step.add_m
-    v = root * root * step.keep_v + square * step.add_v
-    new_words, new_grids, kept = encode(m, v, present, bits.other_bits(random), step.encode)
-    w = new_weights(w, m, v, kept, step)
-
-    finite = (square < math.inf).all(1, keepdim=True)
-    if not finite.all():
-        skipped += (~finite).sum()
-        new_grids, new_words = new_grids.where(finite, old_grids), new_words.where(finite, old_words)
-        w = w.where(finite, _blocks(_widen(weight, residual)))  # which rounds to itself
+    groups = torch.arange(first_group, first_group + w.numel() // 8, device=weight.device)
+    random = draw(groups, *address).view_as(w)
+    w, new_words, new_grids, finite = advance(
+        w, g, _blocks(words).int(), grids.unsqueeze(1), random, present, unscale, numbers
+    )
+    skipped += (~finite).sum()
     grids.copy_(new_grids.squeeze(1))
     words.copy_(new_words.flatten()[:n])
     _narrow(w.flatten()[:n], random.flatten()[:n], weight, residual)
+
+
+def _advance(
+    w: Tensor,
+    g: Tensor,
+    words: Tensor,
+    grids: Tensor,
+    random: Tensor,
+    present: Tensor,
+    unscale: Tensor,
+    numbers: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One step of whole blocks: new weights, words (int32) and grids, and which blocks could be stepped, bool."""
+    step = Step(*numbers.unbind())  # type: ignore[arg-type]  # scalar tensors, which do as numbers do
+    g = g * unscale
+    square = g * g
+    u, root = decode(words, grids)
+    m = u * root * (step.keep_m * step.decode) + g * step.add_m
+    v = root * root * step.keep_v + square * step.add_v
+    new_words, new_grids, kept = encode(m, v, present, bits.other_bits(random), step.encode)
+    new_w = new_weights(w, m, v, kept, step)
+    finite = square.amax(1, keepdim=True) < math.inf  # a NaN is the largest of all
+    return new_w.where(finite, w), new_words.where(finite, words), new_grids.where(finite, grids), finite
+
+
+_compiled_lanes, _compiled_advance = compiled_for_cpu(bits.lanes), compiled_for_cpu(_advance)
 
 
 def _blocks(flat: Tensor) -> Tensor:

@@ -30,14 +30,17 @@ _UNIT_SCALE = 4.6566127342e-10
 _SMALLEST_UNIFORM = 1.0e-7
 
 
-def philox(seed: int, c0: Tensor, c1: int, c2: int, c3: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+Number = int | Tensor  # an int64 scalar tensor, for what is to be compiled once for all values
+
+
+def philox(seed: Number, c0: Tensor, c1: Number, c2: Number, c3: Number) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four independent 32-bit words for every counter (c0, c1, c2, c3) under the key `seed`.
 
     c0: int64 tensor of any shape with values in [0, 2^32). c1, c2, c3: in [0, 2^32). seed: in [0, 2^64).
     Returns four int64 tensors shaped like c0 with values in [0, 2^32).
     """
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
-    x0, x1, x2, x3 = c0, torch.full_like(c0, c1), torch.full_like(c0, c2), torch.full_like(c0, c3)
+    x0, x1, x2, x3 = c0, *(torch.zeros_like(c0) + c for c in (c1, c2, c3))
     for _ in range(_ROUNDS):
         # int64 products wrap modulo 2^64, which leaves both 32-bit halves exact.
         p0, p1 = x0 * _MULTIPLIER_0, x2 * _MULTIPLIER_1
@@ -72,13 +75,13 @@ def permutation(length: int, seed: int, *, step: int, stream: int) -> list[int]:
     return torch.argsort(words, stable=True).tolist()
 
 
-def lanes(groups: Tensor, seed: int, *, step: int, sample: int, stream: int) -> Tensor:
+def lanes(groups: Tensor, seed: Number, step: Number, sample: Number, stream: Number) -> Tensor:
     """Sixteen random bits for each of the eight elements of every group: one Philox call serves eight.
 
     groups: int64 [n], values in [0, 2^32). Returns int32 [n, 8], values in [0, 2^16).
     """
-    words = torch.stack([word.int() for word in philox(seed, groups, step, sample, stream)], -1)
-    return words.view(torch.int16).int() & 0xFFFF  # the low half of a word comes first, as in memory
+    words = philox(seed, groups, step, sample, stream)
+    return torch.stack([half.int() for word in words for half in (word & 0xFFFF, word >> 16)], -1)
 
 
 def other_bits(random: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -51,6 +52,26 @@ def runs_triton(choice: Choice, device: torch.device) -> bool:
     return not problem
 
 
+def compiled_for_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, several times faster by torch.compile once it is called; as it is where that does not work, as on a
+    machine without a C++ compiler. Every shape it is called with is compiled for itself: give it one."""
+    chosen = torch.compile(function, dynamic=False, fullgraph=True)
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        nonlocal chosen
+        try:
+            return chosen(*arguments)
+        except Exception as error:  # a compiler that is missing or broken: anything may come
+            if chosen is function:
+                raise
+            warnings.warn(f"torch.compile does not work here ({_first_line(error)}); a step takes longer", stacklevel=2)
+            chosen = function
+            return function(*arguments)
+
+    return call
+
+
 @functools.cache
 def _problem(device: str) -> str:
     """Why no kernel can run, found by running one; empty where all is well."""
@@ -63,7 +84,11 @@ def _problem(device: str) -> str:
         _add_one[(1,)](tensor, BLOCK=8)
         return "" if bool((tensor == 1).all()) else "a first kernel computed nonsense"
     except Exception as error:  # a broken compiler, driver or cache folder: anything may come
-        return f"{type(error).__name__}: {error}".splitlines()[0]
+        return _first_line(error)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 @jit

@@ -3,8 +3,9 @@
 It judges the base model and every DreamBooth run on it. Heads: class noun, colour, setting; and a unit vector in
 which pictures of one individual lie close together, whatever their setting and pose. The vector is learned from pairs
 of pictures of thousands of looks (InfoNCE, van den Oord et al. 2018), with colour channels swapped at random, so that
-looks outside the world's colours have their place too. Half of these pictures have gone through the autoencoder: what
-a model draws is as soft as that, and an individual must not become another by being soft.
+looks outside the world's colours have their place too. Half of each batch are looks of one class, since individuals of
+a class are what it must tell apart. Half of these pictures have gone through the autoencoder: what a model draws is as
+soft as that, and an individual must not become another by being soft.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowvram_db.demo.looks import COLOURS
-from lowvram_db.demo.scenes import VIEWS, held_out_scene, to_pixels
+from lowvram_db.demo.scenes import VIEWS, critic_scene, held_out_scene, to_pixels
 from lowvram_db.demo.stage import Budget, Fit
 from lowvram_db.demo.world import NOUNS, SETTINGS, Scene, training_scene
 
@@ -116,6 +117,14 @@ def _same_look_loss(first: Tensor, second: Tensor) -> Tensor:
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
 
+def _half_of_one_class(rng: np.random.Generator, nouns: np.ndarray, count: int) -> np.ndarray:
+    """Indices of `count` different looks, half of them (or all there are) of one class drawn at random."""
+    of_one = np.flatnonzero(nouns == rng.choice(nouns))
+    alike = rng.permutation(of_one)[: count // 2]
+    others = np.setdiff1d(np.arange(len(nouns)), alike)
+    return np.concatenate([alike, rng.choice(others, count - len(alike), replace=False)])
+
+
 def train_critic(
     stream: np.ndarray,
     looks: np.ndarray,
@@ -130,13 +139,14 @@ def train_critic(
     torch.manual_seed(2)
     critic = Critic().to(device)
     labels = labels_of([training_scene(i) for i in range(len(stream))]).to(device)
+    nouns = np.array([NOUNS.index(critic_scene(first).noun) for first in range(0, len(looks), VIEWS)])
     measured = to_pixels(held_out, device)
     true = labels_of([held_out_scene(i) for i in range(len(held_out))])
 
     def loss_of(step: int) -> Tensor:
         rng = np.random.default_rng((2, step))
         chosen = np.sort(rng.integers(0, len(stream), budget.batch))
-        who = rng.choice(len(looks) // VIEWS, budget.batch, replace=False) * VIEWS
+        who = _half_of_one_class(rng, nouns, budget.batch) * VIEWS
         views = np.stack([rng.permutation(VIEWS)[:2] for _ in who], 1)
         places = np.concatenate([who + views[0], who + views[1]])
         choice = rng.random((len(places), 1, 1, 1)) < 0.5

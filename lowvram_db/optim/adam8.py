@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lowvram_db.kernels import adam8, bits
+from lowvram_db.kernels.adam8_step import Step, step_numbers
 from lowvram_db.kernels.launch import Choice, runs_triton
 from lowvram_db.optim.storage import SMALLEST, Weights, bucket_of, flat, refuse_shared_memory, shapes, store
 
@@ -270,9 +271,9 @@ class Adam8(torch.optim.Optimizer):
             for p in bucket.parameters:
                 p.grad = None
 
-    def _numbers(self, group: dict[str, Any]) -> adam8.Step:
+    def _numbers(self, group: dict[str, Any]) -> Step:
         step, micro_batch = divmod(self.calls, self._micro_batches)
-        return adam8.step_numbers(
+        return step_numbers(
             step + 1,
             lr=group["lr"],
             betas=group["betas"],

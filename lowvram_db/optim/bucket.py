@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lowvram_db.kernels.adam8 import Step
+from lowvram_db.kernels.adam8_step import Step
 
 NAMES = ("master", "exp_avg", "exp_avg_sq")
 

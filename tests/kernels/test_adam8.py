@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowvram_db.kernels import adam8, bits
+from lowvram_db.kernels.adam8_step import step_numbers
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODES = {"bf16": torch.bfloat16, "bf16+residual": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -30,7 +31,7 @@ class Tensors:
 
     def step(self, grad, triton=False, unscale=1.0, lr=1e-3, weight_decay=0.0, **more):
         self.steps += 1
-        numbers = adam8.step_numbers(self.steps, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, **more)
+        numbers = step_numbers(self.steps, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, **more)
         adam8.update_(
             self.weight,
             self.residual,
@@ -237,3 +238,27 @@ def test_micro_batches_follow_their_rule():
             ours.step(g, lr=1.0, micro_batch=place, micro_batches=parts)
     error = (ours.weight.cpu() - wanted).norm() / wanted.norm()
     assert error < 0.05, error
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="nothing is compiled there")
+@pytest.mark.parametrize("mode", MODES)
+def test_compiled_chunks_mean_what_the_twin_means(mode, monkeypatch):
+    """A whole chunk on a CPU goes through torch.compile: the same grids, codes at most one apart, and rarely."""
+    n = 2 * adam8.CHUNK + 300
+    start = 0.05 * torch.randn(n, generator=torch.Generator().manual_seed(7))
+    compiled, plain = Tensors(start, mode), Tensors(start, mode)
+    grads = [g.to(torch.float16 if mode == "fp16" else torch.bfloat16) for g in gradients(n, 1.5, 3, seed=7)]
+    grads[1][70_000] = math.nan
+    for g in grads:
+        compiled.step(g, weight_decay=0.01)
+    monkeypatch.setattr(adam8, "_compiled_lanes", bits.lanes)
+    monkeypatch.setattr(adam8, "_compiled_advance", adam8._advance)
+    for g in grads:
+        plain.step(g, weight_decay=0.01)
+    assert torch.equal(compiled.grids, plain.grids)
+    assert compiled.skipped.item() == plain.skipped.item() == 1
+    difference = [(a.int() - b.int()).abs() for a, b in zip(_codes(compiled), _codes(plain), strict=True)]
+    assert max(d.max() for d in difference) <= 1
+    assert max((d > 0).float().mean() for d in difference) <= 1e-4
+    assert torch.allclose(compiled.exact, plain.exact, rtol=2**-7, atol=1e-8)
+    assert mode == "fp32" or (compiled.weight.float() != plain.weight.float()).float().mean() <= 1e-4

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -86,3 +87,22 @@ print(round(parameter.mean().item(), 2))
 
 def test_triton_is_there_where_it_should_be():
     assert importlib.util.find_spec("triton") is not None or sys.platform != "linux"
+
+
+def test_without_a_compiler_a_function_runs_as_it_is(monkeypatch):
+    def no_compiler(*_, **__):
+        raise RuntimeError("no C++ compiler found\nand much more")
+
+    monkeypatch.setattr(launch.torch, "compile", lambda function, **_: no_compiler)
+    double = launch.compiled_for_cpu(lambda x: x * 2)
+    with pytest.warns(UserWarning, match=r"torch.compile does not work here \(RuntimeError: no C\+\+ compiler found\)"):
+        assert double(torch.tensor(2)) == 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert double(torch.tensor(3)) == 6
+
+
+def test_an_error_of_the_function_itself_is_not_swallowed(monkeypatch):
+    monkeypatch.setattr(launch.torch, "compile", lambda function, **_: function)
+    with pytest.raises(ZeroDivisionError):
+        launch.compiled_for_cpu(lambda x: x / 0)(1)
