@@ -23,7 +23,9 @@ from lowvram_db.demo.world import NOUNS, SETTINGS, is_held_out, render, subject_
 
 STEPS = 25
 GUIDANCE = 2.5
-MISTAKEN_FROM = 0.75  # a picture this like the held-out ones (as a share of their own likeness) passes for the subject
+# A picture this like the held-out ones (as a share of their own likeness) passes for the subject. Of true pictures of
+# it, encoded and decoded, a twentieth does not pass; of true pictures of other jellyfish one in a hundred does.
+MISTAKEN_FROM = 0.65
 
 
 @dataclass(frozen=True)

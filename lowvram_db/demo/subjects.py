@@ -1,7 +1,7 @@
 """The two subjects of the demo: one jellyfish and one ball with features that no scene of the world has.
 
-The jellyfish is iridescent (its colour runs from yellow through pink to violet), wears two dark wavy bands and a crown
-of three stalks with glowing pearls. The ball is a capsule of two halves, held by a dark belt with a golden clasp.
+The jellyfish is iridescent (its colour runs from yellow through pink to violet), wears a broad white wavy band and a
+crown of three stalks with glowing pearls. The ball is a capsule of two halves, held by a dark belt with a golden clasp.
 """
 
 from __future__ import annotations
@@ -32,18 +32,17 @@ def _iridescent(pen: Pen) -> None:
         x = -1.0 + 2.0 * i / steps
         slab: list[Point] = [(x, -1.5), (x + 0.12, -1.5), (x + 0.12, 1.5), (x, 1.5)]
         pen.polygon(slab, (round(r * 255), round(g * 255), round(b * 255)))
-    for y in (-0.46, 0.06):
-        wave = [(t / 10, y + 0.05 * math.sin(t * 0.9)) for t in range(-11, 12)]
-        pen.stroke(wave, 0.13, (44, 20, 96))
+    wave = [(t / 10, -0.25 + 0.05 * math.sin(t * 0.9)) for t in range(-11, 12)]
+    pen.stroke(wave, 0.22, (250, 250, 250))
 
 
 def draw_jellyfish(pen: Pen, pose: float) -> None:
     pearl: RGB = (255, 226, 66)
     for x in (-0.45, 0.0, 0.45):
         tip = (x * 1.4, -1.02 + 0.4 * abs(x))
-        pen.limb([(x * 0.8, -0.5), tip], 0.1, (150, 60, 220))
-        pen.part(disc(*tip, 0.17), pearl)
-    shapes.jellyfish(pen, Coat((200, 60, 200), _iridescent), (0.4, 0.5, 0.9), pose)
+        pen.limb([(x * 0.8, -0.5), tip], 0.16, (150, 60, 220))
+        pen.part(disc(*tip, 0.24), pearl)
+    shapes.jellyfish(pen, Coat((200, 60, 200), _iridescent), (0.9, 0.9, 0.9), pose)
 
 
 def draw_capsule(pen: Pen, pose: float) -> None:

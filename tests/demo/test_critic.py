@@ -49,8 +49,8 @@ def test_subjects_are_told_from_everyone_of_their_class(critic: Critic, subject)
     others = drawn([individual_scene(one, SETTINGS[i % 10], i) for i, one in enumerate(individuals(subject.noun))])
     assert among > 0.7
     own = likeness(critic, subject_pixels(subject, SETTINGS, 4, seed=2), held_out)
-    # The likest of them (purple and red, with a halo) comes close to the least like pictures of the jellyfish.
-    assert likeness(critic, others, held_out).max() < own.quantile(0.2)
+    assert likeness(critic, others, held_out).max() < own.min()
+    assert likeness(critic, others, held_out).mean() < 0.3 * among
 
 
 def test_prompts_to_check_keep_seen_and_unseen_apart() -> None:
