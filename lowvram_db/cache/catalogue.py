@@ -104,7 +104,9 @@ class Catalogue:
             database = self._connect()
             wrong = [str(line) for (line,) in database.execute("PRAGMA integrity_check") if line != "ok"]
             rows = database.execute("SELECT kind, name, fact, seal FROM facts").fetchall()
-            wrong += [f"damaged row {kind} {name}" for kind, name, fact, seal in rows if seal != _seal(kind, name, fact)]
+            wrong += [
+                f"damaged row {kind} {name}" for kind, name, fact, seal in rows if seal != _seal(kind, name, fact)
+            ]
         except sqlite3.Error as error:
             wrong = [str(error)]
         return [f"{self._path.name}: {line}" for line in wrong]
@@ -158,7 +160,8 @@ class Catalogue:
     def _start_anew(self) -> None:
         say(f"{self._path}: damaged; made anew, for which files are looked at once more")
         self.close()
-        self._path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._path.unlink()
 
 
 def _file_name(path: Path) -> str:

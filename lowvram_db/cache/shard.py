@@ -142,5 +142,5 @@ def _bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
 def _checksum(parts: list[NDArray[np.uint8]]) -> str:
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(part)
+        digest.update(part.data)
     return digest.hexdigest()

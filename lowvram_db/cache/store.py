@@ -10,7 +10,6 @@ lost. Damage costs the entry it is in. A damaged shard's other entries move to a
 """
 
 import contextlib
-import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -20,19 +19,11 @@ from types import TracebackType
 
 from torch import Tensor
 
-from lowvram_db.atomic import remove_leftovers, replacing_file
+from lowvram_db.atomic import remove_leftovers
 from lowvram_db.cache.catalogue import Catalogue
-from lowvram_db.cache.key import FORMAT_VERSION
+from lowvram_db.cache.folder import CATALOGUE, TAG, claim, home, is_tagged
 from lowvram_db.cache.shard import SUFFIX, Damaged, Entry, Shard, empty_batch, write_shard
-from lowvram_db.errors import UserError
 from lowvram_db.progress import say
-
-CATALOGUE = "files.sqlite"
-_TAG = "CACHEDIR.TAG"
-# The first line is the standard's, https://bford.info/cachedir/
-_TAG_TEXT = "Signature: 8a477f597d28d172789f06886e5d4b4c\n# Latents and text embeddings, made by lowvram-db.\n"
-_VERSION_1_FILE = re.compile(r"\.?[0-9a-f]{64}\.safetensors(\.partial-\w+)?")
-_STORE_FILE = re.compile(r"\.?[0-9a-f]{32}\.safetensors(\.partial-\w+)?|files\.sqlite(-journal)?")
 
 _SHARD_BYTES = 32 * 2**20  # entries of which a shard is written
 _SHARD_SECONDS = 5.0  # or after which it is written anyway: as much work as a kill may cost
@@ -42,13 +33,22 @@ _LEFTOVER_SECONDS = 3600.0  # half-written files older than this are no living p
 
 @dataclass(frozen=True)
 class Report:
-    """What is in a store."""
+    """What is in a store. Its text is for people."""
 
     photos: int  # views of photos
     prompts: int
     shards: int
-    size: int  # bytes
-    others: list[str]  # what lies beside, of another format version
+    size: int  # bytes, with the catalogue
+    others: list[str]  # names of what lies beside, of other format versions or nobody knows what
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.photos} views of photos, {self.prompts} prompts, {self.size / 2**20:.1f} MiB, {self.shards} shards"
+        )
+        if self.others:
+            text += f"; not used, of other versions: {', '.join(self.others[:3])}"
+            text += f" and {len(self.others) - 3} more" if len(self.others) > 3 else ""
+        return text
 
 
 class Store:
@@ -59,8 +59,8 @@ class Store:
 
         Raises UserError for a folder of something else, which is left untouched, and for one that cannot be made.
         """
-        _claim(folder, writable)
-        self.folder, self._home, self._writable = folder, folder / f"v{FORMAT_VERSION}", writable
+        claim(folder, writable)
+        self.folder, self._home, self._writable = folder, home(folder), writable
         self.catalogue = Catalogue(self._home / CATALOGUE)
         self._shards: dict[Path, Shard] = {}
         self._entries: dict[str, Entry] = {}
@@ -71,7 +71,8 @@ class Store:
         self._pending: dict[str, dict[str, Tensor]] = {}
         self._pending_bytes, self._pending_since = 0, 0.0
         if writable:
-            remove_leftovers(self._home, older_than=_LEFTOVER_SECONDS)
+            with contextlib.suppress(OSError):  # a read-only cache can still be read
+                remove_leftovers(self._home, older_than=_LEFTOVER_SECONDS)
         self.refresh()
         if writable:
             self._note_missing()
@@ -166,14 +167,14 @@ class Store:
             if shard.length > shard.proper_length:
                 wrong.append(f"{path.name}: {shard.length - shard.proper_length} bytes too long")
         wrong += [f"{name}: missing, with its {count} entries" for name, count in self._missing().items()]
-        if not _is_tagged(self.folder):
-            wrong.append(f"{_TAG}: damaged or missing")
+        if not is_tagged(self.folder):
+            wrong.append(f"{TAG}: damaged or missing")
         return wrong + self.catalogue.check()
 
     def report(self) -> Report:
         """What is in the store, by its headers."""
         photos = sum("mean" in entry.tensors for entry in self._entries.values())
-        others = [path.name for path in sorted(self.folder.iterdir()) if path.name not in (_TAG, self._home.name)]
+        others = [path.name for path in sorted(self.folder.iterdir()) if path.name not in (TAG, self._home.name)]
         size = sum(file.stat().st_size for file in self._home.glob("*"))
         return Report(photos, len(self._entries) - photos, len(self._shards), size, others)
 
@@ -269,7 +270,7 @@ class Store:
 
 def remembers(folder: Path) -> Callable[[Path], bool]:
     """A test whether the store in this folder, if there is one, knows a photo to be good without decoding it."""
-    catalogue = Catalogue(folder / f"v{FORMAT_VERSION}" / CATALOGUE)
+    catalogue = Catalogue(home(folder) / CATALOGUE)
 
     def known(photo: Path) -> bool:
         try:
@@ -278,39 +279,3 @@ def remembers(folder: Path) -> Callable[[Path], bool]:
             return False
 
     return known
-
-
-def _claim(folder: Path, writable: bool) -> None:
-    """Refuse what is not a store of ours; make one where there is nothing."""
-    try:
-        if folder.exists() and not (folder.is_dir() and _is_ours(folder)):
-            raise UserError(f"{folder}: is not a cache of lowvram-db, and not empty; give another folder as the cache")
-        if writable:
-            (folder / f"v{FORMAT_VERSION}").mkdir(parents=True, exist_ok=True)
-            if not _is_tagged(folder):
-                with replacing_file(folder / _TAG) as temporary:
-                    temporary.write_text(_TAG_TEXT, encoding="utf-8", newline="\n")
-        elif not folder.exists():
-            raise UserError(f"{folder}: does not exist")
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be used as a cache ({error}); choose another cache.dir") from error
-
-
-def _is_tagged(folder: Path) -> bool:
-    try:
-        return (folder / _TAG).read_bytes() == _TAG_TEXT.encode()
-    except OSError:
-        return False
-
-
-def _is_ours(folder: Path) -> bool:
-    """Whether a folder is empty, or says that it is ours, or, where the tag is lost, holds nothing else."""
-    found = [path for path in folder.iterdir() if not path.name.startswith(f".{_TAG}.partial-")]
-    parts = [path for path in found if path.name != _TAG]
-    return not found or _is_tagged(folder) or (bool(parts) and all(map(_is_part, parts)))
-
-
-def _is_part(path: Path) -> bool:
-    if re.fullmatch(r"v\d+", path.name) and path.is_dir():
-        return all(_STORE_FILE.fullmatch(file.name) for file in path.iterdir())
-    return bool(_VERSION_1_FILE.fullmatch(path.name))
