@@ -29,7 +29,8 @@ def replacing_file(path: Path) -> Iterator[Path]:
             temporary.replace(path)
             _sync(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a read-only disk refuses this too, and has been named already
+            temporary.unlink()
 
 
 @contextlib.contextmanager

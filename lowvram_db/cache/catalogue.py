@@ -1,8 +1,8 @@
 """What is known of files from before, so that an unchanged one is neither decoded nor read: a memory, never the truth.
 
-Three facts are kept, in SQLite: the SHA-256 of the file at a path, as long as its status is the same; the size and pixel
-digest of a photo with that SHA-256; and how many entries each shard of the store has. Every row carries a checksum. A
-row, or the whole file, may be lost at any time: it costs a second look at the files.
+Three facts are kept, in SQLite: the SHA-256 of the file at a path, as long as its status is the same; the size and the
+pixel digest of a photo with that SHA-256; and how many entries each shard of the store has. Every row carries a
+checksum. A row, or the whole file, may be lost at any time: it costs a second look at the files.
 """
 
 import contextlib
@@ -94,7 +94,7 @@ class Catalogue:
             except sqlite3.OperationalError:
                 pass  # a full or read-only disk, or another process that holds it: no reason to stop
             except sqlite3.DatabaseError:
-                self._start_anew()
+                self._start_anew()  # for the next save
 
     def check(self) -> list[str]:
         """What is wrong with the file, a line each."""
@@ -140,11 +140,8 @@ class Catalogue:
             return []
         try:
             return self._connect().execute(sql, values).fetchall()
-        except sqlite3.OperationalError:
-            return []  # no table yet, a folder in which it cannot be opened, or another process that holds it
         except sqlite3.DatabaseError:
-            self._start_anew()
-            return []
+            return []  # no table yet, another process that holds it, or damage, which the next save mends
 
     def _write(self, rows: list[tuple[str, str, str, str]]) -> None:
         if rows:
@@ -166,7 +163,7 @@ class Catalogue:
 
 def _file_name(path: Path) -> str:
     """The absolute path as text, also where it is no Unicode."""
-    return os.fsencode(os.path.abspath(path)).decode("utf-8", "backslashreplace")
+    return os.fsencode(path.absolute()).decode("utf-8", "backslashreplace")
 
 
 def _photo_name(file_digest: str) -> str:

@@ -1,7 +1,7 @@
 """The VAE under small memory: loaded when it is first needed, in batches that fit, in tiles where one photo does not.
 
-Half precision can overflow inside a VAE (SDXL's is known for it). What comes out of that is not finite, and those photos
-go through the float32 weights once more.
+Half precision can overflow inside a VAE (SDXL's is known for it). What comes out is not finite then; whoever asked has
+to take those photos to the float32 weights.
 """
 
 from types import TracebackType

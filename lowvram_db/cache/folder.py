@@ -1,4 +1,4 @@
-"""Whose folder is this? A cache is only made where there is nothing, and only used where its mark says that it is ours."""
+"""Whose folder is this? A cache is made only where there is nothing, and used only where a tag says that it is ours."""
 
 import re
 from pathlib import Path

@@ -57,7 +57,7 @@ def write_shard(folder: Path, entries: dict[str, dict[str, Tensor]]) -> "Shard":
 
     Raises UserError when the disk is full or the folder cannot be written.
     """
-    tensors = {f"{key}.{name}": tensor for key, entry in entries.items() for name, tensor in entry.items()}
+    tensors = {f"{key}.{name}": tensor.contiguous() for key, entry in entries.items() for name, tensor in entry.items()}
     checksums = {key: _checksum([_bytes_of(entry[name]) for name in sorted(entry)]) for key, entry in entries.items()}
     content = save(tensors, metadata=checksums)
     header = content[: 8 + int.from_bytes(content[:8], "little")]

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+import torch
 from torch import Tensor
 
 from lowvram_db.atomic import remove_leftovers
@@ -121,7 +122,9 @@ class Store:
     def put(self, key: str, tensors: dict[str, Tensor]) -> None:
         """Store tensors, of one kind of entry always the same names. They are on the disk after flush, or some seconds
         later. Raises UserError when the disk is full or read-only."""
-        entry = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+        entry = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+        }
         if not self._pending:
             self._pending_since = time.monotonic()
         self._pending[key] = entry
