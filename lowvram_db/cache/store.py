@@ -43,13 +43,12 @@ class Report:
     others: list[str]  # names of what lies beside, of other format versions or nobody knows what
 
     def __str__(self) -> str:
-        text = (
-            f"{self.photos} views of photos, {self.prompts} prompts, {self.size / 2**20:.1f} MiB, {self.shards} shards"
-        )
+        counts = f"views of photos: {self.photos}\nprompts: {self.prompts}\nshards: {self.shards}"
+        lines = [counts, f"size: {self.size / 2**20:.1f} MiB"]
         if self.others:
-            text += f"; not used, of other versions: {', '.join(self.others[:3])}"
-            text += f" and {len(self.others) - 3} more" if len(self.others) > 3 else ""
-        return text
+            more = f" and {len(self.others) - 3} more" if len(self.others) > 3 else ""
+            lines.append(f"not used, of other versions: {', '.join(self.others[:3])}{more}")
+        return "\n".join(lines)
 
 
 class Store:

@@ -1,4 +1,3 @@
-import json
 import multiprocessing
 import random
 import resource
@@ -400,4 +399,4 @@ def test_the_report_counts(folder):
         report = opened.report()
     assert (report.photos, report.prompts, report.shards, report.others) == (4, 1, 3, [])
     assert report.size == sum(path.stat().st_size for path in (folder / "v2").iterdir())
-    assert json.dumps(str(report)).startswith('"4 views of photos, 1 prompts, ')
+    assert str(report).startswith("views of photos: 4\nprompts: 1\nshards: 3\nsize: 0.0 MiB")
