@@ -26,6 +26,7 @@ class ImageEncoder:
         self.tiled = False  # whether what is encoded from now on is encoded in tiles
         self._family, self._device, self._dtype = family, device, dtype
         self._vae: Any = None
+        self._measures = device.type == "cuda"  # whether the first image of a size tells how many fit
         self._batches: dict[torch.Size, int] = {}
 
     def __enter__(self) -> "ImageEncoder":
@@ -42,8 +43,6 @@ class ImageEncoder:
         On a CPU one: more at once are not faster there, and what comes out would depend on the company in its last
         bits. On a GPU what fits, by the memory that the first one took.
         """
-        if self._device.type != "cuda":
-            return 1
         return self._batches.get(pixels.shape, 1)
 
     @torch.no_grad()
@@ -60,7 +59,8 @@ class ImageEncoder:
         while (parts := self._try(pixels, at_once)) is None:
             release_memory()
             if at_once > 1:
-                at_once = self._batches[pixels.shape[1:]] = at_once // 2
+                at_once //= 2
+                self._batches[pixels.shape[1:]] = at_once
             else:
                 self.tiled = True
                 self._family.tile(self._vae)
@@ -76,12 +76,12 @@ class ImageEncoder:
             return None
 
     def _run(self, pixels: Tensor) -> Moments:
-        measured = self._device.type != "cuda" or pixels.shape[1:] in self._batches
-        if not measured:
+        measuring = self._measures and pixels.shape[1:] not in self._batches
+        if measuring:
             reset_peak(self._device)
             before, room = peak_bytes(self._device), free_bytes(self._device)
         mean, logvar = self._family.encode_images(self._vae, to_float(pixels.to(self._device)))
-        if not measured:
+        if measuring:
             each = max(1, (peak_bytes(self._device) - before) // len(pixels))
             self._batches[pixels.shape[1:]] = min(_LARGEST_BATCH, max(1, int(_SHARE * room) // each))
         return Moments(mean.cpu(), logvar.cpu())

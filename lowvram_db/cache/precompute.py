@@ -44,12 +44,21 @@ class Cached:
     prompts: dict[str, str]
 
     def moments(self, keys: Sequence[str]) -> Moments:
-        """Moments of views of one size: float32 [len(keys), C, h, w], on the CPU."""
-        return Moments(**self.store.stack(keys))
+        """Moments of views of one size: float32 [len(keys), C, h, w], on the CPU. Raises UserError for a lost entry."""
+        return Moments(**self._read(keys))
 
     def conditioning(self, prompts: Sequence[str]) -> Tensor:
-        """float32 [len(prompts), tokens, width], on the CPU. Raises KeyError for a prompt that was not encoded."""
-        return self.store.stack([self.prompts[prompt] for prompt in prompts])["conditioning"]
+        """float32 [len(prompts), tokens, width], on the CPU. Raises KeyError for a prompt that was not encoded, and
+        UserError for a lost entry."""
+        return self._read([self.prompts[prompt] for prompt in prompts])["conditioning"]
+
+    def _read(self, keys: Sequence[str]) -> dict[str, Tensor]:
+        try:
+            return self.store.stack(keys)
+        except KeyError as error:
+            raise UserError(
+                f"{self.store.folder}: an entry was damaged or deleted in use; run the command again to encode it anew"
+            ) from error
 
 
 def precompute(
@@ -174,7 +183,7 @@ class _PhotoEncoding:
         """The keys under which a photo's views stand in the store. Raises UserError where one has gone since."""
         keys = [key for view in found.views if (key := self._stored(found.seen, view))]
         if len(keys) < len(found.views):
-            raise UserError(f"{self._store.folder}: entries vanished from it in use; run the command again")
+            raise UserError(f"{self._store.folder}: entries were deleted from it in use; run the command again")
         return keys
 
     def _known(self, photo: Path) -> Seen | None:

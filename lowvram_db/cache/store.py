@@ -112,11 +112,13 @@ class Store:
         """
         if not self._pending.keys().isdisjoint(keys):
             self.flush()
-        if not self._checked.issuperset(keys):
-            for key in keys:
-                if not self.holds(key):
-                    raise KeyError(key)
-        return self._copy([self._entries[key] for key in keys])
+        self._check(keys)
+        try:
+            return self._copy([self._entries[key] for key in keys])
+        except FileNotFoundError:  # another process has moved what is whole in a damaged shard to a new one
+            self._checked.difference_update(keys)
+            self._check(keys)
+            return self._copy([self._entries[key] for key in keys])
 
     def put(self, key: str, tensors: dict[str, Tensor]) -> None:
         """Store tensors, of one kind of entry always the same names. They are on the disk after flush, or some seconds
@@ -179,6 +181,12 @@ class Store:
         others = [path.name for path in sorted(self.folder.iterdir()) if path.name not in (TAG, self._home.name)]
         size = sum(file.stat().st_size for file in self._home.glob("*"))
         return Report(photos, len(self._entries) - photos, len(self._shards), size, others)
+
+    def _check(self, keys: Sequence[str]) -> None:
+        if not self._checked.issuperset(keys):
+            for key in keys:
+                if not self.holds(key):
+                    raise KeyError(key)
 
     def _copy(self, entries: list[Entry]) -> dict[str, Tensor]:
         batches = {}

@@ -51,6 +51,21 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(family):
         torch.testing.assert_close(got, wanted)
 
 
+def test_a_gpus_batches_follow_from_the_memory_that_the_first_image_took(family, monkeypatch):
+    """The GPU's own counters, played: 1,000 bytes are free, an image takes 90."""
+    peaks = iter([500, 590])
+    monkeypatch.setattr("lowvram_db.cache.encoder.reset_peak", lambda device: None)
+    monkeypatch.setattr("lowvram_db.cache.encoder.peak_bytes", lambda device: next(peaks))
+    monkeypatch.setattr("lowvram_db.cache.encoder.free_bytes", lambda device: 1000)
+    with ImageEncoder(family, CPU, torch.float32) as encoder:
+        encoder._measures = True
+        assert encoder.batch(images(1)[0]) == 1
+        encoder.encode(images(1))
+        assert encoder.batch(images(1)[0]) == 800 // 90
+        assert encoder.batch(images(1, side=128)[0]) == 1
+        encoder.encode(images(8))
+
+
 def test_one_image_that_does_not_fit_goes_through_in_tiles(family):
     small = Small(family, room=64 * 64)
     with ImageEncoder(small, CPU, torch.float32) as encoder:

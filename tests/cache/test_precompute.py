@@ -337,5 +337,13 @@ def test_reading_goes_through_cached(counting, photo_files, tmp_path):
         assert cached.conditioning([*PROMPTS, PROMPTS[0]]).shape == (3, 77, 32)
         with pytest.raises(KeyError):
             cached.conditioning(["never encoded"])
+        shutil.rmtree(tmp_path / "cache" / "v2")
+        store._checked.clear()
+        store._mapped.clear()
+        for shard in store._shards.values():
+            shard.close()
+        with pytest.raises(UserError, match="cache: an entry was damaged or deleted in use; run the command again"):
+            cached.moments([cached.photos[photo_files[0]].keys[0]])
+        (tmp_path / "cache" / "v2").mkdir()
     assert not list(tmp_path.glob("**/.*partial*"))
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["CACHEDIR.TAG", "v2"]

@@ -218,6 +218,25 @@ def test_a_shard_that_another_process_replaced_is_found_under_its_new_name(folde
         assert [number for number in range(4) if not late.holds(key(number))] == gone
 
 
+def test_a_shard_replaced_after_its_entries_were_checked_is_found_too(folder, monkeypatch):
+    monkeypatch.setattr(store, "_OPEN_MAPS", 1)
+    fill(folder, range(6), shards=2)
+    with Store(folder) as late:
+        assert all(late.holds(key(number)) for number in range(6))
+        mapped = late._entries[key(5)].shard.path
+        (victim,) = (path for path in shards_of(folder) if path != mapped)
+        content = bytearray(victim.read_bytes())
+        content[-1] ^= 1
+        victim.write_bytes(content)
+        with Store(folder) as mender:
+            gone = [number for number in range(6) if not mender.holds(key(number))]
+        assert len(gone) == 1 and not victim.exists()
+        for number in set(range(6)) - set(gone):
+            assert torch.equal(late.stack([key(number)])["mean"][0], entry(number)["mean"])
+        with pytest.raises(KeyError):
+            late.stack([key(gone[0])])
+
+
 def write_some(folder, first, count, pause):
     torch.set_num_threads(1)
     store._SHARD_SECONDS = 0.01
