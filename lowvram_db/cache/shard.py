@@ -99,7 +99,7 @@ class Shard:
         if any(span.stop > self.length for span in entry.tensors.values()):
             return False
         whole = _checksum([self.view(span) for span in entry.tensors.values()]) == entry.checksum
-        self.let_go(entry)
+        self.let_go()
         return whole
 
     def view(self, span: Span) -> NDArray[np.uint8]:
@@ -117,12 +117,13 @@ class Shard:
         """Unmap the file. It can be opened again."""
         self._map = None
 
-    def let_go(self, entry: Entry) -> None:
-        """Let an entry's pages leave this process's memory; the system's own cache of the file keeps them."""
+    def let_go(self) -> None:
+        """Let what was read leave this process's memory; the system's own cache of the file keeps it.
+
+        The whole map: the system also maps what lies around the pages that were read.
+        """
         if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
-            spans = entry.tensors.values()
-            start = min(span.start for span in spans) // mmap.PAGESIZE * mmap.PAGESIZE
-            self._map.madvise(mmap.MADV_DONTNEED, start, max(span.stop for span in spans) - start)
+            self._map.madvise(mmap.MADV_DONTNEED)
 
 
 def empty_batch(span: Span, rows: int) -> tuple[NDArray[np.uint8], Tensor]:

@@ -198,7 +198,7 @@ class Store:
                     raise ValueError(f"{name} is {first.shape} in one entry and {span.shape} in another")
                 row[:] = self._mapped_shard(entry).view(span)
         for entry in entries:
-            entry.shard.let_go(entry)
+            entry.shard.let_go()
         return batches
 
     def _mapped_shard(self, entry: Entry) -> Shard:

@@ -320,23 +320,38 @@ def test_a_read_only_store_can_be_read_and_says_that_it_cannot_be_written(small_
         Store(disk / "other")
 
 
-def test_memory_stays_flat_and_files_few(folder, monkeypatch):
-    """40 shards of 1 MiB, read again and again through 8 maps: none of it stays."""
+@pytest.fixture
+def forty_shards(folder, monkeypatch):
+    """40 shards of 1 MiB; the keys of all entries."""
     monkeypatch.setattr(store, "_SHARD_BYTES", 2**20)
-    monkeypatch.setattr(store, "_OPEN_MAPS", 8)
     with Store(folder) as opened:
         for number in range(320):
             opened.put(key(number), entry(number, side=64))
+    assert len(shards_of(folder)) == 40
+    return [key(number) for number in range(320)]
+
+
+def test_memory_stays_flat_while_all_is_checked_and_read(folder, forty_shards):
     process, chance = psutil.Process(), random.Random(0)
     with Store(folder) as opened:
-        assert len(shards_of(folder)) == 40
-        opened.stack([key(0)])
-        before, files = process.memory_info().rss, process.num_fds()
-        for _ in range(1000):
-            opened.stack([key(chance.randrange(320)) for _ in range(4)])
+        opened.stack(forty_shards[:4])
+        before = process.memory_info().rss
+        assert all(map(opened.holds, forty_shards))
         assert process.memory_info().rss - before < 6 * 2**20
-        assert process.num_fds() - files <= 8
-    assert process.num_fds() <= files
+        for _ in range(500):
+            opened.stack([chance.choice(forty_shards) for _ in range(4)])
+        assert process.memory_info().rss - before < 6 * 2**20
+
+
+def test_few_files_are_open_and_none_afterwards(folder, forty_shards, monkeypatch):
+    monkeypatch.setattr(store, "_OPEN_MAPS", 8)
+    process = psutil.Process()
+    before = process.num_fds()
+    with Store(folder) as opened:
+        for first in range(0, 320, 4):
+            opened.stack(forty_shards[first : first + 4])
+            assert process.num_fds() - before <= 8 + 1  # and the catalogue
+    assert process.num_fds() == before
 
 
 def test_more_shards_than_a_process_may_open(folder, monkeypatch):
