@@ -109,13 +109,16 @@ def _encode_prompts(
     missing = [prompt for prompt, key in keys.items() if not store.holds(key)]
     for precision in dict.fromkeys((dtype, torch.float32)):
         if missing:
-            text_encoder = family.load_text_encoder(precision).to(device)
-            encoded = {prompt: family.encode_prompts(text_encoder, [prompt])[0].float() for prompt in missing}
+            text_encoder, overflowed = family.load_text_encoder(precision).to(device), []
+            for prompt in missing:
+                conditioning = family.encode_prompts(text_encoder, [prompt])[0].float()
+                if conditioning.isfinite().all():
+                    store.put(keys[prompt], {"conditioning": conditioning})
+                else:
+                    overflowed.append(prompt)
             del text_encoder
             release_memory()
-            missing = [prompt for prompt, conditioning in encoded.items() if not conditioning.isfinite().all()]
-            for prompt in encoded.keys() - set(missing):
-                store.put(keys[prompt], {"conditioning": encoded[prompt]})
+            missing = overflowed
     if missing:
         raise UserError(f"{family.folder}: its text encoder makes no finite numbers of {missing[0]!r}; replace it")
     return keys

@@ -270,7 +270,8 @@ class Store:
     def _missing(self) -> dict[str, int]:
         """Shards that the catalogue knows and the folder has not, with the number of their entries."""
         names = {path.name for path in self._shards.keys() | self._damaged}
-        return {name: count for name, count in self.catalogue.shards().items() if name not in names}
+        return {name: count for name, count in self.catalogue.shards().items()
+                if name not in names and not (self._home / name).exists()}  # fmt: skip
 
     def _note_missing(self) -> None:
         for name, count in self._missing().items():

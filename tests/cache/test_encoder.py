@@ -72,6 +72,8 @@ def test_one_image_that_does_not_fit_goes_through_in_tiles(family):
         moments = encoder.encode(images(2, side=128))
         assert encoder.tiled
         assert small.calls == [2, 1, 1, 1]
+        encoder.unload()
+        encoder.encode(images(1, side=128))  # a VAE that is loaded anew works in tiles too
     wanted = alone(family, images(2, side=128))
     assert moments.mean.shape == wanted[0].shape == (2, 4, 16, 16)
     corner = (slice(None), slice(None), slice(0, 2), slice(0, 2))  # farthest from the seams

@@ -308,6 +308,26 @@ def test_what_overflows_in_half_precision_is_encoded_in_float32(counting, photo_
     assert overflows.counts() == (0, 0)
 
 
+def test_a_prompt_that_overflows_is_encoded_in_float32(counting, build, edited_model):
+    """The last norm's weight fits float16; what it makes of half the prompts' tokens does not."""
+
+    def large(tensors):
+        (name,) = (name for name in tensors if name.endswith("final_layer_norm.weight"))
+        tensors[name].fill_(60_000.0)
+
+    overflows = type(counting)(edited_model("text_encoder", large))
+    cached = build(overflows, [], PROMPTS, dtype=torch.float16)
+    assert overflows.loaded == [torch.float16, torch.float32]
+    with torch.no_grad():
+        wanted = torch.cat(
+            [overflows.family.encode_prompts(overflows.family.load_text_encoder(), [p]) for p in PROMPTS]
+        )
+    with Store(cached.store.folder) as store:
+        got = store.stack([cached.prompts[prompt] for prompt in PROMPTS])["conditioning"]
+    assert wanted.isfinite().all() and wanted.max() > 65504
+    assert torch.equal(got, wanted)
+
+
 def test_what_is_finite_in_half_precision_stays_there(counting, photo_files, build):
     half = build(counting, photo_files, PROMPTS, dtype=torch.float16)
     assert counting.loaded == [torch.float16, torch.float16]
