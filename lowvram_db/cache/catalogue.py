@@ -103,7 +103,9 @@ class Catalogue:
         try:
             database = self._connect()
             wrong = [str(line) for (line,) in database.execute("PRAGMA integrity_check") if line != "ok"]
-            rows = database.execute("SELECT kind, name, fact, seal FROM facts").fetchall()
+            # A process that was killed before its first save leaves a file without a table.
+            tables = database.execute("SELECT name FROM sqlite_master").fetchall()
+            rows = database.execute("SELECT kind, name, fact, seal FROM facts").fetchall() if tables else []
             wrong += [
                 f"damaged row {kind} {name}" for kind, name, fact, seal in rows if seal != _seal(kind, name, fact)
             ]
@@ -146,6 +148,7 @@ class Catalogue:
     def _write(self, rows: list[tuple[str, str, str, str]]) -> None:
         if rows:
             with self._connect() as transaction:
+                transaction.execute("BEGIN IMMEDIATE")
                 transaction.execute(_CREATE)
                 transaction.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?, ?, ?)", rows)
 

@@ -186,6 +186,14 @@ def test_a_damaged_file_is_made_anew(tmp_path, path, reads, settled, damage, cap
     assert not Catalogue(path).check()
 
 
+def test_a_kill_before_the_first_save_is_no_damage(tmp_path, path, settled):
+    sqlite3.connect(path).close()
+    path.touch()
+    assert not Catalogue(path).check()
+    photo = picture(tmp_path / "a.png", 1)
+    assert look(path, photo) == look(path, photo)
+
+
 def test_a_path_that_is_no_unicode(tmp_path, path, settled):
     photo = picture(tmp_path / "a.png", 1).rename(tmp_path / os.fsdecode(b"caf\xe9.png"))
     assert look(path, photo) == look(path, photo)
