@@ -75,7 +75,8 @@ class Catalogue:
         """Names and numbers of entries of the shards that are said to be in the store."""
         with self._lock:
             saved = self._query("SELECT name FROM facts WHERE kind = 'shard'")
-            names = {name for (name,) in saved} | {name for kind, name in self._unsaved if kind == "shard"}
+            names = {name for (name,) in saved if isinstance(name, str)}  # anything, where the file is damaged
+            names |= {name for kind, name in self._unsaved if kind == "shard"}
             counts = {name: self._recall("shard", name) for name in sorted(names)}
             return {name: count for name, count in counts.items() if count}
 
@@ -173,8 +174,9 @@ def _photo_name(file_digest: str) -> str:
     return f"{file_digest} {DECODER}"
 
 
-def _seal(kind: str, name: str, fact: str) -> str:
-    return hashlib.sha256("\0".join((kind, name, str(fact))).encode()).hexdigest()
+def _seal(kind: object, name: object, fact: object) -> str:
+    """A row's checksum. In a damaged file anything can stand where a text was."""
+    return hashlib.sha256(f"{kind}\0{name}\0{fact}".encode()).hexdigest()
 
 
 def _status(status: os.stat_result) -> str:
