@@ -156,7 +156,7 @@ def test_what_another_pillow_decoded_is_decoded_again(tmp_path, path, reads, mon
 
 
 def test_a_changed_fact_is_no_fact(tmp_path, path, settled):
-    """Every value in the table, one character altered or another type: a row with anything altered counts for nothing."""
+    """Every value in the table, altered or of another type: such a row counts for nothing."""
     photo = picture(tmp_path / "a.png", 1)
     known = Catalogue(path)
     known.remember_shard("one", 3)
