@@ -154,7 +154,7 @@ def reading(place: Path) -> None:
             grown[count] = (process.memory_info().rss - base) / 2**20
             chosen_rate = sampler(opened, keys)
         report(f"reading batches of 4, {count} entries", statistics.median(rates), "batches/s", ">= 5000",
-               "processor time of the one thread; mean and log-variance, stacked, page cache warm; median of 5 times 2,000")  # fmt: skip
+               "processor time; mean and log-variance, stacked; page cache warm; median of 5 times 2,000")  # fmt: skip
         report(f"reading through the sampler, {count} entries", chosen_rate, "batches/s", "none named",
                "processor time; train.batch = 4, one prompt, one variant")  # fmt: skip
         report(f"resident memory that reading adds, {count} entries", grown[count], "MiB", "flat",
