@@ -21,8 +21,7 @@ import torch
 from machine import add_row
 from torch import Tensor
 
-from lowvram_db.cache.precompute import precompute
-from lowvram_db.cache.store import Store
+from lowvram_db.cache import Framing, Store, precompute
 from lowvram_db.concept import describe, subject_photos
 from lowvram_db.config import load
 from lowvram_db.families import open_model
@@ -181,19 +180,26 @@ def recorded(path: Path, overrides: list[str], steps: int) -> dict[str, list[Ten
     family, photos = open_model(config.model.name), subject_photos(config)
     concept = describe(config, photos, photos[::-1])  # the model's own class images would have to be drawn first
     device = torch.device("cpu")
-    with tempfile.TemporaryDirectory() as folder:
-        store = Store(Path(folder))
-        cached = precompute(family, concept.photos, concept.prompts, config.train.resolution, store, device)
-    trainer = Trainer(config, family, Batches(concept, cached, 1, 0), device)
-    large = {n: p for n, p in trainer.denoiser.named_parameters() if p.numel() >= 8192}
-    gradients: dict[str, list[Tensor]] = {name: [] for name in large}
-    for name, parameter in large.items():
-        parameter.register_post_accumulate_grad_hook(
-            lambda p, name=name: gradients[name].append(p.grad.flatten()[:8192].clone())
+    with tempfile.TemporaryDirectory() as folder, Store(Path(folder)) as store:
+        cached = precompute(
+            family,
+            store,
+            device,
+            framing=Framing(config.train.resolution),
+            photos=concept.instance_photos,
+            class_photos=concept.class_photos,
+            prompts=concept.prompts,
         )
-    for step in range(steps):
-        loss = trainer.train_step()
-        print(f"step {step + 1}: loss {loss.total.item():.4f}", flush=True)
+        trainer = Trainer(config, family, Batches(concept, cached, 1, 0), device)
+        large = {n: p for n, p in trainer.denoiser.named_parameters() if p.numel() >= 8192}
+        gradients: dict[str, list[Tensor]] = {name: [] for name in large}
+        for name, parameter in large.items():
+            parameter.register_post_accumulate_grad_hook(
+                lambda p, name=name: gradients[name].append(p.grad.flatten()[:8192].clone())
+            )
+        for step in range(steps):
+            loss = trainer.train_step()
+            print(f"step {step + 1}: loss {loss.total.item():.4f}", flush=True)
     return gradients
 
 

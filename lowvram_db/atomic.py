@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +29,8 @@ def replacing_file(path: Path) -> Iterator[Path]:
             temporary.replace(path)
             _sync(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a read-only disk refuses this too, and has been named already
+            temporary.unlink()
 
 
 @contextlib.contextmanager
@@ -58,9 +60,15 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed process left half-written in `folder`."""
+def remove_leftovers(folder: Path, older_than: float = 0.0) -> None:
+    """Delete what a killed process left half-written in `folder`, so many seconds ago at least.
+
+    Where other processes may be writing at the same time, younger files can be theirs.
+    """
     for leftover in folder.glob(".*.partial-*"):
+        with contextlib.suppress(FileNotFoundError):
+            if older_than and time.time() - leftover.stat().st_mtime < older_than:
+                continue
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:

@@ -21,6 +21,9 @@ app = typer.Typer(
     help="Full DreamBooth (every weight of the denoiser) on the card people own.",
 )
 
+cache_app = typer.Typer(no_args_is_help=True, help="What the encoders made: build it, look at it, check it.")
+app.add_typer(cache_app, name="cache")
+
 
 class Precision(StrEnum):
     """As `precision.compute` in the config."""
@@ -30,6 +33,10 @@ class Precision(StrEnum):
     fp32 = "fp32"
 
 
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. train.steps=400.")
+]
+CacheFolder = Annotated[Path, typer.Argument(metavar="DIR", help="The cache's folder, such as runs/NAME/cache.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]  # read in _leave
 
 
@@ -55,9 +62,7 @@ def new(
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="The run's TOML file.")],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. train.steps=400.")
-    ] = None,
+    overrides: Overrides = None,
     resume: Annotated[str, typer.Option(metavar="auto|never|PATH", help="Where to go on from.")] = "auto",
     debug: Debug = False,
 ) -> None:
@@ -98,6 +103,43 @@ def sample(
         compute=precision.value,
     )
     print(f"pictures: {out}")
+
+
+@cache_app.command()
+def build(
+    config: Annotated[Path, typer.Argument(help="A run's TOML file.")],
+    overrides: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Encode what a run needs, after making its missing class images; training then starts at once."""
+    settings = load(config, overrides)
+    from lowvram_db.dreambooth import build_cache
+
+    hide_loading_bars()
+    print(f"cache: {build_cache(settings)}")
+
+
+@cache_app.command()
+def info(folder: CacheFolder, debug: Debug = False) -> None:
+    """Say what is in a cache."""
+    from lowvram_db.cache import Store
+
+    with Store(folder, writable=False) as store:
+        print(store.report())
+
+
+@cache_app.command()
+def verify(folder: CacheFolder, debug: Debug = False) -> None:
+    """Read and check every entry of a cache. Changes nothing; exit code 2 where something is damaged."""
+    from lowvram_db.cache import Store
+
+    with Store(folder, writable=False) as store:
+        wrong, report = store.verify(), store.report()
+    for line in wrong:
+        print(line)
+    if wrong:
+        raise UserError(f"{folder}: {len(wrong)} things are damaged; the next run that needs them encodes them again")
+    print(f"{report}\nall whole")
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """What is to be learned: photos of the subject under its prompts, and class images under the class prompt."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,22 +18,19 @@ class Concept:
     class_prompt: str
 
     @property
-    def photos(self) -> list[Path]:
-        return self.instance_photos + self.class_photos
-
-    @property
     def prompts(self) -> list[str]:
         return self.instance_prompts + ([self.class_prompt] if self.class_photos else [])
 
 
-def subject_photos(config: Config) -> list[Path]:
+def subject_photos(config: Config, is_good: Callable[[Path], bool] = lambda photo: False) -> list[Path]:
     """The subject's photos, each decoded once so that a bad one is named before any work begins.
 
-    Raises UserError naming the folder or file.
+    is_good: tells of a photo that it need not be decoded. Raises UserError naming the folder or file.
     """
     photos = find_photos(Path(config.subject.photos).expanduser(), "subject.photos")
     for photo in photos:
-        load_photo(photo)
+        if not is_good(photo):
+            load_photo(photo)
     return photos
 
 

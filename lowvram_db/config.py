@@ -71,7 +71,16 @@ class PriorConfig(_Section):
 
 
 class TrainConfig(_Section):
-    resolution: int = Field(512, ge=8, description="pixels a side; photos are resized and centre-cropped to it")
+    resolution: int = Field(512, ge=8, description="pixels a side; photos are resized and cropped to it")
+    crop: Literal["square", "buckets"] = Field(
+        "square", description="square | buckets (photos keep about their shape, at the square's area)"
+    )
+    variants: int = Field(
+        1, ge=1, description="crops of each photo that are cached and drawn from; 1: the middle alone"
+    )
+    flip: bool = Field(
+        False, description="every other variant is mirrored; not for writing or what has a left and right"
+    )
     steps: int = Field(800, ge=1, description="optimizer steps")
     lr: float = Field(2e-6, gt=0, description="learning rate")
     batch: int = Field(1, ge=1, description="photos a step; as many class images join them")
@@ -90,6 +99,12 @@ class TrainConfig(_Section):
         return resolution
 
     @model_validator(mode="after")
+    def _there_is_a_variant_to_flip(self) -> "TrainConfig":
+        if self.flip and self.variants == 1:
+            raise ValueError("flip mirrors every other variant, and variants is 1; set variants = 2 or more")
+        return self
+
+    @model_validator(mode="after")
     def _warmup_ends(self) -> "TrainConfig":
         if self.warmup > self.steps:
             raise ValueError(f"warmup ({self.warmup}) is longer than the run (steps = {self.steps})")
@@ -102,6 +117,16 @@ class PrecisionConfig(_Section):
         None,
         description="bf16 | bf16+residual (8 more bits a weight) | fp16 | fp32 (compute under autocast); "
         "default: as compute with adam8, fp32 with other optimizers",
+    )
+
+
+class CacheConfig(_Section):
+    dir: Text | None = Field(
+        None, description="folder of what is encoded, shareable by runs; default: cache/ in the run"
+    )
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = Field(
+        "auto",
+        description="of the encoders: fp32 | fp16 | bf16; auto: fp16 on a GPU, fp32 on a CPU or with compute fp32",
     )
 
 
@@ -151,6 +176,7 @@ class Config(_Section):
     subject: SubjectConfig
     prior: PriorConfig = PriorConfig()
     train: TrainConfig = TrainConfig()
+    cache: CacheConfig = CacheConfig()
     precision: PrecisionConfig = PrecisionConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     sample: SampleConfig = SampleConfig()

@@ -1,5 +1,7 @@
 """One DreamBooth run from config to pictures: each stage hands a plain value to the next."""
 
+import contextlib
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,14 +11,21 @@ from PIL import Image
 
 from lowvram_db import prior
 from lowvram_db.atomic import creating_folder, replacing_file
-from lowvram_db.cache.precompute import Cached, precompute
-from lowvram_db.cache.store import Store
+from lowvram_db.cache import Cached, Framing, Store, precompute, remembers
 from lowvram_db.concept import Concept, describe, subject_photos
 from lowvram_db.config import Config
 from lowvram_db.errors import DoesNotFit, Interrupted, UserError
 from lowvram_db.families import open_model
 from lowvram_db.families.base import Family
-from lowvram_db.memory.device import DTYPES, compute_dtype, peak_bytes, pick_device, release_memory, reset_peak
+from lowvram_db.memory.device import (
+    DTYPES,
+    compute_dtype,
+    encoder_dtype,
+    peak_bytes,
+    pick_device,
+    release_memory,
+    reset_peak,
+)
 from lowvram_db.progress import say
 from lowvram_db.run import Run, check_resumable
 from lowvram_db.sampling import sample_grid
@@ -25,6 +34,7 @@ from lowvram_db.train.batches import Batches
 from lowvram_db.train.loop import Trainer, train
 
 _NO_PROMPT = ""  # what classifier-free guidance steers away from
+_BUCKET_MULTIPLE = 64  # of the sides of buckets, pixels; too coarse for small pictures
 
 
 def run_dreambooth(config: Config, resume: str = "auto") -> Run:
@@ -33,8 +43,31 @@ def run_dreambooth(config: Config, resume: str = "auto") -> Run:
     resume: "auto", "never" or the path of a checkpoint. Raises UserError for anything the user can mend, DoesNotFit
     when the GPU's memory is full, and Interrupted after Ctrl-C; finished work is always kept.
     """
-    try:
+    with _problems_named():
         return _run(config, resume)
+
+
+def build_cache(config: Config) -> Path:
+    """Do all of a run that comes before training: missing class images, then the cache; returns the cache's folder.
+
+    Raises as run_dreambooth does.
+    """
+    with _problems_named():
+        run, device = Run.of(config), pick_device()
+        photos = subject_photos(config, remembers(_cache_folder(config, run)))
+        with run.locked(), Store(_cache_folder(config, run)) as store:
+            family = _open_family(config)
+            concept = _concept(config, family, run, photos, store, device)
+            release_memory()
+            _cache(config, family, store, concept, device)
+    return store.folder
+
+
+@contextlib.contextmanager
+def _problems_named() -> Iterator[None]:
+    """Ctrl-C and a full GPU in the words of the command line."""
+    try:
+        yield
     except KeyboardInterrupt as stop:
         raise Interrupted("stopped; finished work is kept and the same command goes on from there") from stop
     except torch.OutOfMemoryError as error:
@@ -47,25 +80,36 @@ def run_dreambooth(config: Config, resume: str = "auto") -> Run:
 def _run(config: Config, resume: str) -> Run:
     run, device = Run.of(config), pick_device()
     dtype = compute_dtype(config.precision.compute, device)
-    photos = subject_photos(config)
+    photos = subject_photos(config, remembers(_cache_folder(config, run)))
     with run.locked():
         start = run.choose_checkpoint(resume)
         if start is not None:
             _check_start(config, start)
-        family = open_model(config.model.name, config.model.revision)
-        family.check_prompts([config.fill(prompt) for prompt in [*config.subject.prompts, *config.sample.prompts]])
-        family.check_prompts([config.fill(config.prior.prompt)])
+        family = _open_family(config)
         if _finished(config, start, run):
             say(f"{run.folder}: already trained for {config.train.steps} steps")
             return run
         config.save(run.config)
-        concept = _concept(config, family, run, photos, device, dtype)
-        release_memory()
-        cached = _cache(config, family, run, concept, device)
-        _train(config, family, run, concept, cached, device, start)
+        with Store(_cache_folder(config, run)) as store:
+            concept = _concept(config, family, run, photos, store, device)
+            release_memory()
+            cached = _cache(config, family, store, concept, device)
+            _train(config, family, run, concept, cached, device, start)
         release_memory()
         _sample_result(config, run, device, dtype)
     return run
+
+
+def _cache_folder(config: Config, run: Run) -> Path:
+    return Path(config.cache.dir).expanduser() if config.cache.dir else run.cache
+
+
+def _open_family(config: Config) -> Family:
+    """The model, found fit for all prompts of the run."""
+    family = open_model(config.model.name, config.model.revision)
+    family.check_prompts([config.fill(prompt) for prompt in [*config.subject.prompts, *config.sample.prompts]])
+    family.check_prompts([config.fill(config.prior.prompt)])
+    return family
 
 
 def _check_start(config: Config, start: Path) -> None:
@@ -82,21 +126,32 @@ def _finished(config: Config, start: Path | None, run: Run) -> bool:
 
 
 def _concept(
-    config: Config, family: Family, run: Run, photos: list[Path], device: torch.device, dtype: torch.dtype
+    config: Config, family: Family, run: Run, photos: list[Path], store: Store, device: torch.device
 ) -> Concept:
     """Photos, and class images where prior preservation wants them."""
     if not config.prior.enabled:
         return describe(config, photos, [])
     folder = Path(config.prior.images).expanduser() if config.prior.images else run.class_images
-    return describe(config, photos, prior.class_images(config, family, folder, device, dtype))
+    dtype, is_good = compute_dtype(config.precision.compute, device), remembers(store.folder)
+    return describe(config, photos, prior.class_images(config, family, folder, device, dtype, is_good))
 
 
-def _cache(config: Config, family: Family, run: Run, concept: Concept, device: torch.device) -> Cached:
+def _cache(config: Config, family: Family, store: Store, concept: Concept, device: torch.device) -> Cached:
     """Everything the encoders have to say; conditioning is left out where the text encoder is going to change it."""
-    prompts = [] if config.train.text_encoder else concept.prompts
+    train, prompts = config.train, [] if config.train.text_encoder else concept.prompts
     if prompts and config.sample.every:
         prompts = [*prompts, *map(config.fill, config.sample.prompts), _NO_PROMPT]
-    return precompute(family, concept.photos, prompts, config.train.resolution, Store(run.cache), device)
+    multiple = _BUCKET_MULTIPLE if train.resolution >= 4 * _BUCKET_MULTIPLE else family.side_multiple
+    return precompute(
+        family,
+        store,
+        device,
+        framing=Framing(train.resolution, train.crop, train.variants, train.flip, train.seed, multiple),
+        photos=concept.instance_photos,
+        class_photos=concept.class_photos,
+        prompts=prompts,
+        dtype=encoder_dtype(config.cache.precision, config.precision.compute, device),
+    )
 
 
 def _train(

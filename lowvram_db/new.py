@@ -13,14 +13,16 @@ from lowvram_db.photos import find_photos, load_photo
 _WRITTEN = ["model.name", "subject.photos", "subject.identifier", "subject.class"]
 _OFFERED = [
     "subject.prompts", "prior.enabled", "prior.weight", "prior.count", "prior.images",
-    "train.resolution", "train.steps", "train.lr", "train.batch", "train.schedule", "train.warmup", "train.seed",
+    "train.resolution", "train.crop", "train.variants", "train.flip",
+    "train.steps", "train.lr", "train.batch", "train.schedule", "train.warmup", "train.seed",
     "train.gradient_checkpointing", "train.text_encoder", "train.min_snr_gamma",
-    "precision.compute", "precision.weights", "optimizer.name",
+    "cache.dir", "precision.compute", "precision.weights", "optimizer.name",
     "sample.prompts", "sample.guidance", "sample.seeds", "sample.every",
     "checkpoint.every", "checkpoint.keep", "output.dir", "output.dtype",
 ]  # fmt: skip
 _EXAMPLES: dict[str, Any] = {
     "prior.images": "class_images/dog",
+    "cache.dir": "cache",
     "train.min_snr_gamma": 5.0,
     "precision.weights": "bf16",
 }  # keys without a default

@@ -1,17 +1,19 @@
-"""Photos in any mode Pillow reads -> upright 8-bit RGB, and RGB -> square pixel tensors."""
+"""Photos in any mode Pillow reads -> upright 8-bit RGB."""
 
+import io
 from pathlib import Path
 
 import numpy as np
-import torch
+import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
 from lowvram_db.errors import UserError
 
 # Photo formats people have that Pillow reads only with a plugin, or not at all.
 _FOREIGN_FORMATS = {".heic", ".heif", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"}
 _WHITE = (255, 255, 255, 255)
+
+DECODER = f"1, Pillow {PIL.__version__}"  # what a file's pixels depend on besides its bytes
 
 
 def find_photos(folder: Path, key: str) -> list[Path]:
@@ -41,10 +43,25 @@ def list_photos(folder: Path) -> list[Path]:
 def load_photo(path: Path) -> Image.Image:
     """One photo as upright RGB, 8 bits a channel: the first frame, EXIF orientation applied, alpha over white.
 
-    Raises UserError naming the file when it is no image, is cut off, or is too large to be a photo.
+    Raises UserError naming the file when it is not there, is no image, is cut off, or is too large to be a photo.
     """
+    return decode_photo(read_photo(path), path)
+
+
+def read_photo(path: Path) -> bytes:
+    """A photo's bytes. Raises UserError naming the file when it cannot be read."""
     try:
-        with Image.open(path) as opened:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: is not there any more; bring it back, or run the command again without it") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); replace or remove it") from error
+
+
+def decode_photo(content: bytes, path: Path) -> Image.Image:
+    """As load_photo, from bytes that were read from `path`."""
+    try:
+        with Image.open(io.BytesIO(content)) as opened:
             opened.load()
             return _flatten(_to_8_bits(ImageOps.exif_transpose(opened)))
     except UnidentifiedImageError as error:
@@ -78,9 +95,3 @@ def _flatten(image: Image.Image) -> Image.Image:
         return image.convert("RGB")
     with_alpha = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", with_alpha.size, _WHITE), with_alpha).convert("RGB")
-
-
-def to_pixels(photo: Image.Image, resolution: int) -> Tensor:
-    """Resize the short side to `resolution` and crop the centre: float32 [3, resolution, resolution] in [-1, 1]."""
-    square = ImageOps.fit(photo, (resolution, resolution), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 127.5 - 1.0

@@ -12,7 +12,7 @@ from lowvram_db.errors import UserError
 
 # Settings that do not change what has been trained so far; keys, or sections ending in a dot.
 MAY_CHANGE = ("train.steps", "sample.", "checkpoint.", "output.", "attention", "kernels",
-              "train.gradient_checkpointing", "prior.batch")  # fmt: skip
+              "train.gradient_checkpointing", "prior.batch", "cache.dir")  # fmt: skip
 
 
 class Run:

@@ -83,6 +83,41 @@ def test_bad_input_is_answered_in_one_line(lowvram_db, toml, tmp_path):
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").rglob("*.png"))
 
 
+def test_the_cache_is_built_looked_at_and_checked(lowvram_db, toml, tmp_path, photos):
+    shared = ["--set", f"cache.dir={tmp_path / 'shared'}"]
+    code, out, err = lowvram_db("cache", "build", toml, *shared)
+    assert (code, out) == (0, f"cache: {tmp_path / 'shared'}\n"), err
+    assert len(list((tmp_path / "runs" / "test" / "class_images").glob("*.png"))) == 3
+    assert not (tmp_path / "runs" / "test" / "model").exists()
+    code, out, _ = lowvram_db("cache", "info", tmp_path / "shared")
+    assert code == 0
+    assert out.startswith("views of photos: 8\nprompts: 2\nshards: 1\nsize: 0.")
+    code, out, _ = lowvram_db("cache", "verify", tmp_path / "shared")
+    assert (code, out.splitlines()[-1]) == (0, "all whole")
+
+    (shard,) = (tmp_path / "shared" / "v2").glob("*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    code, out, err = lowvram_db("cache", "verify", tmp_path / "shared")
+    assert code == 2
+    assert out.startswith(f"{shard.name}: entry ")
+    assert err.startswith(f"error: {tmp_path / 'shared'}: 1 things are damaged") and err.count("\n") == 1
+    code, _, err = lowvram_db("train", toml, *shared)
+    assert code == 0 and "an entry is damaged; it is encoded again" in err
+    assert lowvram_db("cache", "verify", tmp_path / "shared")[0] == 0
+
+
+def test_a_cache_in_a_wrong_place_is_answered_in_one_line(lowvram_db, toml, tmp_path, photos):
+    one_line(lowvram_db("cache", "info", "nowhere"), "nowhere: does not exist")
+    one_line(lowvram_db("cache", "verify", photos), "photos: is not a cache of lowvram-db")
+    before = sorted(path.name for path in photos.iterdir())
+    one_line(lowvram_db("train", toml, "--set", f"cache.dir={photos}"), "is not a cache of lowvram-db")
+    assert sorted(path.name for path in photos.iterdir()) == before
+    one_line(lowvram_db("train", toml, "--set", "train.flip=true"), "train: flip mirrors every other variant")
+    one_line(lowvram_db("train", toml, "--set", "cache.dir="), "cache.dir: must not be empty")
+
+
 def test_resuming_with_changed_settings_is_refused(lowvram_db, toml, tmp_path):
     assert lowvram_db("train", toml)[0] == 0
     one_line(lowvram_db("train", toml, "--set", "train.lr=1e-3"), "train.lr (0.0001 -> 0.001)", "These may change")

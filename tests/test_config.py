@@ -169,3 +169,11 @@ def test_weights_are_stored_as_optimizer_and_arithmetic_allow(toml, changes, wei
 def test_weights_that_could_not_be_stepped_are_refused(toml, changes, message):
     with pytest.raises(UserError, match=re.escape(message)):
         load(toml, changes)
+
+
+def test_flipping_needs_variants(tmp_path):
+    path = tmp_path / "a.toml"
+    path.write_text(SMALLEST + "[train]\nflip = true\n")
+    with pytest.raises(UserError, match="train: flip mirrors every other variant, and variants is 1; set variants = 2"):
+        load(path)
+    assert load(path, ["train.variants=2"]).train.flip

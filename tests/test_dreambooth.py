@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lowvram_db.config import load
-from lowvram_db.dreambooth import run_dreambooth
+from lowvram_db.dreambooth import build_cache, run_dreambooth
 from lowvram_db.errors import DoesNotFit, UserError
 from lowvram_db.families.sd import StableDiffusion
 
@@ -56,6 +56,54 @@ def test_without_prior_preservation_no_class_image_is_made(make_config):
     run = run_dreambooth(make_config(prior={"enabled": False}))
     assert not run.class_images.exists()
     assert run.model.exists()
+
+
+def test_buckets_and_variants_train_and_resume_exactly(make_config, photos, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, photo in enumerate(sorted(photos.iterdir())):
+        Image.open(photo).resize((160, 96) if number % 2 else (96, 96)).save(folder / photo.name)
+    settings = {"subject": {"photos": str(folder)}, "cache": {"dir": str(tmp_path / "shared")}}
+    train = {"crop": "buckets", "variants": 3, "flip": True, "steps": 6, "batch": 2}
+    straight = run_dreambooth(make_config(train=train, output={"name": "straight"}, **settings))
+    halfway = make_config(train=train | {"steps": 3}, output={"name": "resumed"}, **settings)
+    run_dreambooth(halfway)
+    resumed = run_dreambooth(make_config(train=train, output={"name": "resumed"}, **settings))
+    wanted = unet_of(straight)
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in unet_of(resumed).items())
+    plain = run_dreambooth(make_config(train={"steps": 6, "batch": 2}, output={"name": "plain"}, **settings))
+    assert not all(torch.equal(tensor, wanted[name]) for name, tensor in unet_of(plain).items())
+
+
+def test_a_second_start_decodes_no_photo_and_loads_no_encoder(make_config, monkeypatch):
+    monkeypatch.setattr("lowvram_db.cache.catalogue._SETTLED_SECONDS", -1.0)
+    config = make_config()
+    build_cache(config)
+
+    def fail(*_):
+        pytest.fail("decoded or loaded again")
+
+    for where in ("concept.load_photo", "prior.load_photo", "cache.catalogue.decode_photo"):
+        monkeypatch.setattr(f"lowvram_db.{where}", fail)
+    for method in ("load_vae", "load_text_encoder", "pipeline"):
+        monkeypatch.setattr(StableDiffusion, method, fail)
+    build_cache(config)
+
+
+def test_a_trained_run_refuses_an_edited_photo_and_takes_its_old_self_back(make_config, photos, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for photo in photos.iterdir():
+        (folder / photo.name).write_bytes(photo.read_bytes())
+    config = make_config(subject={"photos": str(folder)}, checkpoint={"every": 0})
+    run_dreambooth(config)
+    longer = config.model_copy(update={"train": config.train.model_copy(update={"steps": 5})})
+    edited, original = folder / "01.png", (folder / "01.png").read_bytes()
+    Image.open(edited).rotate(90).save(edited)
+    with pytest.raises(UserError, match="was trained on other photos"):
+        run_dreambooth(longer)
+    edited.write_bytes(original)
+    assert run_dreambooth(longer).checkpoint(5).exists()
 
 
 def test_pictures_on_the_way(make_config):

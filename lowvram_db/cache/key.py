@@ -4,36 +4,41 @@ A key is a digest of exactly that, so an entry is either right or not found; not
 """
 
 import hashlib
-from pathlib import Path
 
-from torch import Tensor
+from PIL import Image
 
-FORMAT_VERSION = 1
+from lowvram_db.cache.framing import View
 
-
-def files_digest(files: list[Path]) -> str:
-    """SHA-256 over the names and contents of an encoder's files."""
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            digest.update(f"{file.name}:{hashlib.file_digest(stream, 'sha256').hexdigest()};".encode())
-    return digest.hexdigest()
+FORMAT_VERSION = 2  # of entries and files; another one's folder lies beside and is not looked into
 
 
-def latent_key(pixels: Tensor, vae_digest: str) -> str:
-    """Key of one photo's moments: its pixels (float32 [3, H, W], after resizing and cropping) under one VAE."""
-    shape = "x".join(map(str, pixels.shape))
-    return _digest("latent", vae_digest, shape, pixels.contiguous().numpy().tobytes())
+def pixels_digest(photo: Image.Image) -> str:
+    """SHA-256 of a decoded photo: its size and its 8-bit RGB values."""
+    return hashlib.sha256(f"{photo.width}x{photo.height}:".encode() + photo.tobytes()).hexdigest()
 
 
-def text_key(prompt: str, text_digest: str) -> str:
+def encoder_digest(files: list[tuple[str, str]]) -> str:
+    """SHA-256 of an encoder, from the names and SHA-256 digests of its files, in order."""
+    return _digest("encoder", *(part for file in files for part in file))
+
+
+def latent_key(pixels: str, view: View, encoder: str, dtype: str, tiled: bool = False) -> str:
+    """Key of the moments of one view of a photo.
+
+    pixels, encoder: digests as above. dtype: the encoder's arithmetic, for example "float16". tiled: whether the photo
+    went through the VAE in overlapping pieces, which changes what it says near their edges.
+    """
+    return _digest("latent", pixels, str(view), encoder, dtype, "tiled" if tiled else "whole")
+
+
+def text_key(prompt: str, encoder: str, dtype: str) -> str:
     """Key of one prompt's conditioning under one tokenizer and text encoder."""
-    return _digest("text", text_digest, prompt)
+    return _digest("text", prompt, encoder, dtype)
 
 
-def _digest(*parts: str | bytes) -> str:
+def _digest(*parts: str) -> str:
     digest = hashlib.sha256(f"lowvram-db cache {FORMAT_VERSION}".encode())
     for part in parts:
-        content = part.encode() if isinstance(part, str) else part
+        content = part.encode("utf-8", "surrogatepass")
         digest.update(len(content).to_bytes(8, "little") + content)
     return digest.hexdigest()

@@ -1,90 +1,273 @@
 """Run each encoder once over what it has not seen yet, one encoder in memory at a time, and let it go."""
 
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lowvram_db.cache.key import files_digest, latent_key, text_key
+from lowvram_db.cache.catalogue import Seen
+from lowvram_db.cache.encoder import ImageEncoder
+from lowvram_db.cache.framing import Framing, Size, View
+from lowvram_db.cache.key import encoder_digest, latent_key, text_key
 from lowvram_db.cache.store import Store
+from lowvram_db.errors import UserError
 from lowvram_db.families.base import Family, Moments
 from lowvram_db.memory.device import release_memory
-from lowvram_db.photos import load_photo, to_pixels
-from lowvram_db.progress import Bar
+from lowvram_db.progress import Bar, say
+
+_DECODERS = min(4, os.cpu_count() or 1)  # threads that read photos while the encoder works
+_REFRESH_SECONDS = 1.0  # how often to look what another process has encoded meanwhile
+_MOST_OVERFLOWED = 64  # photos kept back for the float32 VAE before it takes a turn
+
+
+class Frame(NamedTuple):
+    """One photo of the subject in the cache."""
+
+    size: Size  # pixels; what all rows of a batch have in common
+    keys: list[str]  # its views, the plain one first
 
 
 @dataclass(frozen=True)
 class Cached:
-    """What training needs of the encoders, in CPU memory."""
+    """What training needs of the encoders: by which keys it stands in the store, from where it is read when wanted."""
 
-    moments: dict[Path, Moments]  # float32 [C, h, w] each
-    conditioning: dict[str, Tensor]  # float32 [tokens, width] each
-    latent_keys: dict[Path, str]  # what identifies the content of each photo
-    text_keys: dict[str, str]  # and of each prompt
+    store: Store
+    photos: dict[Path, Frame]
+    class_photos: dict[Path, dict[Size, str]]  # the plain view, cut to every size that photos have
+    prompts: dict[str, str]
+
+    def moments(self, keys: Sequence[str]) -> Moments:
+        """Moments of views of one size: float32 [len(keys), C, h, w], on the CPU. Raises UserError for a lost entry."""
+        return Moments(**self._read(keys))
+
+    def conditioning(self, prompts: Sequence[str]) -> Tensor:
+        """float32 [len(prompts), tokens, width], on the CPU. Raises KeyError for a prompt that was not encoded, and
+        UserError for a lost entry."""
+        return self._read([self.prompts[prompt] for prompt in prompts])["conditioning"]
+
+    def _read(self, keys: Sequence[str]) -> dict[str, Tensor]:
+        try:
+            return self.store.stack(keys)
+        except KeyError as error:
+            raise UserError(
+                f"{self.store.folder}: an entry was damaged or deleted in use; run the command again to encode it anew"
+            ) from error
 
 
 def precompute(
     family: Family,
-    photos: list[Path],
-    prompts: list[str],
-    resolution: int,
     store: Store,
     device: torch.device,
+    *,
+    framing: Framing,
+    photos: Sequence[Path],
+    class_photos: Sequence[Path] = (),
+    prompts: Sequence[str] = (),
+    dtype: torch.dtype = torch.float32,
 ) -> Cached:
-    """Moments of every photo and conditioning of every prompt, from the store or newly encoded into it.
+    """Bring moments of every photo and conditioning of every prompt into the store, as far as they are not there.
 
-    The encoders run in float32. Neither is alive any more when this returns. Raises UserError for a photo that cannot
-    be read or a disk that is full; what was encoded until then stays stored.
+    dtype: of the encoders' weights and arithmetic; float16 and bfloat16 take half the memory, and what overflows is
+    encoded again in float32. What is stored is float32 always. `class_photos` are stored from the middle alone, at each
+    size that `photos` have, so that both can share a batch.
+
+    Neither encoder is alive any more when this returns. Raises UserError for a photo that cannot be read or a disk that
+    is full, and KeyboardInterrupt after Ctrl-C; what was encoded until then stays stored.
     """
-    conditioning, text_keys = _encode_prompts(family, prompts, store, device)
-    moments, latent_keys = _encode_photos(family, photos, resolution, store, device)
-    return Cached(moments, conditioning, latent_keys, text_keys)
+    try:
+        text_keys = _encode_prompts(family, prompts, store, device, dtype)
+        with Bar("encoding photos", total=len(photos) + len(class_photos), unit="photo") as bar:
+            encoding = _PhotoEncoding(family, store, device, dtype, bar)
+            with encoding.encoder:
+                subject = encoding.bring(photos, lambda photo: framing.views(photo.size, photo.digest))
+                sizes = sorted({found.views[0].size for found in subject.values()})
+                others = encoding.bring(class_photos, lambda photo: [View.of(photo.size, size) for size in sizes])
+                encoding.finish()
+    finally:
+        store.flush()
+    return Cached(
+        store,
+        {photo: Frame(found.views[0].size, encoding.keys(found)) for photo, found in subject.items()},
+        {photo: dict(zip(sizes, encoding.keys(found), strict=True)) for photo, found in others.items()},
+        text_keys,
+    )
 
 
 @torch.no_grad()
 def _encode_prompts(
-    family: Family, prompts: list[str], store: Store, device: torch.device
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    digest = files_digest(family.text_files)
-    keys = {prompt: text_key(prompt, digest) for prompt in prompts}
-    missing = [prompt for prompt, key in keys.items() if store.get(key) is None]
+    family: Family, prompts: Iterable[str], store: Store, device: torch.device, dtype: torch.dtype
+) -> dict[str, str]:
+    encoder = _digest(family.text_files, store) if prompts else ""
+    keys = {prompt: text_key(prompt, encoder, _name(dtype)) for prompt in prompts}
+    missing = [prompt for prompt, key in keys.items() if not store.holds(key)]
+    for precision in dict.fromkeys((dtype, torch.float32)):
+        if missing:
+            text_encoder, overflowed = family.load_text_encoder(precision).to(device), []
+            for prompt in missing:
+                conditioning = family.encode_prompts(text_encoder, [prompt])[0].float()
+                if conditioning.isfinite().all():
+                    store.put(keys[prompt], {"conditioning": conditioning})
+                else:
+                    overflowed.append(prompt)
+            del text_encoder
+            release_memory()
+            missing = overflowed
     if missing:
-        text_encoder = family.load_text_encoder().to(device)
-        for prompt in missing:
-            store.put(keys[prompt], {"conditioning": family.encode_prompts(text_encoder, [prompt])[0]})
-        del text_encoder
-        release_memory()
-    return {prompt: _stored(store, key)["conditioning"] for prompt, key in keys.items()}, keys
+        raise UserError(f"{family.folder}: its text encoder makes no finite numbers of {missing[0]!r}; replace it")
+    return keys
 
 
-@torch.no_grad()
-def _encode_photos(
-    family: Family, photos: list[Path], resolution: int, store: Store, device: torch.device
-) -> tuple[dict[Path, Moments], dict[Path, str]]:
-    digest = files_digest(family.vae_files)
-    moments: dict[Path, Moments] = {}
-    keys: dict[Path, str] = {}
-    vae = None
-    with Bar("encoding photos", total=len(photos), unit="photo") as bar:
+class _Found(NamedTuple):
+    """What there is of a photo."""
+
+    seen: Seen
+    views: list[View]
+    images: list[Tensor]  # the views' pixels, uint8 [3, H, W]; none where all were stored already
+
+
+class _Row(NamedTuple):
+    """One image on its way through the VAE."""
+
+    photo: Path
+    seen: Seen
+    view: View
+    pixels: Tensor  # uint8 [3, H, W]
+
+
+class _PhotoEncoding:
+    """Photos in any order and size -> entries in the store, in batches of one size."""
+
+    def __init__(self, family: Family, store: Store, device: torch.device, dtype: torch.dtype, bar: Bar):
+        self._family, self._store, self._device, self._dtype, self._bar = family, store, device, dtype, bar
+        self._digest = _digest(family.vae_files, store)
+        self.encoder = ImageEncoder(family, device, dtype)
+        self._waiting: dict[Size, list[_Row]] = {}
+        self._overflowed: list[_Row] = []
+        self._queued: set[str] = set()
+        self._refreshed = time.monotonic()
+
+    def bring(self, photos: Sequence[Path], views_of: Callable[[Seen], list[View]]) -> dict[Path, _Found]:
+        """Have these views of every photo encoded, soon (see finish); returns what was found of each photo."""
+        found: dict[Path, _Found] = {}
         for photo in photos:
-            pixels = to_pixels(load_photo(photo), resolution)
-            key = latent_key(pixels, digest)
-            entry = store.get(key)
-            if entry is None:
-                vae = vae or family.load_vae().to(device)
-                mean, logvar = family.encode_images(vae, pixels[None])
-                store.put(key, {"mean": mean[0], "logvar": logvar[0]})
-                entry = _stored(store, key)
-            moments[photo] = Moments(entry["mean"], entry["logvar"])
-            keys[photo] = key
-            bar.advance()
-    del vae
-    release_memory()
-    return moments, keys
+            seen = self._known(photo)
+            if seen and all(self._stored(seen, view) for view in views_of(seen)):
+                found[photo] = _Found(seen, views_of(seen), [])
+                self._bar.advance()
+        unknown = [photo for photo in photos if photo not in found]
+
+        def decode(photo: Path) -> _Found:
+            seen, image = self._store.catalogue.decode(photo)
+            views = views_of(seen)
+            return _Found(seen, views, [view.pixels(image) for view in views])
+
+        for photo, decoded in zip(unknown, _ahead(decode, unknown), strict=True):
+            for view, pixels in zip(decoded.views, decoded.images, strict=True):
+                self._add(_Row(photo, decoded.seen, view, pixels))
+            found[photo] = decoded._replace(images=[])
+            self._bar.advance()
+        return found
+
+    def finish(self) -> None:
+        """Encode what still waits for company, and what overflowed."""
+        for rows in self._waiting.values():
+            self._encode(rows)
+        self._waiting.clear()
+        self._encode_overflowed()
+
+    def keys(self, found: _Found) -> list[str]:
+        """The keys under which a photo's views stand in the store. Raises UserError where one has gone since."""
+        keys = [key for view in found.views if (key := self._stored(found.seen, view))]
+        if len(keys) < len(found.views):
+            raise UserError(f"{self._store.folder}: entries were deleted from it in use; run the command again")
+        return keys
+
+    def _known(self, photo: Path) -> Seen | None:
+        try:
+            return self._store.catalogue.known_photo(photo)
+        except OSError:
+            return None  # decoding it will say what is wrong
+
+    def _stored(self, seen: Seen, view: View) -> str | None:
+        """The key under which the store holds a view, if it does."""
+        candidates = (self._key(seen.digest, view, tiled) for tiled in (False, True))
+        return next((key for key in candidates if self._store.holds(key)), None)
+
+    def _key(self, digest: str, view: View, tiled: bool) -> str:
+        return latent_key(digest, view, self._digest, _name(self._dtype), tiled)
+
+    def _add(self, row: _Row) -> None:
+        """Take a row in, unless it is the same as another; a full batch is encoded at once."""
+        key = self._key(row.seen.digest, row.view, tiled=False)
+        if key in self._queued:
+            return
+        self._queued.add(key)
+        waiting = self._waiting.setdefault(row.view.size, [])
+        waiting.append(row)
+        if len(waiting) >= self.encoder.batch(row.pixels):
+            self._encode(waiting)
+            waiting.clear()
+
+    def _encode(self, rows: list[_Row]) -> None:
+        if time.monotonic() - self._refreshed > _REFRESH_SECONDS:
+            self._store.refresh()
+            self._refreshed = time.monotonic()
+        missing = [row for row in rows if not self._stored(row.seen, row.view)]
+        if missing:
+            self._overflowed += self._put(missing, self.encoder)
+        if len(self._overflowed) >= _MOST_OVERFLOWED:
+            self._encode_overflowed()
+
+    def _put(self, rows: list[_Row], encoder: ImageEncoder) -> list[_Row]:
+        """Encode and store; returns the rows that came out as no numbers."""
+        moments = encoder.encode(torch.stack([row.pixels for row in rows]))
+        overflowed = []
+        for row, mean, logvar in zip(rows, *moments, strict=True):
+            if mean.isfinite().all() and logvar.isfinite().all():
+                self._store.put(self._key(row.seen.digest, row.view, encoder.tiled), {"mean": mean, "logvar": logvar})
+            else:
+                overflowed.append(row)
+        return overflowed
+
+    def _encode_overflowed(self) -> None:
+        """Give what overflowed to the float32 VAE, one by one, while the other is away."""
+        rows, self._overflowed = self._overflowed, []
+        if not rows:
+            return
+        self.encoder.unload()
+        with ImageEncoder(self._family, self._device, torch.float32) as exact:
+            for row in rows:
+                if self._dtype == torch.float32 or self._put([row], exact):
+                    raise UserError(f"{row.photo}: the VAE makes no finite numbers of it; remove it, or mend the VAE")
+        say(f"{len(rows)} photos overflowed the VAE in {_name(self._dtype)} and were encoded in float32")
 
 
-def _stored(store: Store, key: str) -> dict[str, Tensor]:
-    entry = store.get(key)
-    assert entry is not None, f"cache entry {key} vanished while it was in use"
-    return entry
+def _ahead(function: Callable[[Path], _Found], photos: Sequence[Path]) -> Iterator[_Found]:
+    """function(photo) for every photo in order, a few of them worked on in advance by other threads."""
+    waiting: deque[Future[_Found]] = deque()
+    with ThreadPoolExecutor(_DECODERS) as pool:
+        try:
+            for photo in photos:
+                waiting.append(pool.submit(function, photo))
+                if len(waiting) > 2 * _DECODERS:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _digest(files: Iterable[Path], store: Store) -> str:
+    return encoder_digest([(file.name, store.catalogue.file_digest(file)) for file in files])
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

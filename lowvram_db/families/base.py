@@ -41,6 +41,7 @@ class Family(ABC):
     denoiser_part: str  # the denoiser's name in the model folder
     noise_schedule: NoiseSchedule
     native_resolution: int  # pixels a side the model was made for
+    side_multiple: int  # what an image's sides have to be divisible by, pixels
     vae_files: list[Path]  # files whose bytes decide what encode_images gives
     text_files: list[Path]  # files whose bytes decide what encode_prompts gives
 
@@ -49,7 +50,11 @@ class Family(ABC):
 
     @abstractmethod
     def encode_images(self, vae: Any, pixels: Tensor) -> Moments:
-        """pixels float32 [B, 3, H, W] -> float32 moments [B, C, h, w]."""
+        """pixels float32 [B, 3, H, W] -> float32 moments [B, C, h, w]; not finite where the VAE's dtype overflowed."""
+
+    def tile(self, vae: Any) -> None:
+        """Let a VAE take images larger than those it was made for in overlapping tiles, from now on."""
+        vae.enable_tiling()
 
     @abstractmethod
     def load_text_encoder(self, dtype: torch.dtype = torch.float32) -> nn.Module: ...

@@ -34,7 +34,9 @@ class StableDiffusion(Family):
             weight_files(folder, part)
 
         self._scaling_factor: float = vae.get("scaling_factor", 0.18215)
-        self.native_resolution = unet.get("sample_size", 64) * 2 ** (len(vae["block_out_channels"]) - 1)
+        latent_pixel = 2 ** (len(vae["block_out_channels"]) - 1)
+        self.native_resolution = unet.get("sample_size", 64) * latent_pixel
+        self.side_multiple = latent_pixel * 2 ** (len(unet["block_out_channels"]) - 1)
         self.noise_schedule = self._read_schedule()
         self.vae_files = [folder / "vae" / "config.json", *weight_files(folder, "vae")]
         self._tokenizer = self._load_tokenizer(text)
@@ -87,9 +89,10 @@ class StableDiffusion(Family):
         parameter = next(vae.parameters())
         posterior = vae.encode(pixels.to(parameter.device, parameter.dtype)).latent_dist
         log_scale = torch.log(torch.tensor(self._scaling_factor, dtype=torch.float64)).item()
-        return Moments(
-            mean=posterior.mean.float() * self._scaling_factor, logvar=posterior.logvar.float() + 2 * log_scale
-        )
+        # diffusers clamps the log-variance, which would hide that it overflowed
+        overflowed = ~posterior.parameters.chunk(2, dim=1)[1].isfinite()
+        logvar = posterior.logvar.float().masked_fill(overflowed, torch.nan)
+        return Moments(mean=posterior.mean.float() * self._scaling_factor, logvar=logvar + 2 * log_scale)
 
     def load_text_encoder(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         return CLIPTextModel.from_pretrained(self.folder, subfolder="text_encoder", dtype=dtype).eval()

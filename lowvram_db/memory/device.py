@@ -24,6 +24,14 @@ def compute_dtype(compute: str, device: torch.device) -> torch.dtype:
     return DTYPES[compute]
 
 
+def encoder_dtype(setting: str, compute: str, device: torch.device) -> torch.dtype:
+    """The dtype of the `cache.precision` setting: "auto" is fp16 on a GPU that will train in half precision anyway (it
+    is finer than bf16, and what overflows is encoded again in fp32), else fp32."""
+    if setting == "auto":
+        setting = "fp16" if device.type == "cuda" and compute != "fp32" else "fp32"
+    return DTYPES[setting]
+
+
 def reset_peak(device: torch.device) -> None:
     """Let peak_bytes count from here on a GPU; a process's own peak cannot be taken back."""
     if device.type == "cuda":
@@ -42,6 +50,12 @@ def peak_bytes(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def free_bytes(device: torch.device) -> int:
+    """What a GPU has left for this process, with what PyTorch holds for reuse. Bytes."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def release_memory() -> None:

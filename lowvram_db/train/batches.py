@@ -1,11 +1,11 @@
 """Which photo, under which prompt, stands in which row of which step: a function of (seed, step) alone."""
 
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
+from lowvram_db.cache.framing import Size
 from lowvram_db.cache.precompute import Cached
 from lowvram_db.concept import Concept
 from lowvram_db.families.base import Moments
@@ -33,31 +33,65 @@ class Batches:
     @property
     def identity(self) -> list[str]:
         """What is trained on, by content, in order; conditioning that is not cached is left out."""
-        photos = [self.cached.latent_keys[photo] for photo in self.concept.photos]
-        return photos + [key for prompt in self.concept.prompts if (key := self.cached.text_keys.get(prompt))]
+        keys = [key for photo in self.concept.instance_photos for key in self.cached.photos[photo].keys]
+        keys += [key for photo in self.concept.class_photos for key in self.cached.class_photos[photo].values()]
+        return keys + [key for prompt in self.concept.prompts if (key := self.cached.prompts.get(prompt))]
 
     def __getitem__(self, step: int) -> Batch:
-        rows = [self._instance(step, row) for row in range(self.size)]
+        size, visit = self._bucket(step)
+        rows = [self._instance(step, row, size, visit) for row in range(self.size)]
         if self.concept.class_photos:
-            rows += [self._prior(step, row) for row in range(self.size)]
-        entries = [self.cached.moments[photo] for photo, _ in rows]
+            rows += [self._prior(step, row, size) for row in range(self.size)]
         return Batch(
-            moments=Moments(
-                torch.stack([entry.mean for entry in entries]), torch.stack([entry.logvar for entry in entries])
-            ),
+            moments=self.cached.moments([key for key, _ in rows]),
             prompts=[prompt for _, prompt in rows],
             instances=self.size,
         )
 
-    def _instance(self, step: int, row: int) -> tuple[Path, str]:
-        prompts = self.concept.instance_prompts
-        which = bits.integer(len(prompts), self.seed, step=step, sample=row, stream=Stream.PROMPT)
-        return self._pick(self.concept.instance_photos, step, row, Stream.INSTANCE_ORDER), prompts[which]
+    @cached_property
+    def _buckets(self) -> dict[Size, list[Path]]:
+        """The subject's photos by size, as all rows of a step have one."""
+        buckets: dict[Size, list[Path]] = {}
+        for photo in self.concept.instance_photos:
+            buckets.setdefault(self.cached.photos[photo].size, []).append(photo)
+        return buckets
 
-    def _prior(self, step: int, row: int) -> tuple[Path, str]:
-        return self._pick(self.concept.class_photos, step, row, Stream.CLASS_ORDER), self.concept.class_prompt
+    def _bucket(self, step: int) -> tuple[Size, int]:
+        """A step's size, and how many steps before it had the same.
 
-    def _pick(self, photos: list[Path], step: int, row: int, stream: Stream) -> Path:
-        """Each epoch shows every photo once, in an order of its own."""
-        epoch, place = divmod(step * self.size + row, len(photos))
-        return photos[bits.permutation(len(photos), self.seed, step=epoch, stream=stream)[place]]
+        In a round of as many steps as there are photos each size has as many as photos of its own, in an order that
+        changes from round to round: so every photo is shown equally often.
+        """
+        photos = self.concept.instance_photos
+        round_, place = divmod(step, len(photos))
+        if len(self._buckets) == 1:
+            return next(iter(self._buckets)), step
+        order = [self.cached.photos[photos[p]].size for p in _order(len(photos), self.seed, round_, Stream.BUCKET)]
+        size = order[place]
+        return size, round_ * len(self._buckets[size]) + order[:place].count(size)
+
+    def _instance(self, step: int, row: int, size: Size, visit: int) -> tuple[str, str]:
+        """Key and prompt of one row of the subject."""
+        photo = self._pick(self._buckets[size], visit * self.size + row, Stream.INSTANCE_ORDER)
+        keys, prompts = self.cached.photos[photo].keys, self.concept.instance_prompts
+        return self._draw(keys, step, row, Stream.VARIANT), self._draw(prompts, step, row, Stream.PROMPT)
+
+    def _prior(self, step: int, row: int, size: Size) -> tuple[str, str]:
+        photo = self._pick(self.concept.class_photos, step * self.size + row, Stream.CLASS_ORDER)
+        return self.cached.class_photos[photo][size], self.concept.class_prompt
+
+    def _pick(self, photos: list[Path], number: int, stream: Stream) -> Path:
+        """The photo of the row with this number; each epoch shows every photo once, in an order of its own."""
+        epoch, place = divmod(number, len(photos))
+        return photos[_order(len(photos), self.seed, epoch, stream)[place]]
+
+    def _draw(self, choices: list[str], step: int, row: int, stream: Stream) -> str:
+        if len(choices) == 1:
+            return choices[0]
+        return choices[bits.integer(len(choices), self.seed, step=step, sample=row, stream=stream)]
+
+
+@lru_cache(maxsize=16)
+def _order(length: int, seed: int, epoch: int, stream: Stream) -> list[int]:
+    """As bits.permutation; every row of an epoch asks for the same one."""
+    return bits.permutation(length, seed, step=epoch, stream=stream)

@@ -18,7 +18,7 @@ from lowvram_db.atomic import creating_folder, remove_folder
 from lowvram_db.config import Config
 from lowvram_db.errors import UserError
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)

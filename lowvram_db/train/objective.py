@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lowvram_db.cache import framing
 from lowvram_db.families.base import NoiseSchedule
 from lowvram_db.kernels import bits, noise_loss
 
@@ -25,6 +26,9 @@ class Stream(IntEnum):
     INSTANCE_ORDER = 3
     CLASS_ORDER = 4
     PROMPT = 5
+    AUGMENT = framing.AUGMENT
+    VARIANT = 7
+    BUCKET = 8
 
 
 def timesteps(rows: int, train_timesteps: int, seed: int, step: int) -> Tensor:

@@ -1,5 +1,7 @@
 import gc
-import weakref
+import shutil
+import sys
+import threading
 
 import pytest
 import torch
@@ -7,153 +9,363 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from transformers import CLIPTextModel
 
-from lowvram_db.cache.key import latent_key, text_key
-from lowvram_db.cache.precompute import precompute
-from lowvram_db.cache.store import Store
+from lowvram_db.cache import Framing, Store, View, catalogue, precompute
+from lowvram_db.cache.encoder import ImageEncoder
+from lowvram_db.cache.framing import to_float
 from lowvram_db.errors import UserError
-from lowvram_db.photos import find_photos, load_photo, to_pixels
+from lowvram_db.families import open_model
+from lowvram_db.families.base import Moments
+from lowvram_db.photos import load_photo
 
 CPU = torch.device("cpu")
+MODULE = sys.modules["lowvram_db.cache.precompute"]  # the package has a function of that name
 PROMPTS = ["a photo of a pkblz ball", "a photo of a ball"]
 
 
-class Counting:
-    """A family that counts what goes through its encoders."""
-
-    def __init__(self, family):
-        self._family, self.images, self.prompts, self.alive = family, 0, 0, []
-
-    def __getattr__(self, name):
-        return getattr(self._family, name)
-
-    def load_vae(self):
-        assert not self._living(), "the text encoder is still there when the VAE arrives"
-        return self._watched(self._family.load_vae())
-
-    def load_text_encoder(self):
-        return self._watched(self._family.load_text_encoder())
-
-    def encode_images(self, vae, pixels):
-        self.images += len(pixels)
-        return self._family.encode_images(vae, pixels)
-
-    def encode_prompts(self, text_encoder, prompts):
-        self.prompts += len(prompts)
-        return self._family.encode_prompts(text_encoder, prompts)
-
-    def _watched(self, module):
-        self.alive += [weakref.ref(module), *(weakref.ref(parameter) for parameter in module.parameters())]
-        return module
-
-    def _living(self):
-        return [reference for reference in self.alive if reference() is not None]
+def moments_of(cached, photo, variant=0):
+    """What is in the store of one photo, read by a store of its own: float32 [1, C, h, w] each."""
+    with Store(cached.store.folder) as store:
+        return Moments(**store.stack([cached.photos[photo].keys[variant]]))
 
 
-@pytest.fixture
-def counting(family):
-    return Counting(family)
-
-
-@pytest.fixture
-def photo_files(photos):
-    return find_photos(photos, "subject.photos")
-
-
-def test_cached_values_are_the_encoders_own(counting, photo_files, tmp_path):
-    cached = precompute(counting, photo_files, PROMPTS, 64, Store(tmp_path), CPU)
-    vae, text_encoder = counting.load_vae(), counting.load_text_encoder()
+def live(counting, photo, view):
+    family = counting.family
     with torch.no_grad():
-        for photo in photo_files:
-            wanted = counting.encode_images(vae, to_pixels(load_photo(photo), 64)[None])
-            torch.testing.assert_close(cached.moments[photo].mean, wanted.mean[0])
-            torch.testing.assert_close(cached.moments[photo].logvar, wanted.logvar[0])
-        for prompt in PROMPTS:
-            wanted = counting.encode_prompts(text_encoder, [prompt])[0]
-            torch.testing.assert_close(cached.conditioning[prompt], wanted)
-    assert cached.moments[photo_files[0]].mean.shape == (4, 8, 8)
-    assert not any(tensor.requires_grad for tensor in cached.conditioning.values())
+        return family.encode_images(family.load_vae(), to_float(view.pixels(load_photo(photo)))[None])
 
 
-def test_the_encoders_are_gone_afterwards(counting, photo_files, tmp_path):
+def test_cached_values_are_the_encoders_own(counting, photo_files, build):
+    cached = build(counting, photo_files, PROMPTS)
+    text_encoder = counting.load_text_encoder()
+    for photo in photo_files:
+        for got, wanted in zip(
+            moments_of(cached, photo), live(counting, photo, View.of((96, 96), (64, 64))), strict=True
+        ):
+            assert torch.equal(got, wanted)
+            assert got.shape == (1, 4, 8, 8)
+    with torch.no_grad():
+        wanted = torch.cat([counting.encode_prompts(text_encoder, [prompt]) for prompt in PROMPTS])
+    with Store(cached.store.folder) as store:
+        conditioning = store.stack([cached.prompts[prompt] for prompt in PROMPTS])["conditioning"]
+    assert torch.equal(conditioning, wanted)
+    assert not conditioning.requires_grad
+
+
+def test_a_thousand_draws_have_the_vaes_own_mean_and_variance(base_family, photos, build):
+    """Cached moments, sampled, against `vae.encode(x).latent_dist.sample()`, within five standard errors.
+
+    The shipped base model, whose posterior is a trained one.
+    """
+    photo, draws = sorted(photos.iterdir())[0], 1000
+    mean, logvar = moments_of(build(base_family, [photo]), photo)
+    torch.manual_seed(0)
+    cached = mean + torch.exp(0.5 * logvar) * torch.randn(draws, *mean.shape[1:])
+    vae = base_family.load_vae()
+    with torch.no_grad():
+        pixels = to_float(View.of((96, 96), (64, 64)).pixels(load_photo(photo)))[None]
+        posterior = vae.encode(pixels).latent_dist
+        alive = torch.cat([posterior.sample() for _ in range(draws)]) * vae.config.scaling_factor
+    spread = alive.std(0)
+    assert spread.min() > 0
+    assert ((cached.mean(0) - alive.mean(0)).abs() < 5 * spread * (2 / draws) ** 0.5).all()
+    ratio = cached.var(0) / alive.var(0)
+    assert ((ratio - 1).abs() < 5 * (4 / draws) ** 0.5).all()
+    assert abs(ratio.mean() - 1) < 5 * (4 / draws / ratio.numel()) ** 0.5
+
+
+def test_the_encoders_are_gone_afterwards(counting, photo_files, build):
     """Not only unreachable by name: no weight of them is left in the process."""
-    precompute(counting, photo_files, PROMPTS, 64, Store(tmp_path), CPU)
+    build(counting, photo_files, PROMPTS)
     assert len(counting.alive) > 50
-    assert not counting._living()
+    assert not counting.living()
     assert not [thing for thing in gc.get_objects() if isinstance(thing, AutoencoderKL | CLIPTextModel)]
 
 
-def test_a_second_time_encodes_nothing(counting, photo_files, tmp_path):
-    first = precompute(counting, photo_files, PROMPTS, 64, Store(tmp_path), CPU)
-    counting.images = counting.prompts = 0
-    second = precompute(counting, photo_files, PROMPTS, 64, Store(tmp_path), CPU)
-    assert (counting.images, counting.prompts) == (0, 0)
-    assert (first.latent_keys, first.text_keys) == (second.latent_keys, second.text_keys)
-    for photo in photo_files:
-        assert torch.equal(first.moments[photo].mean, second.moments[photo].mean)
+def test_a_second_time_encodes_and_decodes_nothing(counting, photo_files, build, monkeypatch):
+    monkeypatch.setattr(catalogue, "_SETTLED_SECONDS", -1.0)
+    first = build(counting, photo_files, PROMPTS)
+    assert counting.counts() == (5, 2)
+    monkeypatch.setattr(catalogue, "decode_photo", lambda *_: pytest.fail("a photo was decoded"))
+    second = build(counting, photo_files, PROMPTS)
+    assert counting.counts() == (0, 0)
+    assert (first.photos, first.prompts) == (second.photos, second.prompts)
 
 
-def test_only_what_changed_is_encoded_again(counting, photo_files, tmp_path):
-    copies = [tmp_path / photo.name for photo in photo_files]
-    for photo, copy in zip(photo_files, copies, strict=True):
-        copy.write_bytes(photo.read_bytes())
-    store = Store(tmp_path / "cache")
-    before = precompute(counting, copies, PROMPTS, 64, store, CPU)
-    counting.images = counting.prompts = 0
-    Image.effect_noise((80, 80), 60).save(copies[2])
-    copies[0].touch()
-    after = precompute(counting, copies, [*PROMPTS, "new"], 64, store, CPU)
-    assert (counting.images, counting.prompts) == (1, 1)
-    assert not torch.equal(before.moments[copies[2]].mean, after.moments[copies[2]].mean)
-    precompute(counting, copies, PROMPTS, 32, store, CPU)
-    assert counting.images == 1 + len(copies), "another resolution is another latent"
+def test_only_what_changed_is_encoded_again(counting, photo_files, build):
+    before = build(counting, photo_files, PROMPTS)
+    assert counting.counts() == (5, 2)
+    Image.effect_noise((80, 80), 60).save(photo_files[2])
+    photo_files[0].touch()
+    after = build(counting, photo_files, [*PROMPTS, "new"])
+    assert counting.counts() == (1, 1)
+    assert [before.photos[p] == after.photos[p] for p in photo_files] == [True, True, False, True, True]
+    assert not torch.equal(moments_of(before, photo_files[2]).mean, moments_of(after, photo_files[2]).mean)
+    build(counting, photo_files, PROMPTS, framing=Framing(32))
+    assert counting.counts() == (5, 0), "another resolution is another latent"
 
 
-def test_a_damaged_entry_is_encoded_again(counting, photo_files, tmp_path):
-    precompute(counting, photo_files, PROMPTS, 64, Store(tmp_path), CPU)
-    victim = min(tmp_path.glob("*.safetensors"))
-    victim.write_bytes(victim.read_bytes()[:50])
-    counting.images = counting.prompts = 0
-    precompute(counting, photo_files, PROMPTS, 64, Store(tmp_path), CPU)
-    assert counting.images + counting.prompts == 1
+def test_renamed_swapped_and_doubled_photos_are_encoded_once(counting, photo_files, build, monkeypatch):
+    before = build(counting, photo_files)
+    counting.counts()
+    a, b = photo_files[:2]
+    contents = a.read_bytes(), b.read_bytes()
+    a.write_bytes(contents[1])
+    b.write_bytes(contents[0])
+    renamed = photo_files[2].rename(photo_files[2].with_name("renamed.png"))
+    copy = renamed.with_name("copy.bmp")
+    load_photo(renamed).save(copy)  # the same pixels in another file format
+    after = build(counting, [a, b, renamed, copy])
+    assert counting.counts() == (0, 0)
+    assert (after.photos[a], after.photos[b]) == (before.photos[b], before.photos[a])
+    assert after.photos[renamed] == after.photos[copy] == before.photos[photo_files[2]]
+    for at_once in (1, 4):
+        monkeypatch.setattr(ImageEncoder, "batch", lambda *_, at_once=at_once: at_once)
+        build(counting, [renamed, copy], folder=a.parent.parent / f"other-{at_once}")
+        assert counting.counts() == (1, 0), "the same photo twice is encoded once"
 
 
-def test_what_was_encoded_before_an_error_is_kept(counting, photo_files, tmp_path):
-    bad = tmp_path / "bad.jpg"
-    bad.write_text("no photo")
-    with pytest.raises(UserError, match=r"bad\.jpg"):
-        precompute(counting, [*photo_files, bad], PROMPTS, 64, Store(tmp_path / "cache"), CPU)
-    counting.images = counting.prompts = 0
-    precompute(counting, photo_files, PROMPTS, 64, Store(tmp_path / "cache"), CPU)
-    assert (counting.images, counting.prompts) == (0, 0)
+def test_variants_and_buckets(counting, photo_files, build):
+    wide = photo_files[1]
+    load_photo(wide).resize((160, 100)).save(wide)
+    framing = Framing(64, "buckets", variants=3, flip=True, seed=5, multiple=16)
+    class_photos = photo_files[3:]
+    cached = build(counting, photo_files[:3], framing=framing, class_photos=class_photos)
+    assert counting.counts() == (3 * 3 + 2 * 2, 0)
+    assert [cached.photos[photo].size for photo in photo_files[:3]] == [(64, 64), (80, 48), (64, 64)]
+    for photo in photo_files[:3]:
+        seen = load_photo(photo)
+        for variant, view in enumerate(framing.views(seen.size, catalogue.pixels_digest(seen))):
+            assert torch.equal(moments_of(cached, photo, variant).mean, live(counting, photo, view).mean)
+    assert moments_of(cached, wide).mean.shape == (1, 4, 6, 10)
+    for photo in class_photos:
+        assert set(cached.class_photos[photo]) == {(64, 64), (80, 48)}
+        with Store(cached.store.folder) as store:
+            got = store.stack([cached.class_photos[photo][80, 48]])["mean"]
+        assert torch.equal(got, live(counting, photo, View.of((96, 96), (80, 48))).mean)
 
 
-def test_keys_depend_on_everything_that_matters():
-    pixels = torch.rand(3, 8, 8)
-    keys = {
-        latent_key(pixels, "vae"),
-        latent_key(pixels, "other vae"),
-        latent_key(pixels.reshape(3, 4, 16), "vae"),
-        latent_key(pixels + 1e-6, "vae"),
-        text_key("a ball", "text"),
-        text_key("a ball", "other text"),
-        text_key("a  ball", "text"),
-    }
-    assert len(keys) == 7
-    assert latent_key(pixels.clone(), "vae") in keys
-
-
-def test_another_encoder_is_another_key(counting, photo_files, tmp_path, miniature):
-    import shutil
-
-    from lowvram_db.families import open_model
-
-    store = Store(tmp_path / "cache")
-    precompute(counting, photo_files, PROMPTS, 64, store, CPU)
-    copy = shutil.copytree(miniature, tmp_path / "model")
-    weights = copy / "vae" / "diffusion_pytorch_model.safetensors"
-    content = bytearray(weights.read_bytes())
+def test_a_damaged_entry_is_encoded_again(counting, photo_files, build, tmp_path, capfd):
+    cached = build(counting, photo_files, PROMPTS)
+    values = [moments_of(cached, photo).mean for photo in photo_files]
+    (victim,) = (tmp_path / "cache" / "v2").glob("*.safetensors")
+    content = bytearray(victim.read_bytes())
     content[-1] ^= 1
-    weights.write_bytes(content)
-    changed = Counting(open_model(str(copy)))
-    precompute(changed, photo_files, PROMPTS, 64, store, CPU)
-    assert (changed.images, changed.prompts) == (len(photo_files), 0)
+    victim.write_bytes(content)
+    counting.counts()
+    again = build(counting, photo_files, PROMPTS)
+    assert sum(counting.counts()) == 1
+    assert "an entry is damaged; it is encoded again" in capfd.readouterr().err
+    assert all(
+        torch.equal(moments_of(again, photo).mean, value) for photo, value in zip(photo_files, values, strict=True)
+    )
+    with Store(tmp_path / "cache", writable=False) as store:
+        assert not store.verify()
+
+
+@pytest.mark.parametrize("content", [b"no photo", b""])
+def test_what_was_encoded_before_an_error_is_kept(counting, photo_files, build, content):
+    bad = photo_files[0].with_name("bad.jpg")
+    bad.write_bytes(content)
+    with pytest.raises(UserError, match=r"bad\.jpg: not an image"):
+        build(counting, [*photo_files, bad], PROMPTS)
+    assert counting.counts() == (5, 2)
+    build(counting, photo_files, PROMPTS)
+    assert counting.counts() == (0, 0)
+
+
+def test_a_photo_that_vanishes_is_named_and_the_others_are_kept(counting, photo_files, build, monkeypatch):
+    """The catalogue still vouches for it; its entry is wanted at another resolution when it has gone."""
+    monkeypatch.setattr(catalogue, "_SETTLED_SECONDS", -1.0)
+    build(counting, photo_files)
+    encode, gone = counting.encode_images, photo_files[-1]
+
+    def encode_and_lose(vae, pixels):
+        gone.unlink(missing_ok=True)
+        return encode(vae, pixels)
+
+    counting.counts()
+    monkeypatch.setattr(MODULE, "_DECODERS", 1)
+    monkeypatch.setattr(counting, "encode_images", encode_and_lose)
+    with pytest.raises(UserError, match=rf"{gone.name}: is not there any more"):
+        build(counting, photo_files, framing=Framing(32))
+    assert counting.counts() == (4, 0)
+    build(counting, photo_files[:-1], framing=Framing(32))
+    assert counting.counts() == (0, 0)
+
+
+def test_a_photo_of_20000_pixels(counting, build, tmp_path):
+    long = tmp_path / "long.png"
+    Image.linear_gradient("L").resize((20_000, 300)).save(long)
+    cached = build(counting, [long], framing=Framing(64, "buckets", multiple=16))
+    assert cached.photos[long].size == (80, 48)
+    huge = tmp_path / "huge.png"
+    Image.new("1", (20_000, 20_000)).save(huge)
+    with pytest.raises(UserError, match=r"huge\.png: has too many pixels to be a photo .*scale it down"):
+        build(counting, [huge])
+
+
+def test_ctrl_c_keeps_what_is_done(counting, photo_files, build, monkeypatch):
+    encode = counting.encode_images
+
+    def interrupted(vae, pixels):
+        if counting.images == 3:
+            raise KeyboardInterrupt
+        return encode(vae, pixels)
+
+    monkeypatch.setattr(counting, "encode_images", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build(counting, photo_files)
+    assert not counting.living()
+    assert not [thread for thread in threading.enumerate() if "ThreadPool" in thread.name]
+    monkeypatch.undo()
+    counting.counts()
+    build(counting, photo_files)
+    assert counting.counts() == (2, 0)
+
+
+def test_a_full_disk_keeps_what_is_done(counting, build, tmp_path, small_disk, monkeypatch):
+    monkeypatch.setattr("lowvram_db.cache.store._SHARD_SECONDS", 0.0)
+    monkeypatch.setattr(MODULE, "_DECODERS", 1)
+    disk, photos = small_disk("200k"), [tmp_path / f"{number:03d}.png" for number in range(200)]
+    for number, photo in enumerate(photos):
+        Image.new("RGB", (64, 64), (number, 0, 0)).save(photo)
+    with pytest.raises(UserError, match="the disk is full"):
+        build(counting, photos, folder=disk / "cache")
+    done, _ = counting.counts()
+    with Store(disk / "cache", writable=False) as store:
+        assert done - 1 <= store.report().photos <= done
+        assert not store.verify()
+
+
+def test_two_builds_at_once_share_the_work(counting, photo_files, build, tmp_path, monkeypatch):
+    """Another process stores what this one was about to encode."""
+    monkeypatch.setattr(MODULE, "_REFRESH_SECONDS", -1.0)
+    build(counting, photo_files, folder=tmp_path / "other")
+    counting.counts()
+    encode = counting.encode_images
+
+    def meanwhile(vae, pixels):
+        for shard in (tmp_path / "other" / "v2").glob("*.safetensors"):
+            shutil.copy(shard, tmp_path / "cache" / "v2")
+        return encode(vae, pixels)
+
+    monkeypatch.setattr(counting, "encode_images", meanwhile)
+    build(counting, photo_files)
+    assert counting.counts() == (1, 0)
+
+
+@pytest.fixture
+def edited_model(miniature, tmp_path):
+    """A copy of the miniature, one of whose parts gets its weights through a function."""
+    from safetensors.torch import load_file, save_file
+
+    def make(part, edit):
+        copy = shutil.copytree(miniature, tmp_path / "model")
+        (weights,) = (copy / part).glob("*.safetensors")
+        tensors = load_file(weights)
+        edit(tensors)
+        save_file(tensors, weights, metadata={"format": "pt"})
+        return open_model(str(copy))
+
+    return make
+
+
+@pytest.mark.parametrize(("part", "counts"), [("vae", (5, 0)), ("text_encoder", (0, 2))])
+def test_another_encoder_is_another_key(counting, photo_files, build, edited_model, part, counts):
+    build(counting, photo_files, PROMPTS)
+
+    def last_bit(tensors):
+        next(iter(tensors.values())).view(torch.int32).view(-1)[0] ^= 1
+
+    changed = type(counting)(edited_model(part, last_bit))
+    build(changed, photo_files, PROMPTS)
+    assert changed.counts() == counts
+
+
+def test_weights_are_digested_once(counting, photo_files, build, monkeypatch):
+    monkeypatch.setattr(catalogue, "_SETTLED_SECONDS", -1.0)
+    build(counting, photo_files, PROMPTS)
+    monkeypatch.setattr(catalogue.hashlib, "file_digest", lambda *_: pytest.fail("a file was digested again"))
+    build(counting, photo_files, PROMPTS)
+
+
+def overflowing(tensors):
+    """The first convolution's output no longer fits float16; a group norm follows, which takes the scale out again."""
+    tensors["encoder.conv_in.weight"] *= 1e6
+
+
+def test_what_overflows_in_half_precision_is_encoded_in_float32(counting, photo_files, build, edited_model, capfd):
+    overflows = type(counting)(edited_model("vae", overflowing))
+    cached = build(overflows, photo_files, PROMPTS, dtype=torch.float16)
+    assert overflows.loaded == [torch.float16, torch.float16, torch.float32], "text, VAE, and the VAE once more"
+    assert "5 photos overflowed the VAE in float16 and were encoded in float32" in capfd.readouterr().err
+    for photo in photo_files:
+        wanted = live(overflows, photo, View.of((96, 96), (64, 64)))
+        assert wanted.mean.isfinite().all()
+        assert torch.equal(moments_of(cached, photo).mean, wanted.mean)
+    overflows.counts()
+    build(overflows, photo_files, PROMPTS, dtype=torch.float16)
+    assert overflows.counts() == (0, 0)
+
+
+def test_a_prompt_that_overflows_is_encoded_in_float32(counting, build, edited_model):
+    """The last norm's weight fits float16; what it makes of half the prompts' tokens does not."""
+
+    def large(tensors):
+        (name,) = (name for name in tensors if name.endswith("final_layer_norm.weight"))
+        tensors[name].fill_(60_000.0)
+
+    overflows = type(counting)(edited_model("text_encoder", large))
+    cached = build(overflows, [], PROMPTS, dtype=torch.float16)
+    assert overflows.loaded == [torch.float16, torch.float32]
+    with torch.no_grad():
+        wanted = torch.cat(
+            [overflows.family.encode_prompts(overflows.family.load_text_encoder(), [p]) for p in PROMPTS]
+        )
+    with Store(cached.store.folder) as store:
+        got = store.stack([cached.prompts[prompt] for prompt in PROMPTS])["conditioning"]
+    assert wanted.isfinite().all() and wanted.max() > 65504
+    assert torch.equal(got, wanted)
+
+
+def test_what_is_finite_in_half_precision_stays_there(counting, photo_files, build):
+    half = build(counting, photo_files, PROMPTS, dtype=torch.float16)
+    assert counting.loaded == [torch.float16, torch.float16]
+    exact = build(counting, photo_files, PROMPTS)
+    assert half.photos[photo_files[0]] != exact.photos[photo_files[0]], "another precision is another entry"
+    one, other = (moments_of(cached, photo_files[0]).mean for cached in (half, exact))
+    assert one.dtype == torch.float32
+    assert 0 < (one - other).abs().max() < 0.02 * other.std()
+
+
+def test_a_vae_that_makes_no_numbers_is_named(counting, photo_files, build, edited_model):
+    broken = type(counting)(edited_model("vae", lambda tensors: tensors["encoder.conv_in.weight"].fill_(torch.nan)))
+    with pytest.raises(UserError, match=r"00\.png: the VAE makes no finite numbers of it"):
+        build(broken, photo_files[:1])
+
+
+def test_prompts_alone_and_photos_alone(counting, photo_files, build):
+    assert build(counting, [], PROMPTS).photos == {}
+    assert counting.counts() == (0, 2)
+    assert build(counting, photo_files, []).prompts == {}
+    assert counting.counts() == (5, 0)
+
+
+def test_reading_goes_through_cached(counting, photo_files, tmp_path):
+    with Store(tmp_path / "cache") as store:
+        cached = precompute(counting, store, CPU, framing=Framing(64), photos=photo_files, prompts=PROMPTS)
+        moments = cached.moments([cached.photos[photo].keys[0] for photo in photo_files])
+        assert moments.mean.shape == moments.logvar.shape == (5, 4, 8, 8)
+        assert cached.conditioning([*PROMPTS, PROMPTS[0]]).shape == (3, 77, 32)
+        with pytest.raises(KeyError):
+            cached.conditioning(["never encoded"])
+        shutil.rmtree(tmp_path / "cache" / "v2")
+        store._checked.clear()
+        store._mapped.clear()
+        for shard in store._shards.values():
+            shard.close()
+        with pytest.raises(UserError, match="cache: an entry was damaged or deleted in use; run the command again"):
+            cached.moments([cached.photos[photo_files[0]].keys[0]])
+        (tmp_path / "cache" / "v2").mkdir()
+    assert not list(tmp_path.glob("**/.*partial*"))
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["CACHEDIR.TAG", "v2"]

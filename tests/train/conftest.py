@@ -3,8 +3,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from lowvram_db.cache.precompute import precompute
-from lowvram_db.cache.store import Store
+from lowvram_db.cache import Framing, Store, precompute
 from lowvram_db.concept import describe, subject_photos
 from lowvram_db.config import Config
 from lowvram_db.families import open_model
@@ -21,7 +20,15 @@ def make_trainer(tmp_path) -> Callable[[Config], Trainer]:
         photos = subject_photos(config)
         concept = describe(config, photos, photos[::-1] if config.prior.enabled else [])
         prompts = [] if config.train.text_encoder else concept.prompts
-        cached = precompute(family, concept.photos, prompts, config.train.resolution, Store(tmp_path / "cache"), device)
+        cached = precompute(
+            family,
+            Store(tmp_path / "cache"),
+            device,
+            framing=Framing(config.train.resolution),
+            photos=concept.instance_photos,
+            class_photos=concept.class_photos,
+            prompts=prompts,
+        )
         return Trainer(config, family, Batches(concept, cached, config.train.batch, config.train.seed), device)
 
     return make

@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -6,20 +7,35 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowvram_db.cache.precompute import Cached
+from lowvram_db.cache import Cached, Frame
 from lowvram_db.concept import Concept
-from lowvram_db.families.base import Moments
 from lowvram_db.train.batches import Batches
 
 
-def make(photos, classes, size, prompts=("p",), seed=0):
+class MemoryStore:
+    """Moments whose mean is a number of the key's own."""
+
+    def stack(self, keys):
+        numbers = torch.tensor([float(key[1:].partition("/")[0]) for key in keys])
+        return {"mean": numbers[:, None, None, None], "logvar": torch.zeros(len(keys), 1, 1, 1)}
+
+
+SQUARE = (8, 8)
+
+
+def make(photos, classes, size, prompts=("p",), seed=0, sizes=(SQUARE,), variants=1):
+    """Photos i0, i1, ... of alternating sizes, class images numbered on from there."""
     instance = [Path(f"i{number}") for number in range(photos)]
-    prior = [Path(f"c{number}") for number in range(classes)]
-    moments = {path: Moments(torch.full((1, 1, 1), float(number)), torch.zeros(1, 1, 1))
-               for number, path in enumerate(instance + prior)}  # fmt: skip
+    prior = [Path(f"c{number}") for number in range(photos, photos + classes)]
+    frames = {path: Frame(sizes[number % len(sizes)],
+                          [f"{path}/{v}" if v else str(path) for v in range(variants)])
+              for number, path in enumerate(instance)}  # fmt: skip
+    used = sorted({frame.size for frame in frames.values()})
+    class_photos = {path: {shape: f"{path}/{shape}" if shape != SQUARE else str(path) for shape in used}
+                    for path in prior}  # fmt: skip
     return Batches(
         Concept(instance, list(prompts), prior, "class"),
-        Cached(moments, {}, {path: path.name for path in moments}, {"class": "c"}),
+        Cached(MemoryStore(), frames, class_photos, {"class": "c"}),
         size,
         seed,
     )
@@ -48,7 +64,8 @@ def test_rows_are_subject_first_then_class():
 
 
 def test_identity_is_the_content_of_photos_and_prompts():
-    assert make(1, 2, 1).identity == ["i0", "c0", "c1", "c"]
+    assert make(1, 2, 1).identity == ["i0", "c1", "c2", "c"]
+    assert make(1, 1, 1, variants=2, sizes=[(4, 16)]).identity == ["i0", "i0/1", "c1/(4, 16)", "c"]
 
 
 def test_a_step_is_the_same_whenever_it_is_asked_for():
@@ -74,3 +91,58 @@ def test_every_prompt_is_drawn_about_equally(count):
     drawn = Counter(batches[step].prompts[0] for step in range(600))
     assert len(drawn) == count
     assert min(drawn.values()) > 600 / count * 0.8
+
+
+def rows_of(batches, step):
+    """The keys of a step's rows."""
+    asked = []
+
+    class Asking(MemoryStore):
+        def stack(self, keys):
+            asked.extend(keys)
+            return super().stack(keys)
+
+    replace(batches, cached=replace(batches.cached, store=Asking()))[step]
+    return asked
+
+
+SIZES = [SQUARE, (16, 4), (4, 16)]
+
+
+@given(photos=st.integers(1, 7), classes=st.integers(0, 4), size=st.integers(1, 3), seed=st.integers(0, 99))
+def test_a_batch_is_of_one_size_and_a_round_shows_every_photo_equally(photos, classes, size, seed):
+    batches = make(photos, classes, size, seed=seed, sizes=SIZES)
+    sizes = {frame.keys[0]: frame.size for frame in batches.cached.photos.values()}
+    sizes |= {key: shape for keys in batches.cached.class_photos.values() for shape, key in keys.items()}
+    shown = Counter()
+    for step in range(photos * 3):
+        keys = rows_of(batches, step)
+        assert len({sizes[key] for key in keys}) == 1
+        shown.update(keys[:size])
+        if (step + 1) % photos == 0:
+            assert set(shown.values()) == {size * (step + 1) // photos}
+            assert len(shown) == photos
+
+
+def test_the_order_of_sizes_changes_with_the_round_and_the_seed():
+    def order(seed, round_):
+        batches = make(6, 0, 1, sizes=SIZES, seed=seed)
+        return tuple(rows_of(batches, step)[0] for step in range(round_ * 6, round_ * 6 + 6))
+
+    assert len({order(0, round_) for round_ in range(10)}) > 5
+    assert order(1, 0) != order(2, 0)
+
+
+def test_one_size_is_drawn_as_if_there_were_no_buckets():
+    square, wide = make(5, 3, 2), make(5, 3, 2, sizes=[(16, 4)])
+    for step in range(20):
+        assert torch.equal(square[step].moments.mean, wide[step].moments.mean)
+
+
+def test_variants_are_drawn_about_equally_and_by_address():
+    batches = make(2, 0, 1, variants=4)
+    drawn = [rows_of(batches, step)[0] for step in range(400)]
+    counts = Counter(drawn)
+    assert len(counts) == 8
+    assert min(counts.values()) > 400 / 8 * 0.6
+    assert drawn[250] == rows_of(make(2, 0, 1, variants=4), 250)[0]

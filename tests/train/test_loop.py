@@ -8,7 +8,6 @@ from torch.nn.functional import mse_loss
 from lowvram_db.concept import Concept
 from lowvram_db.demo.miniature import write_pipeline
 from lowvram_db.errors import UserError
-from lowvram_db.families.base import Moments
 from lowvram_db.kernels import bits
 from lowvram_db.kernels.noise_loss import noise_loss, noisy_latents
 from lowvram_db.optim.choices import build
@@ -33,7 +32,7 @@ def plain_losses(model, trainer, steps, lr):
         posterior, noise = (draws(batch.moments.mean.shape, step, stream) for stream in (0, 1))
         timesteps = objective.timesteps(len(noise), 1000, 0, step)
         latents = batch.moments.mean + batch.moments.logvar.mul(0.5).exp() * posterior
-        text = torch.stack([trainer.batches.cached.conditioning[prompt] for prompt in batch.prompts])
+        text = trainer.batches.cached.conditioning(batch.prompts)
         prediction = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, text).sample
         if scheduler.config.prediction_type == "v_prediction":
             target = scheduler.get_velocity(latents, noise, timesteps)
@@ -140,7 +139,7 @@ def test_gradients_that_stay_no_numbers_end_the_run_by_name(make_config, make_tr
 
 def test_text_encoder_training_moves_it(make_config, make_trainer):
     trainer = make_trainer(make_config(train={"text_encoder": True}))
-    assert not trainer.batches.cached.conditioning
+    assert not trainer.batches.cached.prompts
     before = {name: tensor.clone() for name, tensor in trainer.text_encoder.state_dict().items()}
     for _ in range(2):
         trainer.train_step()
@@ -163,9 +162,23 @@ def fixed_loss(trainer, prompt, moments, rows=32):
     mean, logvar = (part.expand(rows, -1, -1, -1) for part in moments)
     noise = mean, logvar, timesteps, trainer.table, address
     with torch.no_grad():
-        conditioning = trainer.batches.cached.conditioning[prompt].expand(rows, -1, -1)
+        conditioning = trainer.batches.cached.conditioning([prompt]).expand(rows, -1, -1)
         prediction = trainer.family.denoise(trainer.denoiser, noisy_latents(*noise), timesteps, conditioning)
         return noise_loss(prediction, *noise, objective.row_weights(rows, rows, 0.0))[0].item()
+
+
+def make_latents_strong(cached):
+    """A random VAE's latents are faint; a trained one's have unit scale."""
+    stack = cached.store.stack
+
+    def strong(keys):
+        entries = stack(keys)
+        if "mean" in entries:
+            mean = entries["mean"]
+            entries["mean"] = (mean - mean.mean((1, 2, 3), keepdim=True)) / mean.std((1, 2, 3), keepdim=True)
+        return entries
+
+    cached.store.stack = strong
 
 
 SUBJECT_PROMPT, CLASS_PROMPT = "a photo of a pkblz ball", "a photo of a ball"
@@ -186,9 +199,9 @@ def test_the_subject_is_learned_and_the_class_kept(make_config, make_trainer, pr
     train = {"lr": 1e-3, "gradient_checkpointing": False}
     trainer = make_trainer(make_config(train=train, optimizer={"name": "adamw"}))
     subject_photo, class_photo = trainer.batches.concept.instance_photos[::4]
-    moments = trainer.batches.cached.moments
-    for photo, (mean, logvar) in moments.items():  # a random VAE's latents are faint; a trained one's have unit scale
-        moments[photo] = Moments((mean - mean.mean()) / mean.std(), logvar)
+    make_latents_strong(trainer.batches.cached)
+    moments = {photo: trainer.batches.cached.moments(trainer.batches.cached.photos[photo].keys)
+               for photo in (subject_photo, class_photo)}  # fmt: skip
     retrain(trainer, Concept([class_photo], [CLASS_PROMPT], [], ""))
     before_subject = fixed_loss(trainer, SUBJECT_PROMPT, moments[subject_photo])
     before_class = fixed_loss(trainer, CLASS_PROMPT, moments[class_photo])

@@ -1,0 +1,102 @@
+"""How a photo is looked at: which part of it, at what size, mirrored or not. Numbers only, decided before any pixel.
+
+A square crop takes the middle of every photo. Aspect-ratio buckets keep its shape: a few sizes of nearly the square's
+area, of which each photo gets the one nearest to its own ratio. Beside the plain view of a photo there can be others,
+cut a little closer, elsewhere and mirrored, so that augmentation survives the cache.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lowvram_db.kernels import bits
+
+Size = tuple[int, int]  # width, height in pixels
+
+AUGMENT = 6  # the stream of the draws below; see train.objective.Stream
+_MAX_RATIO = 3.0  # of a bucket's sides
+_MAX_ZOOM = 1.15  # how much closer a variant may look: crops of a square photo would else all be the same
+
+
+@dataclass(frozen=True)
+class View:
+    """A rectangle of a photo, resized and perhaps mirrored. Its text is part of a latent's key."""
+
+    size: Size
+    box: tuple[float, float, float, float]  # left, top, right, bottom in the photo's pixels
+    mirrored: bool = False
+
+    @classmethod
+    def of(cls, photo: Size, size: Size, zoom: float = 1.0, x: float = 0.5, y: float = 0.5) -> "View":
+        """The largest rectangle of the shape of `size`, 1/zoom as large; x, y in [0, 1] place it, .5 in the middle."""
+        (width, height), shape = photo, size[0] / size[1]
+        if width / height > shape:
+            width_cut, height_cut = shape * height, float(height)
+        else:
+            width_cut, height_cut = float(width), width / shape
+        width_cut, height_cut = width_cut / zoom, height_cut / zoom
+        left, top = (width - width_cut) * x, (height - height_cut) * y
+        # A rounding beyond the edge would be refused.
+        return cls(size, (left, top, min(left + width_cut, width), min(top + height_cut, height)))
+
+    def pixels(self, photo: Image.Image) -> Tensor:
+        """What is seen of an RGB photo: uint8 [3, H, W]."""
+        seen = photo.resize(self.size, Image.Resampling.LANCZOS, box=self.box)
+        if self.mirrored:
+            seen = seen.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return torch.from_numpy(np.array(seen)).permute(2, 0, 1).contiguous()
+
+    def __str__(self) -> str:
+        box = " ".join(edge.hex() for edge in map(float, self.box))
+        return f"lanczos {self.size[0]}x{self.size[1]} of {box}{' mirrored' if self.mirrored else ''}"
+
+
+def to_float(pixels: Tensor) -> Tensor:
+    """uint8 -> float32 in [-1, 1], as the encoders take it."""
+    return pixels.float() / 127.5 - 1.0
+
+
+@dataclass(frozen=True)
+class Framing:
+    """The settings of a data set's views."""
+
+    resolution: int  # pixels a side of the square, whose area every bucket has at most
+    crop: Literal["square", "buckets"] = "square"
+    variants: int = 1  # views of each photo; the first is the plain one, from the middle
+    flip: bool = False  # every other variant is mirrored
+    seed: int = 0  # the variants follow from it and from the photo
+    multiple: int = 64  # of the sides of a bucket, pixels
+
+    @cached_property
+    def buckets(self) -> list[Size]:
+        """The sizes to choose from: for every short side the longest that keeps within the square's area."""
+        if self.crop == "square" or self.resolution < self.multiple:
+            return [(self.resolution, self.resolution)]
+        found = []
+        for short in range(self.multiple, self.resolution + 1, self.multiple):
+            long = self.resolution**2 // short // self.multiple * self.multiple
+            if long <= _MAX_RATIO * short:
+                found += [(long, short), (short, long)]
+        return sorted(set(found))
+
+    def size(self, photo: Size) -> Size:
+        """The bucket whose ratio is nearest to the photo's, as factors go."""
+        ratio = math.log(photo[0] / photo[1])
+        return min(self.buckets, key=lambda size: abs(math.log(size[0] / size[1]) - ratio))
+
+    def views(self, photo: Size, pixels: str) -> list[View]:
+        """All variants of a photo of that size, `pixels` the digest of its content."""
+        size = self.size(photo)
+        return [View.of(photo, size), *(self._variant(photo, size, pixels, v) for v in range(1, self.variants))]
+
+    def _variant(self, photo: Size, size: Size, pixels: str, variant: int) -> View:
+        words = bits.philox(self.seed, torch.zeros(1, dtype=torch.int64), int(pixels[:8], 16), variant, AUGMENT)
+        zoom, x, y = (int(word) / 2**32 for word in words[:3])
+        view = View.of(photo, size, 1.0 + (_MAX_ZOOM - 1.0) * zoom, x, y)
+        return View(view.size, view.box, mirrored=self.flip and variant % 2 == 1)

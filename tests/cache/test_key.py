@@ -1,0 +1,64 @@
+import hashlib
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from lowvram_db.cache import View, key
+from lowvram_db.cache.key import encoder_digest, latent_key, pixels_digest, text_key
+
+VIEW = View((64, 64), (0.0, 0.0, 96.0, 96.0))
+LATENT = {"pixels": "p", "view": VIEW, "encoder": "vae", "dtype": "float32", "tiled": False}
+OTHERS = {
+    "pixels": "q",
+    "view": View((64, 64), (0.0, 0.0, 96.0, 95.99999999999999)),
+    "encoder": "vae 2",
+    "dtype": "float16",
+    "tiled": True,
+}
+
+
+@pytest.mark.parametrize("part", LATENT)
+def test_a_latents_key_depends_on_every_part(part):
+    assert latent_key(**LATENT) == latent_key(**LATENT)
+    assert latent_key(**LATENT | {part: OTHERS[part]}) != latent_key(**LATENT)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [View((64, 48), VIEW.box), View((48, 64), VIEW.box), View((64, 64), VIEW.box, mirrored=True),
+     View((64, 64), (1.0, 0.0, 96.0, 96.0))],
+)  # fmt: skip
+def test_every_part_of_a_view_counts(view):
+    assert latent_key(**LATENT | {"view": view}) != latent_key(**LATENT)
+
+
+def test_keys_of_another_format_are_others(monkeypatch):
+    before = latent_key(**LATENT), text_key("a", "b", "c")
+    monkeypatch.setattr(key, "FORMAT_VERSION", 99)
+    assert not {latent_key(**LATENT), text_key("a", "b", "c")} & set(before)
+
+
+parts = st.tuples(st.text(max_size=4), st.text(max_size=4), st.text(max_size=4))
+
+
+@given(one=parts, other=parts)
+def test_texts_that_differ_have_keys_that_differ(one, other):
+    assert (text_key(*one) == text_key(*other)) == (one == other)
+
+
+def test_an_encoder_is_its_files_names_and_contents_in_order():
+    digests = {
+        encoder_digest(files)
+        for files in ([("a", "1"), ("b", "2")], [("b", "2"), ("a", "1")], [("a", "1")], [("a", "12"), ("b", "")])
+    }
+    assert len(digests) == 4
+
+
+def test_pixels_are_their_values_and_shape():
+    values = np.arange(36, dtype=np.uint8)
+    wide, tall = (Image.fromarray(values.reshape(shape)) for shape in ((2, 6, 3), (6, 2, 3)))
+    assert pixels_digest(wide) == hashlib.sha256(b"6x2:" + bytes(range(36))).hexdigest()
+    assert pixels_digest(wide) != pixels_digest(tall)
