@@ -15,13 +15,15 @@ _OFFERED = [
     "subject.prompts", "prior.enabled", "prior.weight", "prior.count", "prior.images",
     "train.resolution", "train.steps", "train.lr", "train.batch", "train.schedule", "train.warmup", "train.seed",
     "train.gradient_checkpointing", "train.text_encoder", "train.min_snr_gamma",
-    "precision.compute", "precision.weights", "optimizer.name",
+    "precision.compute", "precision.weights", "optimizer.name", "memory.vram",
     "sample.prompts", "sample.guidance", "sample.seeds", "sample.every",
     "checkpoint.every", "checkpoint.keep", "output.dir", "output.dtype",
 ]  # fmt: skip
 _EXAMPLES: dict[str, Any] = {
     "prior.images": "class_images/dog",
+    "train.gradient_checkpointing": True,
     "train.min_snr_gamma": 5.0,
+    "memory.vram": "12GiB",
     "precision.weights": "bf16",
 }  # keys without a default
 
