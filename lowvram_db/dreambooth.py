@@ -13,16 +13,22 @@ from lowvram_db.cache.precompute import Cached, precompute
 from lowvram_db.cache.store import Store
 from lowvram_db.concept import Concept, describe, subject_photos
 from lowvram_db.config import Config
-from lowvram_db.errors import DoesNotFit, Interrupted, UserError
+from lowvram_db.errors import LESS_MEMORY, DoesNotFit, Interrupted, UserError
 from lowvram_db.families import open_model
 from lowvram_db.families.base import Family
-from lowvram_db.memory.device import DTYPES, compute_dtype, peak_bytes, pick_device, release_memory, reset_peak
+from lowvram_db.memory.budget import budget_for, cap
+from lowvram_db.memory.device import DTYPES, compute_dtype, pick_device, release_memory
+from lowvram_db.plan import make_plan
+from lowvram_db.plan.meter import Meter
+from lowvram_db.plan.result import Plan
+from lowvram_db.plan.show import does_not_fit, summary
 from lowvram_db.progress import say
 from lowvram_db.run import Run, check_resumable
 from lowvram_db.sampling import sample_grid
 from lowvram_db.train import checkpoint
 from lowvram_db.train.batches import Batches
 from lowvram_db.train.loop import Trainer, train
+from lowvram_db.train.strategy import Strategy
 
 _NO_PROMPT = ""  # what classifier-free guidance steers away from
 
@@ -38,10 +44,7 @@ def run_dreambooth(config: Config, resume: str = "auto") -> Run:
     except KeyboardInterrupt as stop:
         raise Interrupted("stopped; finished work is kept and the same command goes on from there") from stop
     except torch.OutOfMemoryError as error:
-        raise DoesNotFit(
-            f"the GPU's memory is full ({error}); finished work is kept. Set train.gradient_checkpointing = true, or "
-            "a smaller train.batch or train.resolution"
-        ) from error
+        raise DoesNotFit(f"the GPU's memory is full ({error}); {LESS_MEMORY}") from error
 
 
 def _run(config: Config, resume: str) -> Run:
@@ -58,14 +61,29 @@ def _run(config: Config, resume: str) -> Run:
         if _finished(config, start, run):
             say(f"{run.folder}: already trained for {config.train.steps} steps")
             return run
+        plan = _plan(config, device)
         config.save(run.config)
-        concept = _concept(config, family, run, photos, device, dtype)
-        release_memory()
-        cached = _cache(config, family, run, concept, device)
-        _train(config, family, run, concept, cached, device, start)
-        release_memory()
-        _sample_result(config, run, device, dtype)
+        with Meter(plan, run, device) as meter:
+            meter.begins("class images")
+            concept = _concept(config, family, run, photos, device, dtype, plan.prior_batch)
+            release_memory()
+            cached = _cache(config, family, run, concept, device, meter)
+            _train(config, family, run, concept, cached, device, start, plan.strategy, meter)
+            release_memory()
+            meter.begins("sampling")
+            _sample_result(config, run, device, dtype)
     return run
+
+
+def _plan(config: Config, device: torch.device) -> Plan:
+    """The plan to hold to, the allocator capped at its budget. Raises DoesNotFit."""
+    budget = budget_for(config.memory.vram, device)
+    plan = make_plan(config, budget)
+    if plan.fits is False:
+        raise DoesNotFit(does_not_fit(plan))
+    cap(budget, device)
+    say(f"plan: {summary(plan)}")
+    return plan
 
 
 def _check_start(config: Config, start: Path) -> None:
@@ -82,21 +100,31 @@ def _finished(config: Config, start: Path | None, run: Run) -> bool:
 
 
 def _concept(
-    config: Config, family: Family, run: Run, photos: list[Path], device: torch.device, dtype: torch.dtype
+    config: Config,
+    family: Family,
+    run: Run,
+    photos: list[Path],
+    device: torch.device,
+    dtype: torch.dtype,
+    at_once: int,
 ) -> Concept:
     """Photos, and class images where prior preservation wants them."""
     if not config.prior.enabled:
         return describe(config, photos, [])
     folder = Path(config.prior.images).expanduser() if config.prior.images else run.class_images
-    return describe(config, photos, prior.class_images(config, family, folder, device, dtype))
+    return describe(config, photos, prior.class_images(config, family, folder, device, dtype, at_once))
 
 
-def _cache(config: Config, family: Family, run: Run, concept: Concept, device: torch.device) -> Cached:
+def _cache(config: Config, family: Family, run: Run, concept: Concept, device: torch.device, meter: Meter) -> Cached:
     """Everything the encoders have to say; conditioning is left out where the text encoder is going to change it."""
     prompts = [] if config.train.text_encoder else concept.prompts
     if prompts and config.sample.every:
         prompts = [*prompts, *map(config.fill, config.sample.prompts), _NO_PROMPT]
-    return precompute(family, concept.photos, prompts, config.train.resolution, Store(run.cache), device)
+    store = Store(run.cache)
+    meter.begins("text encoding")  # by itself, to be measured so; from the store afterwards
+    precompute(family, [], prompts, config.train.resolution, store, device)
+    meter.begins("latent encoding")
+    return precompute(family, concept.photos, prompts, config.train.resolution, store, device)
 
 
 def _train(
@@ -107,20 +135,22 @@ def _train(
     cached: Cached,
     device: torch.device,
     start: Path | None,
+    strategy: Strategy,
+    meter: Meter,
 ) -> None:
     """Train to the last step and write model/."""
-    trainer = Trainer(config, family, Batches(concept, cached, config.train.batch, config.train.seed), device)
+    batches = Batches(concept, cached, config.train.batch, config.train.seed)
+    trainer = Trainer(config, family, batches, device, strategy)
     if start is not None:
         trainer.restore(start)
         say(f"resumed {start} at step {trainer.step}")
     began_at = trainer.step
-    reset_peak(device)
     say(
         f"training {sum(parameter.numel() for parameter in trainer.parameters) / 1e6:.1f} M weights on {device}, "
         f"{config.precision.compute}, attention {trainer.attention}, optimizer {config.optimizer.name}"
     )
-    train(trainer, run, partial(_sample_trainer, trainer))
-    say(f"peak memory {peak_bytes(device) / 2**30:.2f} GiB ({'GPU' if device.type == 'cuda' else 'whole process'})")
+    train(trainer, run, partial(_sample_trainer, trainer), meter.begins)
+    meter.begins("saving")
     _save_model(trainer, run, began_at)
 
 

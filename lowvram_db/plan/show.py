@@ -8,29 +8,37 @@ from lowvram_db.memory.size import gib
 from lowvram_db.plan.result import COMPONENTS, Phase, Plan, Rung
 
 _COLORS = dict(zip(COMPONENTS, ("blue", "cyan", "magenta", "green", "yellow", "bright_black"), strict=True))
-_LETTERS = dict(zip(COMPONENTS, "WOGATC", strict=True))  # where there are no colours
-_BAR = 30  # characters of the largest phase's bar
+_LETTERS = dict(zip(COMPONENTS, "WOGA-C", strict=True))  # where there are no colours
+_BAR = 60  # characters of the largest phase's bar
 
 
 def show(plan: Plan, explain: bool = False, console: Console | None = None) -> None:
     console = console or Console()
     console.print(_phases(plan))
-    for line in _summary(plan):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(_bars(plan))
+    console.print(summary(plan), markup=False, highlight=False, soft_wrap=True)
     if explain:
         console.print(_ladder(plan))
 
 
 def _phases(plan: Plan) -> Table:
-    table = Table(box=None, pad_edge=False, collapse_padding=True)
-    table.add_column("GiB")
+    table = Table(box=None, pad_edge=False)
+    table.add_column("GiB", no_wrap=True)
     for heading in (*COMPONENTS, "peak"):
-        table.add_column(heading, justify="right")
-    table.add_column(Text(" ").join(Text(_LETTERS[kind], _COLORS[kind]) for kind in COMPONENTS), no_wrap=True)
+        table.add_column(heading, justify="right", no_wrap=True)
     for phase in plan.phases:
         figures = [f"{phase.components[kind] / 2**30:.2f}" for kind in COMPONENTS]
         peak = Text(f"{phase.peak_bytes / 2**30:.2f}", "bold" if phase is plan.peak else "")
-        table.add_row(phase.name, *figures, peak, _bar(phase, plan.peak.peak_bytes))
+        table.add_row(phase.name, *figures, peak)
+    return table
+
+
+def _bars(plan: Plan) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for phase in plan.phases:
+        table.add_row(phase.name, _bar(phase, plan.peak.peak_bytes))
+    key = [Text(f"{_LETTERS[kind]} {kind}", _COLORS[kind]) for kind in COMPONENTS]
+    table.add_row("", Text("  ").join(key))
     return table
 
 
@@ -44,16 +52,14 @@ def _bar(phase: Phase, longest: int) -> Text:
     return bar
 
 
-def _summary(plan: Plan) -> list[str]:
-    lines = [f"peak {gib(plan.peak.peak_bytes)} in {plan.peak.name}, with {plan.strategy}"]
+def summary(plan: Plan) -> str:
+    """One line: the peak, how it is reached, and what is left."""
+    words = f"peak {gib(plan.peak.peak_bytes)} in {plan.peak.name}, with {plan.strategy}"
     if any(phase.name == "class images" for phase in plan.phases):
-        lines[0] += f", {plan.prior_batch} class images at once"
-    if plan.fits:
-        assert plan.budget_bytes is not None
-        lines.append(f"fits {gib(plan.budget_bytes)}: {gib(plan.budget_bytes - plan.peak.peak_bytes)} to spare")
-    if plan.fits is None:
-        lines.append("no budget: give one with --vram, for example --vram 12GiB")
-    return lines
+        words += f", {plan.prior_batch} class images at once"
+    if plan.budget_bytes is None:
+        return f"{words}; no budget given, for example --vram 12GiB"
+    return f"{words}; budget {gib(plan.budget_bytes)}"
 
 
 def _ladder(plan: Plan) -> Table:

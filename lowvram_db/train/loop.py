@@ -90,7 +90,10 @@ class Trainer(Learner):
             raise DoesNotFit(f"step {self.step + 1} does not fit ({reason}); {LESS_MEMORY}")
         moved = 0
         if isinstance(self.optimizer, Adam8):
-            moved = self.optimizer.break_off()
+            try:
+                moved = self.optimizer.break_off()
+            except MemoryError as error:
+                raise DoesNotFit(f"step {self.step + 1} does not fit ({reason}), and {error}; {LESS_MEMORY}") from error
         else:
             self.optimizer.zero_grad(set_to_none=True)
         release_memory()
@@ -135,18 +138,22 @@ class Trainer(Learner):
         self.step = state.step
 
 
-def train(trainer: Trainer, run: Run, sample: Callable[[Path], None]) -> None:
-    """Train to the last step, saving and sampling on the way; `sample` draws the grid into a path.
+def train(
+    trainer: Trainer, run: Run, sample: Callable[[Path], None], begins: Callable[[str], None] = lambda phase: None
+) -> None:
+    """Train to the last step, saving and sampling on the way; `sample` draws the grid into a path. `begins` is told of
+    every phase of the plan that begins.
 
     Raises Interrupted, after saving, when the user asks to stop; UserError when the loss is no number.
     """
-    config, steps = trainer.config, trainer.config.train.steps
+    config, steps, first = trainer.config, trainer.config.train.steps, True
     check = FirstStepCheck(config.optimizer, trainer.parameters) if trainer.step == 0 else None
     with (
         Metrics(run.metrics, run.tensorboard, done=trainer.step) as metrics,
         Bar("training", total=steps, done=trainer.step, unit="step") as bar,
         stop_on_request() as stop_requested,
     ):
+        begins("first step")
         while trainer.step < steps:
             began, lr = time.perf_counter(), trainer.learning_rate()
             scale = trainer.scaler.get_scale() if check else 0.0
@@ -167,6 +174,9 @@ def train(trainer: Trainer, run: Run, sample: Callable[[Path], None]) -> None:
             )
             bar.advance(note=f"loss {loss.total.item():.4f}  peak {peak / 2**30:.2f} GiB")
 
+            if first:
+                begins("steady step")
+                first = False
             last, stopping = trainer.step == steps, stop_requested()
             if last or stopping or _due(trainer.step, config.checkpoint.every):
                 save_checkpoint(trainer, run)
@@ -176,7 +186,9 @@ def train(trainer: Trainer, run: Run, sample: Callable[[Path], None]) -> None:
                     "the same command goes on from there"
                 )
             if not last and _due(trainer.step, config.sample.every):
+                begins("sampling on the way")
                 sample(run.sample_grid(trainer.step))
+                begins("steady step")
 
 
 def save_checkpoint(trainer: Trainer, run: Run) -> None:
