@@ -143,6 +143,25 @@ def sample(
     print(f"pictures: {out}")
 
 
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Tell what this machine can do, and what mends it; exit code 0 when training is possible."""
+    from lowvram_db import doctor
+
+    lines = doctor.examine(Path())
+    if as_json:
+        print(json.dumps(doctor.as_json(lines), indent=1))
+    else:
+        for line in lines:
+            mend = f"  -> {line.mend}" if line.mend else ""
+            print(f"{line.state:6}  {line.name:12}  {line.detail}{mend}")
+    if not doctor.possible(lines):
+        raise typer.Exit(UserError.exit_code)
+
+
 def main() -> None:
     """Entry point of `lowvram-db`: run a command and turn the user's errors into one line and an exit code."""
     quiet_libraries()

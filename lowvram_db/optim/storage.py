@@ -65,7 +65,7 @@ def bucket_of(parameters: list[nn.Parameter], weights: Weights, device: torch.de
 
 
 def refuse_shared_memory(parameters: list[nn.Parameter], names: list[str]) -> None:
-    owners: dict[tuple[int, int], str] = {}
+    owners: dict[Any, str] = {}
     for p, name in zip(parameters, names, strict=True):
         if not _is_dense(p):
             raise ValueError(f"{name}: has gaps in memory (strides {p.stride()}); make it contiguous first")

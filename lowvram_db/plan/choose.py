@@ -87,12 +87,13 @@ def _class_images(config: Config, family: Blank, limit: int | None) -> tuple[lis
         batch //= 2
 
 
+_Change = dict[str, dict[str, object]]  # section -> key -> value
 _SMALLER_SIDES = (1024, 768, 640, 512, 384, 256)
 
 
 def _advice(config: Config, family: Blank, budget: int | None, plan: Plan) -> Iterator[str]:
     """Changes of the config that have been traced and fit, each alone; all of them together where none does alone."""
-    changes: dict[str, dict[str, dict[str, object]]] = {}
+    changes: dict[str, _Change] = {}
     if config.train.gradient_checkpointing is False:
         changes["train.gradient_checkpointing = true"] = {"train": {"gradient_checkpointing": True}}
     if config.train.batch > 1:
@@ -100,7 +101,7 @@ def _advice(config: Config, family: Blank, budget: int | None, plan: Plan) -> It
     if config.optimizer.name != "adam8":
         changes['optimizer.name = "adam8"'] = {"optimizer": {"name": "adam8"}, "precision": {"weights": None}}
     elif config.weights in ("fp32", "bf16+residual"):
-        bf16 = {"compute": "bf16", "weights": "bf16"}
+        bf16: dict[str, object] = {"compute": "bf16", "weights": "bf16"}
         changes['precision.compute = "bf16" and precision.weights = "bf16"'] = {"precision": bf16}
     if config.train.text_encoder:
         changes["train.text_encoder = false"] = {"train": {"text_encoder": False}}
@@ -115,13 +116,13 @@ def _advice(config: Config, family: Blank, budget: int | None, plan: Plan) -> It
         yield from alone
         return
     for side in smaller:
-        sized = {**together, f"train.resolution = {side}": {"train": {"resolution": side}}}
+        sized: dict[str, _Change] = {**together, f"train.resolution = {side}": {"train": {"resolution": side}}}
         if _fits(_changed(config, list(sized.values())), family, budget):
             yield ", ".join(sized)
             return
 
 
-def _changed(config: Config, changes: list[dict[str, dict[str, object]]]) -> Config:
+def _changed(config: Config, changes: list[_Change]) -> Config:
     tree = config.model_dump(exclude_unset=True)
     for change in changes:
         for section, values in change.items():

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
 from lowvram_db.config import Config
@@ -71,9 +71,10 @@ class Learner(ABC):
         self.strategy = strategy
         self.denoiser.enable_gradient_checkpointing()
         for group in self.family.checkpoint_groups(self.denoiser)[strategy.checkpointed :]:
-            for module in nn.ModuleList(group).modules():
-                if hasattr(module, "gradient_checkpointing"):
-                    module.gradient_checkpointing = False
+            for part in group:
+                for module in part.modules():
+                    if hasattr(module, "gradient_checkpointing"):
+                        vars(module)["gradient_checkpointing"] = False
         if self.text_encoder and strategy.checkpointed:
             self.text_encoder.gradient_checkpointing_enable()
 
