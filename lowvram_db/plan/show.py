@@ -9,7 +9,8 @@ from lowvram_db.plan.result import COMPONENTS, Phase, Plan, Rung
 
 _COLORS = dict(zip(COMPONENTS, ("blue", "cyan", "magenta", "green", "yellow", "bright_black"), strict=True))
 _LETTERS = dict(zip(COMPONENTS, "WOGA-C", strict=True))  # where there are no colours
-_BAR = 60  # characters of the largest phase's bar
+_HEADINGS = ("weights", "state", "grads", "activ.", "work", "context")
+_BAR = 58  # characters of the largest phase's bar
 
 
 def show(plan: Plan, explain: bool = False, console: Console | None = None) -> None:
@@ -24,7 +25,7 @@ def show(plan: Plan, explain: bool = False, console: Console | None = None) -> N
 def _phases(plan: Plan) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("GiB", no_wrap=True)
-    for heading in (*COMPONENTS, "peak"):
+    for heading in (*_HEADINGS, "peak"):
         table.add_column(heading, justify="right", no_wrap=True)
     for phase in plan.phases:
         figures = [f"{phase.components[kind] / 2**30:.2f}" for kind in COMPONENTS]
