@@ -14,7 +14,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
+from torch.nn import functional
 
 from lowvram_db.config import Config
 from lowvram_db.families.base import Moments
@@ -202,22 +202,26 @@ def _tracing(autocast: bool = False) -> Iterator[Trace]:
     """Everything inside is traced and nothing computed, as a GPU would do it."""
     trace = Trace(temporaries)
     with ExitStack() as stack:
-        # torch's AdamW reads its step count, a tensor, as a number; bitsandbytes' kernel has no fake of itself. Both
-        # work in place; their state is really made.
+        # torch's AdamW reads its step count, a tensor, as a number; bitsandbytes computes its table of 256 codes, and its
+        # kernel has no fake of itself. Both work in place; their state is really made.
         stack.enter_context(patch("torch.optim.adam._get_value", lambda value: 1.0))
         stack.enter_context(patch("bitsandbytes.optim.AdamW8bit.update_step", lambda *_: None))
+        stack.enter_context(patch("bitsandbytes.functional.create_dynamic_map", lambda **_: torch.empty(256)))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(trace)
         if autocast:
-            stack.enter_context(_NormsInFloat32())
+            for norm in ("group_norm", "layer_norm"):
+                stack.enter_context(patch.object(functional, norm, _in_float32(getattr(functional, norm))))
         yield trace
 
 
-class _NormsInFloat32(TorchFunctionMode):
-    """A GPU's autocast takes norms in float32, a CPU's does not (CUDA and CPU op reference of torch.amp)."""
+def _in_float32(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A GPU's autocast takes norms in float32, a CPU's does not (torch.amp's op reference, CUDA and CPU)."""
 
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.nn.functional.group_norm, torch.nn.functional.layer_norm):
-            args = [arg.float() if isinstance(arg, Tensor) else arg for arg in args]
-            kwargs = {key: arg.float() if isinstance(arg, Tensor) else arg for key, arg in (kwargs or {}).items()}
-        return func(*args, **(kwargs or {}))
+    def wrapped(*args: Any, **kwargs: Any) -> Tensor:
+        if not torch.is_autocast_enabled("cpu"):
+            return norm(*args, **kwargs)
+        args = tuple(arg.float() if isinstance(arg, Tensor) else arg for arg in args)
+        return norm(*args, **{key: arg.float() if isinstance(arg, Tensor) else arg for key, arg in kwargs.items()})
+
+    return wrapped

@@ -21,7 +21,9 @@ def start(make_trainer, config):
 
 
 def weights(trainer):
-    return {name: p.detach().clone() for name, p in trainer.denoiser.named_parameters()}
+    """Of small tensors Adam8's exact copy, where it has one."""
+    state = trainer.optimizer.state
+    return {n: state.get(p, {}).get("master", p).detach().clone() for n, p in trainer.denoiser.named_parameters()}
 
 
 def fail_once(trainer, at_step, name=None):
@@ -71,7 +73,7 @@ def test_in_the_middle_of_backward_every_weight_still_makes_the_step_once(make_c
     straight, broken = start(make_trainer, config), start(make_trainer, config)
     before, moved = weights(broken), []
     broken.denoiser.mid_block.resnets[0].conv1.weight.register_hook(
-        lambda gradient: moved.extend(n for n, w in weights(broken).items() if not torch.equal(w, before[n]))
+        lambda _: None if moved else moved.extend(n for n, w in weights(broken).items() if not w.equal(before[n]))
     )
     fail_once(broken, at_step=0, name="mid_block.resnets.0.conv1.weight")
     for trainer in (straight, broken):
@@ -85,7 +87,7 @@ def test_in_the_middle_of_backward_every_weight_still_makes_the_step_once(make_c
     for name, old in before.items():  # once: Adam's first step moves a weight by lr, a second would by as much again
         step, undisturbed = (w[name].float() - old.float() for w in (got, wanted))
         assert not torch.equal(got[name], old), name
-        assert step.norm() == pytest.approx(undisturbed.norm(), rel=0.1), name
+        assert step.norm().item() == pytest.approx(undisturbed.norm().item(), rel=0.1), name
     assert f"{len(set(large))} of {len(wanted)} tensors had made this step already and keep it" in capfd.readouterr().err
     broken.train_step()
 
