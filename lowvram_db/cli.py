@@ -66,7 +66,9 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Teach a model one subject from a few photos, or go on where a run stopped."""
-    settings = load(config, [*(overrides or []), *_vram_override(vram)])  # before the heavy imports: a typo is answered at once
+    settings = load(
+        config, [*(overrides or []), *_vram_override(vram)]
+    )  # before the heavy imports: a typo is answered at once
     from lowvram_db.dreambooth import run_dreambooth
 
     hide_loading_bars()

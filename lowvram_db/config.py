@@ -80,7 +80,8 @@ class TrainConfig(_Section):
     warmup: int = Field(0, ge=0, description="steps over which the learning rate rises to lr")
     seed: int = Field(0, ge=0, lt=2**63, description="every random draw follows from it")
     gradient_checkpointing: bool | None = Field(
-        None, description="recompute activations in backward: less memory, more time; default: as much as memory.vram asks"
+        None,
+        description="recompute activations in backward: less memory, more time; default: as much as memory.vram asks",
     )
     text_encoder: bool = Field(False, description="train the text encoder too; its embeddings are then not cached")
     min_snr_gamma: float | None = Field(None, gt=0, description="min-SNR loss weighting, usually 5.0; default: off")

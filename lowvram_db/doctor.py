@@ -120,7 +120,9 @@ def _attention() -> Line:
     dtype = torch.bfloat16 if _bf16().state == "ok" else torch.float16
     failure = preflight("sdpa", _device(), dtype)
     detail = f"SDPA {failure}" if failure else f"SDPA, forward and backward on {_device().type}"
-    return Line("attention", "broken" if failure else "ok", detail, 'set attention = "xformers"' if failure else "", True)
+    return Line(
+        "attention", "broken" if failure else "ok", detail, 'set attention = "xformers"' if failure else "", True
+    )
 
 
 def _gpu_memory() -> Line:

@@ -59,9 +59,7 @@ def _find(name: str, revision: str | None, files: list[str]) -> Path:
     if not _HUB_ID.fullmatch(name):
         raise UserError(f"model.name: no folder {folder.absolute()}, and {name!r} is not a hub id (owner/name)")
     try:
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=files, ignore_patterns=_UNWANTED_FILES)
-        )
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files, ignore_patterns=_UNWANTED_FILES))
     except GatedRepoError as error:
         raise UserError(f"model.name: {name} wants its licence accepted first: log in with `hf auth login`") from error
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:

@@ -35,13 +35,13 @@ CPU = torch.device("cpu")  # fake tensors of a GPU cannot go backward where torc
 def encoding(config: Config, family: Blank) -> Iterator[Phase]:
     """Text encoding (one prompt at a time) and latent encoding (one photo at a time), both in float32."""
     if not config.train.text_encoder:
-        with _tracing() as trace, torch.no_grad():
+        with tracing() as trace, torch.no_grad():
             encoders = family.load_text_encoders()
             trace.label("weights", _tensors(encoders.values()))
             family.conditioning(encoders, 1)
         yield _phase("text encoding", trace)
     side = config.train.resolution
-    with _tracing() as trace, torch.no_grad():
+    with tracing() as trace, torch.no_grad():
         vae: Any = family.load_vae()
         trace.label("weights", _tensors([vae]))
         vae.encode(torch.empty(1, 3, side, side))
@@ -51,7 +51,7 @@ def encoding(config: Config, family: Blank) -> Iterator[Phase]:
 def drawing(config: Config, family: Blank, name: str, pictures: int, guidance: float) -> Phase:
     """Pictures made at once by a whole pipeline, in the precision that the config computes in."""
     dtype = DTYPES[config.precision.compute]
-    with _tracing() as trace, torch.no_grad():
+    with tracing() as trace, torch.no_grad():
         encoders = family.load_text_encoders(dtype)
         denoiser: Any = family.load_denoiser(lambda weight: weight.to(dtype))
         vae: Any = family.load_vae(dtype)
@@ -74,10 +74,9 @@ def _draw(
 
 def training(config: Config, family: Blank, strategy: Strategy, limit: int | None = None) -> list[Phase]:
     """First step, steady step and saving, under one strategy. Raises OverLimit as soon as one needs more."""
-    autocast = config.weights == "fp32" and config.precision.compute != "fp32"
-    with _tracing(autocast) as trace:
-        learner = _learner(config, family, strategy, trace)
-        batch = _batch(config, family)
+    with tracing(autocasts(config)) as trace:
+        learner = blank_learner(config, family, strategy, trace)
+        batch = blank_batch(config, family)
         held, trace.limit = trace.live, _inside(limit)
         phases = [_step(learner, batch, trace, "first step")]
         if trace.live > held:
@@ -90,24 +89,28 @@ def training(config: Config, family: Blank, strategy: Strategy, limit: int | Non
     return phases
 
 
-def _step(learner: "_BlankLearner", batch: Batch, trace: Trace, name: str) -> Phase:
+def autocasts(config: Config) -> bool:
+    return config.weights == "fp32" and config.precision.compute != "fp32"
+
+
+def _step(learner: "BlankLearner", batch: Batch, trace: Trace, name: str) -> Phase:
     start, before = trace.mark(), trace.flops
     learner.backward(batch)
     trace.label("gradients", [p.grad for p in learner.parameters if p.grad is not None])
     learner.update()
-    trace.label("optimizer", _state(learner.optimizer))
+    trace.label("optimizer", state(learner.optimizer))
     return _phase(name, trace, start, flops=trace.flops - before)
 
 
-def _learner(config: Config, family: Blank, strategy: Strategy, trace: Trace) -> "_BlankLearner":
+def blank_learner(config: Config, family: Blank, strategy: Strategy, trace: Trace) -> "BlankLearner":
     networks: dict[str, Any] = {family.denoiser_part: family.load_denoiser(narrowing(config.weights))}
     if config.train.text_encoder:
         networks |= family.load_text_encoders()
-    learner = _BlankLearner(config, family, networks, CPU, strategy, triton=False)
+    learner = BlankLearner(config, family, networks, CPU, strategy, triton=False)
     for parameter in learner.parameters:
         parameter.register_hook(lambda gradient: trace.label("gradients", [gradient]))
     trace.label("weights", _tensors(learner.modules.values()))
-    trace.label("optimizer", _state(learner.optimizer))
+    trace.label("optimizer", state(learner.optimizer))
     return learner
 
 
@@ -135,7 +138,7 @@ def _saving(config: Config, learner: Learner, trace: Trace) -> Phase:
     return _phase("saving", trace, start)
 
 
-class _BlankLearner(Learner):
+class BlankLearner(Learner):
     """The learner on data of no meaning."""
 
     family: Blank
@@ -157,7 +160,7 @@ class _BlankLearner(Learner):
         return torch.amp.GradScaler(enabled=False) if isinstance(scaler, torch.amp.GradScaler) else scaler
 
 
-def _batch(config: Config, family: Blank) -> Batch:
+def blank_batch(config: Config, family: Blank) -> Batch:
     rows = config.train.batch * (2 if config.prior.enabled else 1)
     shape = _latent_shape(config, family, rows)
     return Batch(Moments(torch.empty(shape), torch.empty(shape)), [""] * rows, config.train.batch)
@@ -176,8 +179,8 @@ def _tensors(modules: Iterable[nn.Module]) -> list[Tensor]:
     return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
 
 
-def _state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    tensors = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+def state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    tensors = [value for held in optimizer.state.values() for value in held.values() if isinstance(value, Tensor)]
     return tensors + [value for value in vars(optimizer).values() if isinstance(value, Tensor)]
 
 
@@ -198,7 +201,7 @@ def _phase(name: str, trace: Trace, start: int = 0, flops: int = 0) -> Phase:
 
 
 @contextmanager
-def _tracing(autocast: bool = False) -> Iterator[Trace]:
+def tracing(autocast: bool = False) -> Iterator[Trace]:
     """Everything inside is traced and nothing computed, as a GPU would do it."""
     trace = Trace(temporaries)
     with ExitStack() as stack:

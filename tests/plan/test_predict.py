@@ -1,9 +1,7 @@
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.mem_tracker import MemTracker
 
 from lowvram_db.families import open_blank
 from lowvram_db.families.known import known_configs
@@ -11,6 +9,7 @@ from lowvram_db.memory import trace as trace_room
 from lowvram_db.memory.overheads import CONTEXT, CUBLAS_WORKSPACES
 from lowvram_db.memory.trace import OverLimit, Trace
 from lowvram_db.plan import predict
+from lowvram_db.plan.reference import tracked_bytes
 from lowvram_db.train.strategy import Strategy, ladder
 
 FIVE = {
@@ -25,26 +24,6 @@ FIVE = {
 }
 
 
-def tracked(config, family, strategy):
-    """The peak of two training steps as torch's own tracker sees it."""
-    tracker = MemTracker()
-    with predict._tracing(config.weights == "fp32" and config.precision.compute != "fp32") as trace:
-        learner = predict._learner(config, family, strategy, trace)
-        batch, forward = predict._batch(config, family), learner.forward
-
-        def forward_anew(batch, part):
-            tracker.reset_mod_stats()  # it follows one call of a module, or says so
-            return forward(batch, part)
-
-        learner.forward = forward_anew
-        tracker.track_external(learner.denoiser, *predict._state(learner.optimizer), *batch.moments)
-        with tracker:
-            for _ in range(2):
-                learner.backward(batch)
-                learner.update()
-    return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
-
-
 @pytest.mark.parametrize("name", FIVE)
 def test_within_1_percent_of_memtracker(planned, blank, name, monkeypatch):
     """torch's own tracker, which takes 30 times as long, on the same steps. It does not round on a CPU."""
@@ -52,7 +31,7 @@ def test_within_1_percent_of_memtracker(planned, blank, name, monkeypatch):
     config = planned(**{**sections, "train": {"resolution": 64, **sections.get("train", {})}})
     monkeypatch.setattr(trace_room, "GRANULE", 1)
     monkeypatch.setattr(predict, "temporaries", None)
-    theirs = tracked(config, blank, strategy)
+    theirs = tracked_bytes(config, blank, strategy)
     phases = predict.training(config, blank, strategy)[:2]
     ours = max(phase.peak_bytes for phase in phases) - CONTEXT - CUBLAS_WORKSPACES
     assert ours == pytest.approx(theirs, rel=0.01)

@@ -88,7 +88,9 @@ def test_in_the_middle_of_backward_every_weight_still_makes_the_step_once(make_c
         step, undisturbed = (w[name].float() - old.float() for w in (got, wanted))
         assert not torch.equal(got[name], old), name
         assert step.norm().item() == pytest.approx(undisturbed.norm().item(), rel=0.1), name
-    assert f"{len(set(large))} of {len(wanted)} tensors had made this step already and keep it" in capfd.readouterr().err
+    assert (
+        f"{len(set(large))} of {len(wanted)} tensors had made this step already and keep it" in capfd.readouterr().err
+    )
     broken.train_step()
 
 
