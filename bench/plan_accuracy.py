@@ -93,7 +93,7 @@ def compare(model: str, resolution: int, batch: int, prior: bool, optimizer: str
 
 def time_plan(preset: str) -> None:
     """The whole command, with an empty memory of plans and again."""
-    command = [Path(sys.executable).with_name("lowvram-db"), "plan", _ROOT / "configs" / f"{preset}.toml"]
+    command = [str(Path(sys.executable).with_name("lowvram-db")), "plan", str(_ROOT / "configs" / f"{preset}.toml")]
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "XDG_CACHE_HOME": folder}
         seconds = []
