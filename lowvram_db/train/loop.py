@@ -22,7 +22,7 @@ from lowvram_db.optim.storage import narrowing
 from lowvram_db.progress import Bar, say
 from lowvram_db.run import Run, check_resumable
 from lowvram_db.train import checkpoint, objective
-from lowvram_db.train.batches import Batch, Batches
+from lowvram_db.train.batches import Batches
 from lowvram_db.train.interrupt import stop_on_request
 from lowvram_db.train.learner import Learner
 from lowvram_db.train.metrics import Metrics
