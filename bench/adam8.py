@@ -69,9 +69,8 @@ CONTENDERS: dict[str, tuple[str, torch.dtype, float, Callable[[list[nn.Parameter
 def parameter_shapes(model: str, share: float) -> list[torch.Size]:
     """The shapes of a model's parameters; the first ones that make up `share` of its weights."""
     with torch.device("meta"):
-        shapes = [
-            parameter.shape for parameter in UNet2DConditionModel(**known_config(MODELS[model], "unet")).parameters()
-        ]
+        unet = UNet2DConditionModel(**known_config(MODELS[model], "unet"))
+    shapes = [parameter.shape for parameter in unet.parameters()]
     wanted, chosen = share * sum(shape.numel() for shape in shapes), list[torch.Size]()
     for shape in shapes:
         if sum(one.numel() for one in chosen) < wanted:

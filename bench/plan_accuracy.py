@@ -1,9 +1,9 @@
 """Is a plan right, and how long does it take? `python bench/plan_accuracy.py`
 
-Without a GPU: the predicted peak of a training step beside torch's MemTracker on five configurations of Stable Diffusion
-1.5, and the time of `lowvram-db plan`, the first time and again. On a GPU: beside torch.cuda.max_memory_allocated on ten
-configurations, which is what the constants of memory/overheads.py have to answer for. Rows go to
-bench/results/plan_accuracy.csv and plan_time.csv.
+Without a GPU: the predicted peak of a training step beside torch's MemTracker on five configurations of Stable
+Diffusion 1.5, and the time of `lowvram-db plan`, the first time and again. On a GPU: beside
+torch.cuda.max_memory_allocated on ten configurations, which is what the constants of memory/overheads.py have to answer
+for. Rows go to bench/results/plan_accuracy.csv and plan_time.csv.
 """
 
 import argparse
@@ -96,17 +96,20 @@ def time_plan(preset: str) -> None:
     command = [str(Path(sys.executable).with_name("lowvram-db")), "plan", str(_ROOT / "configs" / f"{preset}.toml")]
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "XDG_CACHE_HOME": folder}
-        seconds = []
+        seconds, processor = [], []
         for _ in range(2):
-            began = time.monotonic()
+            began, before = time.monotonic(), os.times().children_user + os.times().children_system
             said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
             seconds.append(time.monotonic() - began)
+            processor.append(os.times().children_user + os.times().children_system - before)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # of the largest so far
     row = {
         "preset": preset,
         "said": next(line for line in said.splitlines() if line.startswith("peak ")).replace(",", ";"),
         "first_s": f"{seconds[0]:.1f}",
+        "first_cpu_s": f"{processor[0]:.1f}",
         "again_s": f"{seconds[1]:.2f}",
+        "again_cpu_s": f"{processor[1]:.2f}",
         "rss_gib": f"{peak:.2f}",
         "load": f"{os.getloadavg()[0]:.1f}",
     }

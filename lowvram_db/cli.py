@@ -14,7 +14,7 @@ import typer
 from lowvram_db.config import DEFAULT_IDENTIFIER, Config, load
 from lowvram_db.errors import DoesNotFit, Interrupted, UserError
 from lowvram_db.memory.size import parse_size
-from lowvram_db.quiet import hide_loading_bars, quiet_libraries
+from lowvram_db.quiet import hide_loading_bars, quiet_libraries, skip_unneeded
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -90,6 +90,7 @@ def plan(
 ) -> None:
     """Tell whether a run fits, before anything is downloaded; needs neither weights nor a GPU."""
     settings = load(config, [*(overrides or []), *_vram_override(vram)])
+    skip_unneeded("peft", *([] if settings.optimizer.name == "bnb-adam8" else ["bitsandbytes"]))
     from lowvram_db.plan import make_plan
     from lowvram_db.plan.show import does_not_fit, show
 

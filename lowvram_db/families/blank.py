@@ -33,7 +33,7 @@ def blank(
     dtype: torch.dtype = torch.float32,
     narrow: Callable[[Tensor], Tensor] = lambda weight: weight,
 ) -> Any:
-    """The network that `build` makes, in eval mode, with empty tensors: of `dtype`, then narrowed one after the other."""
+    """The network that `build` makes, in eval mode, with empty tensors: of `dtype`, then narrowed one by one."""
     with _disable_current_modes(), torch.device("meta"):  # no initialisation, and nothing for a trace to count
         network = build().eval()
     for module in network.modules():

@@ -42,8 +42,8 @@ class StableDiffusionConfigs(Architecture):
         return denoiser(latents, timesteps, encoder_hidden_states=conditioning).sample
 
     def checkpoint_groups(self, denoiser: Any) -> list[list[nn.Module]]:
-        """The UNet's levels from the finest on, each with its blocks on the way down and up: the finer, the more bytes an
-        activation has for the arithmetic it takes to make it again."""
+        """The UNet's levels from the finest on, each with its blocks on the way down and up: the finer, the more bytes
+        an activation has for the arithmetic it takes to make it again."""
         levels = [list(pair) for pair in zip(denoiser.down_blocks, reversed(denoiser.up_blocks), strict=True)]
         levels[-1].append(denoiser.mid_block)
         return levels

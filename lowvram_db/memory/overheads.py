@@ -1,7 +1,7 @@
 """What a GPU needs beside the tensors that a trace sees, as constants with their source.
 
-None of them has been calibrated on a GPU by this project yet: bench/plan_accuracy.py measures beside them where there is
-one. Until then they lean to the safe side.
+None of them has been calibrated on a GPU by this project yet: bench/plan_accuracy.py measures beside them where there
+is one. Until then they lean to the safe side.
 """
 
 from typing import Any
@@ -34,8 +34,8 @@ def temporaries(operation: Any, args: Any, outputs: Any) -> int:
     """Bytes an operation of a training step needs on a GPU while it runs; for Trace.
 
     Convolution: cuDNN's tensor-core kernels want channels last and copy operands and result there and back, so as
-    much again as they are (its nchwToNhwc and nhwcToNchw kernels). Attention backward: FlashAttention-2 sums the query's
-    gradient in float32 (`dq_accum` of its flash_bwd).
+    much again as they are (its nchwToNhwc and nhwcToNchw kernels). Attention backward: FlashAttention-2 sums the
+    query's gradient in float32 (`dq_accum` of its flash_bwd).
     """
     if operation in _CONVOLUTIONS:
         return sum(-(-x.nbytes // GRANULE) * GRANULE for x in (*args[:3], *outputs) if isinstance(x, Tensor))

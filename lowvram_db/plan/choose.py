@@ -18,10 +18,8 @@ def choose(config: Config, family: Blank, budget: int | None, explain: bool = Fa
     check_resolution(config, family)
     limit = None if budget is None else int(budget / (1 + MARGIN))
     training, rungs = _training(config, family, limit, explain)
-    drawn, batch = _class_images(config, family, limit)
-    sampling = predict.drawing(config, family, "sampling", 1, max(config.sample.guidance))
-    saving = training.pop()
-    phases = [*drawn, *predict.encoding(config, family), *training, saving, sampling]
+    drawn, sampling, batch = _pictures(config, family, limit)
+    phases = [*drawn, *predict.encoding(config, family), *training, sampling]
     fits = None if limit is None else all(phase.peak_bytes <= limit for phase in phases)
     chosen = next(rung.strategy for rung in rungs if rung.chosen)
     plan = Plan(fits, budget, chosen, batch, phases, rungs)
@@ -75,16 +73,18 @@ def _relative(rungs: list[Rung]) -> list[Rung]:
     return rungs
 
 
-def _class_images(config: Config, family: Blank, limit: int | None) -> tuple[list[Phase], int]:
-    """As many at once as fit, at most prior.batch, and exactly that where the user has set it."""
-    batch = config.prior.batch
-    if not config.prior.enabled:
-        return [], batch
-    while True:
-        phase = predict.drawing(config, family, "class images", batch, config.prior.guidance)
-        if limit is None or phase.peak_bytes <= limit or batch == 1 or "batch" in config.prior.model_fields_set:
-            return [phase], batch
+def _pictures(config: Config, family: Blank, limit: int | None) -> tuple[list[Phase], Phase, int]:
+    """Class images, where they are wanted, and sampling; and how many class images are made at once: as many as fit, at
+    most prior.batch, and exactly that where the user has set it."""
+    batch, fixed = config.prior.batch, "batch" in config.prior.model_fields_set
+    draws = {"sampling": (1, max(config.sample.guidance))}
+    if config.prior.enabled:
+        draws["class images"] = (batch, config.prior.guidance)
+    sampling, *drawn = predict.drawing(config, family, draws)
+    while drawn and limit is not None and drawn[0].peak_bytes > limit and batch > 1 and not fixed:
         batch //= 2
+        drawn = list(predict.drawing(config, family, {"class images": (batch, config.prior.guidance)}))
+    return drawn, sampling, batch
 
 
 _Change = dict[str, dict[str, object]]  # section -> key -> value
@@ -138,7 +138,6 @@ def _fits(config: Config, family: Blank, budget: int | None) -> bool:
         predict.training(config, family, smallest, limit)
     except OverLimit:
         return False
-    drawn, _ = _class_images(config, family, limit)
-    sampling = predict.drawing(config, family, "sampling", 1, max(config.sample.guidance))
+    drawn, sampling, _ = _pictures(config, family, limit)
     phases = [*drawn, sampling, *predict.encoding(config, family)]
     return all(phase.peak_bytes <= limit for phase in phases)

@@ -48,17 +48,22 @@ def encoding(config: Config, family: Blank) -> Iterator[Phase]:
     yield _phase("latent encoding", trace)
 
 
-def drawing(config: Config, family: Blank, name: str, pictures: int, guidance: float) -> Phase:
-    """Pictures made at once by a whole pipeline, in the precision that the config computes in."""
+def drawing(config: Config, family: Blank, draws: dict[str, tuple[int, float]]) -> Iterator[Phase]:
+    """Pictures made at once by a whole pipeline, in the precision that the config computes in.
+
+    draws: by the name of the phase, how many pictures, and their guidance scale.
+    """
     dtype = DTYPES[config.precision.compute]
     with tracing() as trace, torch.no_grad():
         encoders = family.load_text_encoders(dtype)
         denoiser: Any = family.load_denoiser(lambda weight: weight.to(dtype))
         vae: Any = family.load_vae(dtype)
         trace.label("weights", _tensors([*encoders.values(), denoiser, vae]))
-        start = trace.mark()
-        _draw(config, family, denoiser, vae, family.conditioning(encoders, 1), pictures, guidance, dtype)
-    return _phase(name, trace, start)
+        conditioning = family.conditioning(encoders, 1)
+        for name, (pictures, guidance) in draws.items():
+            start = trace.mark()
+            _draw(config, family, denoiser, vae, conditioning, pictures, guidance, dtype)
+            yield _phase(name, trace, start)
 
 
 def _draw(
@@ -74,7 +79,7 @@ def _draw(
 
 def training(config: Config, family: Blank, strategy: Strategy, limit: int | None = None) -> list[Phase]:
     """First step, steady step and saving, under one strategy. Raises OverLimit as soon as one needs more."""
-    with tracing(autocasts(config)) as trace:
+    with tracing(autocasts(config), config.optimizer.name) as trace:
         learner = blank_learner(config, family, strategy, trace)
         batch = blank_batch(config, family)
         held, trace.limit = trace.live, _inside(limit)
@@ -126,7 +131,7 @@ def _sampling_on_the_way(config: Config, family: Blank, learner: Learner, trace:
 
 
 def _saving(config: Config, learner: Learner, trace: Trace) -> Phase:
-    """A checkpoint goes to the disk tensor by tensor; the finished model is first brought to its precision on the disk."""
+    """A checkpoint goes to the disk tensor by tensor; the finished model is first brought to its precision there."""
     start = trace.mark()
     dtype = DTYPES[config.output.dtype]
     if isinstance(learner.optimizer, Adam8):
@@ -201,15 +206,16 @@ def _phase(name: str, trace: Trace, start: int = 0, flops: int = 0) -> Phase:
 
 
 @contextmanager
-def tracing(autocast: bool = False) -> Iterator[Trace]:
+def tracing(autocast: bool = False, optimizer: str = "adam8") -> Iterator[Trace]:
     """Everything inside is traced and nothing computed, as a GPU would do it."""
     trace = Trace(temporaries)
     with ExitStack() as stack:
-        # torch's AdamW reads its step count, a tensor, as a number; bitsandbytes computes its table of 256 codes, and its
-        # kernel has no fake of itself. Both work in place; their state is really made.
+        # torch's AdamW reads its step count, a tensor, as a number; bitsandbytes computes its table of 256 codes, and
+        # its kernel has no fake of itself. Both work in place; their state is really made.
         stack.enter_context(patch("torch.optim.adam._get_value", lambda value: 1.0))
-        stack.enter_context(patch("bitsandbytes.optim.AdamW8bit.update_step", lambda *_: None))
-        stack.enter_context(patch("bitsandbytes.functional.create_dynamic_map", lambda **_: torch.empty(256)))
+        if optimizer == "bnb-adam8":
+            stack.enter_context(patch("bitsandbytes.optim.AdamW8bit.update_step", lambda *_: None))
+            stack.enter_context(patch("bitsandbytes.functional.create_dynamic_map", lambda **_: torch.empty(256)))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(trace)
         if autocast:

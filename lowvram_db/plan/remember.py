@@ -22,8 +22,8 @@ def folder() -> Path:
 
 
 def key(config: Config, configs: Path, budget: int | None, explain: bool) -> str:
-    """A digest of the settings (and which of them are the user's), the model's config files, our code and the libraries'
-    versions."""
+    """A digest of the settings (and which of them are the user's), the model's config files, our code and the versions
+    of the libraries."""
     digest = hashlib.sha256(f"{config.model_dump_json()} {config.model_dump_json(exclude_unset=True)}".encode())
     digest.update(f"{budget} {explain} {[version(library) for library in _LIBRARIES]}".encode())
     kernels = _PACKAGE.parent / "kernels" if (_PACKAGE.parent / "kernels").is_dir() else _PACKAGE / "kernels"

@@ -35,8 +35,8 @@ class Learner(ABC):
         strategy: Strategy,
         triton: bool,
     ):
-        """networks: by their names in the model folder, on the CPU; they move to the device, weights as the config stores
-        them. With adam8, backward steps them from now on."""
+        """networks: by their names in the model folder, on the CPU; they move to the device, weights as the config
+        stores them. With adam8, backward steps them from now on."""
         self.config, self.family, self.device, self.triton = config, family, device, triton
         self.dtype = compute_dtype(config.precision.compute, device)
         self.weights = DTYPES[config.weights]
@@ -110,7 +110,7 @@ class Learner(ABC):
         return objective.split(torch.stack(totals).sum(), torch.cat(rows), batch.instances)
 
     def forward(self, batch: Batch, part: slice) -> tuple[Tensor, Tensor]:
-        """What the rows in `part` add to the loss, and the loss of each of them, with the draws that belong to the step."""
+        """What the rows in `part` add to the loss, and the loss of each, with the draws that belong to the step."""
         train = self.config.train
         mean, logvar = (tensor.to(self.device) for tensor in batch.moments)
         timesteps = self.timesteps(len(mean)).to(self.device)

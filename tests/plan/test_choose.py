@@ -60,7 +60,8 @@ def test_every_rung_is_explained(planned, blank):
 
 
 def test_class_images_come_fewer_at_once_unless_the_user_says_how_many(planned, blank):
-    at_once = [predict.drawing(planned(train={"resolution": 512}), blank, "", n, 7.5).peak_bytes for n in (2, 4)]
+    draws = {str(n): (n, 7.5) for n in (2, 4)}
+    at_once = [phase.peak_bytes for phase in predict.drawing(planned(train={"resolution": 512}), blank, draws)]
     budget = int((sum(at_once) / 2) * (1 + MARGIN))
     assert choose(planned(train={"resolution": 512}), blank, budget).prior_batch == 2
     fixed = choose(planned(train={"resolution": 512}, prior={"batch": 4}), blank, budget)
@@ -70,8 +71,8 @@ def test_class_images_come_fewer_at_once_unless_the_user_says_how_many(planned, 
 def test_phases_are_all_there_in_order(planned, blank):
     config = planned(train={"resolution": 64}, sample={"every": 1})
     assert [phase.name for phase in choose(config, blank, None).phases] == [
-        "class images", "text encoding", "latent encoding", "first step", "steady step", "sampling on the way", "saving",
-        "sampling",
+        "class images", "text encoding", "latent encoding",
+        "first step", "steady step", "sampling on the way", "saving", "sampling",
     ]  # fmt: skip
     config = planned(train={"resolution": 64, "text_encoder": True}, prior={"enabled": False})
     names = [phase.name for phase in choose(config, blank, None).phases]

@@ -55,7 +55,7 @@ def test_table_bars_and_ladder_fit_a_terminal(plan, toml):
 
 
 def test_what_does_not_fit_is_3_and_one_line(plan, toml):
-    code, out, err = plan(toml, "--vram", "100MiB")
+    code, _, err = plan(toml, "--vram", "100MiB")
     assert code == 3
     assert err.startswith("error: ") and err.count("\n") == 1
     assert "does not fit 0.10 GiB" in err and "no smaller setting fits either" in err

@@ -1,4 +1,4 @@
-"""Running out of memory in a step: one rung down, the same step again, nothing lost. The error is injected, on a CPU."""
+"""Out of memory in a step: one rung down, the same step again, nothing lost. The error is injected, on a CPU."""
 
 import json
 
