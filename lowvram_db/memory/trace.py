@@ -101,8 +101,10 @@ class Trace(TorchDispatchMode):
         if self._temporaries is not None:
             size = self._temporaries(func._overloadpacket, args, outputs)
             if size:
-                self._add(self._temporary, size)
-                self._add(self._temporary, -size)
+                try:
+                    self._add(self._temporary, size)
+                finally:
+                    self._add(self._temporary, -size)
         return output
 
     def _note(self, storage: torch.UntypedStorage) -> int:

@@ -42,22 +42,25 @@ def _training(config: Config, family: Blank, limit: int | None, explain: bool) -
     strategies = ladder(config, family.checkpoint_levels)
     if limit is None and not explain:
         strategies = [config_default(strategies)]
-    for strategy in strategies:
-        last = strategy == strategies[-1]
-        try:
-            phases = predict.training(config, family, strategy, None if explain or last else limit)
-        except OverLimit as over:
-            rungs.append(Rung(strategy, over.reached + CONTEXT + CUBLAS_WORKSPACES, None))
-            continue
-        peak = max(phase.peak_bytes for phase in phases)
-        rungs.append(Rung(strategy, peak, float(phases[0].flops)))
-        fits = peak <= limit if limit is not None else strategy == config_default(strategies)
-        if chosen is None and (fits or last):
-            chosen, rungs[-1].chosen = phases, True
-            if not explain:
-                break
-    assert chosen is not None
-    return chosen, _relative(rungs)
+    with predict.rehearsal(config, family) as traced:
+        for strategy in strategies:
+            last, reached = strategy == strategies[-1], 0
+            try:
+                phases = traced.steps(strategy, None if explain or last else limit)
+            except OverLimit as over:
+                reached = over.reached
+            if reached:  # only here, outside the handler, is what it held let go
+                rungs.append(Rung(strategy, reached + CONTEXT + CUBLAS_WORKSPACES, None))
+                continue
+            peak = max(phase.peak_bytes for phase in phases)
+            rungs.append(Rung(strategy, peak, float(phases[0].flops)))
+            fits = peak <= limit if limit is not None else strategy == config_default(strategies)
+            if chosen is None and (fits or last):
+                chosen, rungs[-1].chosen = phases, True
+                if not explain:
+                    break
+        assert chosen is not None
+        return [*chosen, *traced.end()], _relative(rungs)
 
 
 def config_default(strategies: list[Strategy]) -> Strategy:
@@ -83,7 +86,7 @@ def _pictures(config: Config, family: Blank, limit: int | None) -> tuple[list[Ph
     sampling, *drawn = predict.drawing(config, family, draws)
     while drawn and limit is not None and drawn[0].peak_bytes > limit and batch > 1 and not fixed:
         batch //= 2
-        drawn = list(predict.drawing(config, family, {"class images": (batch, config.prior.guidance)}))
+        drawn = predict.drawing(config, family, {"class images": (batch, config.prior.guidance)})
     return drawn, sampling, batch
 
 

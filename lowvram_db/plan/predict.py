@@ -4,6 +4,7 @@ The training step is train/learner.py's own: the same networks, checkpointing, o
 cannot do without values, or a CPU's operations do otherwise than a GPU's, has a stand-in here, with its reason.
 """
 
+import gc
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -48,7 +49,7 @@ def encoding(config: Config, family: Blank) -> Iterator[Phase]:
     yield _phase("latent encoding", trace)
 
 
-def drawing(config: Config, family: Blank, draws: dict[str, tuple[int, float]]) -> Iterator[Phase]:
+def drawing(config: Config, family: Blank, draws: dict[str, tuple[int, float]]) -> list[Phase]:
     """Pictures made at once by a whole pipeline, in the precision that the config computes in.
 
     draws: by the name of the phase, how many pictures, and their guidance scale.
@@ -59,11 +60,12 @@ def drawing(config: Config, family: Blank, draws: dict[str, tuple[int, float]]) 
         denoiser: Any = family.load_denoiser(lambda weight: weight.to(dtype))
         vae: Any = family.load_vae(dtype)
         trace.label("weights", _tensors([*encoders.values(), denoiser, vae]))
-        conditioning = family.conditioning(encoders, 1)
+        conditioning, phases = family.conditioning(encoders, 1), []
         for name, (pictures, guidance) in draws.items():
             start = trace.mark()
             _draw(config, family, denoiser, vae, conditioning, pictures, guidance, dtype)
-            yield _phase(name, trace, start)
+            phases.append(_phase(name, trace, start))
+    return phases
 
 
 def _draw(
@@ -78,20 +80,56 @@ def _draw(
 
 
 def training(config: Config, family: Blank, strategy: Strategy, limit: int | None = None) -> list[Phase]:
-    """First step, steady step and saving, under one strategy. Raises OverLimit as soon as one needs more."""
+    """First step, steady step and saving, under one strategy. Raises OverLimit as soon as a step needs more."""
+    with rehearsal(config, family) as traced:
+        return [*traced.steps(strategy, limit), *traced.end()]
+
+
+@contextmanager
+def rehearsal(config: Config, family: Blank) -> Iterator["Rehearsal"]:
+    """Training, traced under one strategy after the other."""
     with tracing(autocasts(config), config.optimizer.name) as trace:
-        learner = blank_learner(config, family, strategy, trace)
-        batch = blank_batch(config, family)
+        yield Rehearsal(config, family, trace)
+
+
+class Rehearsal:
+    """One learner for all strategies: most of the time a trace takes is spent on making it."""
+
+    def __init__(self, config: Config, family: Blank, trace: Trace):
+        self._config, self._family, self._trace = config, family, trace
+        self._learner = blank_learner(config, family, Strategy(0, family.checkpoint_levels), trace)
+        self._batch = blank_batch(config, family)
+
+    def steps(self, strategy: Strategy, limit: int | None = None) -> list[Phase]:
+        """First and steady step, as if there had been none before. Raises OverLimit."""
+        trace, learner = self._trace, self._learner
+        self._begin_anew()
+        learner.use(strategy)
         held, trace.limit = trace.live, _inside(limit)
-        phases = [_step(learner, batch, trace, "first step")]
-        if trace.live > held:
-            phases.append(_step(learner, batch, trace, "steady step"))
-        else:  # the first has left nothing behind, so every step is like it
-            phases.append(replace(phases[0], name="steady step"))
-        if config.sample.every:
-            phases.append(_sampling_on_the_way(config, family, learner, trace))
-        phases.append(_saving(config, learner, trace))
-    return phases
+        try:
+            first = _step(learner, self._batch, trace, "first step")
+            if trace.live > held:
+                return [first, _step(learner, self._batch, trace, "steady step")]
+        finally:
+            trace.limit = None
+        return [first, replace(first, name="steady step")]  # the first has left nothing behind: all are like it
+
+    def end(self) -> list[Phase]:
+        """What comes after the steps; nothing can follow it."""
+        phases = []
+        if self._config.sample.every:
+            phases.append(_sampling_on_the_way(self._config, self._family, self._learner, self._trace))
+        return [*phases, _saving(self._config, self._learner, self._trace)]
+
+    def _begin_anew(self) -> None:
+        gc.collect()  # a step that was broken off leaves circles of frames behind, with tensors in them
+        optimizer = self._learner.optimizer
+        if isinstance(optimizer, Adam8):  # whose state is there from the beginning
+            optimizer.break_off()
+            optimizer.step()
+        else:
+            optimizer.zero_grad(set_to_none=True)
+            optimizer.state.clear()
 
 
 def autocasts(config: Config) -> bool:

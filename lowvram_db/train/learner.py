@@ -77,6 +77,8 @@ class Learner(ABC):
                         vars(module)["gradient_checkpointing"] = False
         if self.text_encoder and strategy.checkpointed:
             self.text_encoder.gradient_checkpointing_enable()
+        elif self.text_encoder:
+            self.text_encoder.gradient_checkpointing_disable()
 
     def _loss_scale(self) -> LossScale | torch.amp.GradScaler:
         if not isinstance(self.optimizer, Adam8):

@@ -94,6 +94,19 @@ def test_the_components_add_up_to_the_peak(planned, blank, given, level):
         predict.training(config, blank, rung, limit=most - 1)
 
 
+@pytest.mark.parametrize("optimizer", ["adam8", "adamw", "bnb-adam8"])
+def test_a_strategy_that_was_broken_off_leaves_nothing_to_the_next(planned, blank, optimizer):
+    config = planned(train={"resolution": 128, "batch": 2}, optimizer={"name": optimizer})
+    alone = predict.training(config, blank, Strategy(2, 2))
+    most = max(phase.peak_bytes for phase in predict.training(config, blank, Strategy(0, 2))[:2])
+    with predict.rehearsal(config, blank) as traced:
+        for part in (0.3, 0.6, 0.9):
+            floor = CONTEXT + CUBLAS_WORKSPACES
+            with pytest.raises(OverLimit):
+                traced.steps(Strategy(0, 2), floor + int(part * (most - floor)))
+        assert [*traced.steps(Strategy(2, 2)), *traced.end()] == alone
+
+
 def test_adam8_keeps_its_state_and_one_gradient_adamw_all_of_them(planned, blank):
     plain = {"train": {"resolution": 64}, "precision": {"compute": "fp32"}}
     weights = sum(parameter.numel() for parameter in blank_parameters(blank))
