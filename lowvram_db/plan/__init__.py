@@ -19,11 +19,11 @@ def make_plan(config: Config, budget: int | None, explain: bool = False) -> Plan
     key = remember.key(config, configs, budget, explain)
     plan = remember.recall(key)
     if plan is None:
-        # Heavy, and not wanted where the answer is known.
-        from lowvram_db.families import open_blank
-        from lowvram_db.plan.choose import choose
-
         with _without_garbage_collection():
+            # Heavy, and not wanted where the answer is known.
+            from lowvram_db.families import open_blank
+            from lowvram_db.plan.choose import choose
+
             plan = choose(config, open_blank(configs), budget, explain)
         remember.keep(key, plan)
     return plan
@@ -31,7 +31,7 @@ def make_plan(config: Config, budget: int | None, explain: bool = False) -> Plan
 
 @contextlib.contextmanager
 def _without_garbage_collection() -> Iterator[None]:
-    """A trace makes many small objects that live on: looking through them again and again takes a quarter of the time."""
+    """Imports and traces make many objects that live on: to look through them all the time takes a quarter of it."""
     enabled = gc.isenabled()
     gc.disable()
     try:
