@@ -4,7 +4,6 @@ The training step is train/learner.py's own: the same networks, checkpointing, o
 cannot do without values, or a CPU's operations do otherwise than a GPU's, has a stand-in here, with its reason.
 """
 
-import gc
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -122,7 +121,6 @@ class Rehearsal:
         return [*phases, _saving(self._config, self._learner, self._trace)]
 
     def _begin_anew(self) -> None:
-        gc.collect()  # a step that was broken off leaves circles of frames behind, with tensors in them
         optimizer = self._learner.optimizer
         if isinstance(optimizer, Adam8):  # whose state is there from the beginning
             optimizer.break_off()

@@ -116,7 +116,7 @@ def test_adam8_keeps_its_state_and_one_gradient_adamw_all_of_them(planned, blank
     assert steady.components["gradients"] == pytest.approx(4 * weights, rel=0.2)
     step = predict.training(planned(train={"resolution": 64}), blank, Strategy(2, 2))[1]
     assert step.components["weights"] == pytest.approx(2 * weights, rel=0.3)
-    assert step.components["gradients"] < 2 * weights
+    assert 0 < step.components["gradients"] < 0.1 * 2 * weights, "the one that is just being used"
 
 
 def blank_parameters(family):
