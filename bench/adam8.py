@@ -15,27 +15,16 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from full_size import SD15_UNET
 from machine import add_row
 from torch import nn
 
+from lowvram_db.families.known import known_config
 from lowvram_db.optim.adam8 import Adam8
 
-SDXL_UNET: dict[str, Any] = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "layers_per_block": 2,
-    "cross_attention_dim": 2048,
-    "attention_head_dim": (5, 10, 20),
-    "transformer_layers_per_block": (1, 2, 10),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
+MODELS = {
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
 }
-MODELS = {"sd15": SD15_UNET, "sdxl": SDXL_UNET}
 LR = 2e-6
 
 
@@ -80,7 +69,8 @@ CONTENDERS: dict[str, tuple[str, torch.dtype, float, Callable[[list[nn.Parameter
 def parameter_shapes(model: str, share: float) -> list[torch.Size]:
     """The shapes of a model's parameters; the first ones that make up `share` of its weights."""
     with torch.device("meta"):
-        shapes = [parameter.shape for parameter in UNet2DConditionModel(**MODELS[model]).parameters()]
+        unet = UNet2DConditionModel(**known_config(MODELS[model], "unet"))
+    shapes = [parameter.shape for parameter in unet.parameters()]
     wanted, chosen = share * sum(shape.numel() for shape in shapes), list[torch.Size]()
     for shape in shapes:
         if sum(one.numel() for one in chosen) < wanted:

@@ -20,7 +20,6 @@ from typing import Any
 import psutil
 import torch
 from cache_damage import build, damage, kills, made_up, report, write_noise
-from full_size import SD15_VAE
 from PIL import Image
 
 from lowvram_db.cache import Cached, Frame, Store, View, catalogue
@@ -29,6 +28,7 @@ from lowvram_db.concept import Concept
 from lowvram_db.demo.miniature import write_pipeline
 from lowvram_db.families import open_model
 from lowvram_db.families.base import Family
+from lowvram_db.families.known import known_config
 from lowvram_db.photos import load_photo
 from lowvram_db.quiet import hide_loading_bars, quiet_libraries
 from lowvram_db.train.batches import Batches
@@ -56,7 +56,7 @@ def overhead(place: Path) -> None:
 
     In processor time of all threads: on a shared machine the clock says more of the neighbours, and what other threads
     decode is then counted too, though on a free core it costs no time."""
-    write_pipeline(place / "model", vae=SD15_VAE)
+    write_pipeline(place / "model", vae=sd15_vae())
     family = open_model(str(place / "model"))
     vae = family.load_vae()
     for resolution, size, count in ((256, (640, 480), 6), (512, (4000, 3000), 3)):
@@ -110,9 +110,13 @@ def second_start(place: Path) -> None:
     report("one photo of 1,000 edited", watched.images, "encodes", "1", "the VAE's calls were counted")
 
 
+def sd15_vae() -> dict[str, Any]:
+    return known_config("stable-diffusion-v1-5/stable-diffusion-v1-5", "vae")
+
+
 def flat_family(place: Path) -> Family:
     """A model whose VAE is a few layers deep but makes latents of the usual shape: 1,000 of them in a minute."""
-    vae = SD15_VAE | {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 8, "layers_per_block": 1}
+    vae = sd15_vae() | {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 8, "layers_per_block": 1}
     write_pipeline(place / "model", vae=vae)
     return open_model(str(place / "model"))
 

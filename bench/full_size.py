@@ -13,39 +13,15 @@ import sys
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import psutil
 from machine import add_row
 
 from lowvram_db.config import load
 from lowvram_db.demo.miniature import write_photos, write_pipeline
+from lowvram_db.families.known import known_config
 
-SD15_UNET: dict[str, Any] = {
-    "sample_size": 64,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "layers_per_block": 2,
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-}
-SD15_VAE: dict[str, Any] = {
-    "sample_size": 512,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-}
-SD15_TEXT: dict[str, Any] = {
-    "vocab_size": 49408,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "projection_dim": 768,
-}
+_SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 _SAMPLE_EVERY = 0.05  # seconds between two readings of the process's memory
 
 _CONFIG = """
@@ -115,7 +91,9 @@ def main() -> None:
 def prepare(folder: Path) -> Path:
     """Write model, photos and config where they are not there yet; returns the config's path."""
     if not (folder / "model" / "model_index.json").exists():
-        write_pipeline(folder / "model", unet=SD15_UNET, vae=SD15_VAE, text=SD15_TEXT)
+        unet, vae, text = (known_config(_SD15, part) for part in ("unet", "vae", "text_encoder"))
+        text.pop("eos_token_id"), text.pop("bos_token_id")  # its tokenizer is a small one, with ids of its own
+        write_pipeline(folder / "model", unet=unet, vae=vae, text=text)
         write_photos(folder / "photos", count=4, side=512)
     config = folder / "full_size.toml"
     config.write_text(_CONFIG.format(folder=folder.as_posix()))

@@ -25,6 +25,7 @@ part() { # SECONDS WORDS...
 part 120 -m pytest -q -p no:cacheprovider tests/kernels tests/optim tests/memory
 part 70 bench/adam8.py --model sd15
 part 20 bench/noise_loss.py
+part 120 bench/plan_accuracy.py --only accuracy
 part 90 bench/full_size.py --optimizer adam8 --resolution 512 --steps 10
 part 90 bench/full_size.py --optimizer bnb-adam8 --resolution 512 --steps 10
 part 90 bench/adam8.py --model sdxl

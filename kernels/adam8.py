@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import bits
 from .adam8_step import Step, on_device
@@ -110,6 +111,8 @@ def update_(
     grows by the number of blocks left as they were because a gradient in them was not finite. unscale: float32 [1],
     multiplies the gradient; where it is NaN the whole tensor is left as it was.
     """
+    if isinstance(weight, FakeTensor):  # there is nothing to compute, and the kernel needs no memory but its arguments
+        return
     if triton:
         _launch(weight, residual, grad, words, grids, skipped, unscale, step, address)
         return

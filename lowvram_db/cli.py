@@ -3,6 +3,7 @@
 Exit codes: 0 done; 2 something the user can mend, 3 it does not fit (one line on stderr); 130 stopped by Ctrl-C.
 """
 
+import json
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Annotated
 
 import typer
 
-from lowvram_db.config import DEFAULT_IDENTIFIER, load
-from lowvram_db.errors import Interrupted, UserError
-from lowvram_db.quiet import hide_loading_bars, quiet_libraries
+from lowvram_db.config import DEFAULT_IDENTIFIER, Config, load
+from lowvram_db.errors import DoesNotFit, Interrupted, UserError
+from lowvram_db.memory.size import parse_size
+from lowvram_db.quiet import hide_loading_bars, quiet_libraries, skip_unneeded
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -38,6 +40,7 @@ Overrides = Annotated[
 ]
 CacheFolder = Annotated[Path, typer.Argument(metavar="DIR", help="The cache's folder, such as runs/NAME/cache.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]  # read in _leave
+Vram = Annotated[str | None, typer.Option(metavar="SIZE", help="GPU memory to stay inside, e.g. 12GiB.")]
 
 
 @app.command()
@@ -63,17 +66,60 @@ def new(
 def train(
     config: Annotated[Path, typer.Argument(help="The run's TOML file.")],
     overrides: Overrides = None,
+    vram: Vram = None,
     resume: Annotated[str, typer.Option(metavar="auto|never|PATH", help="Where to go on from.")] = "auto",
     debug: Debug = False,
 ) -> None:
     """Teach a model one subject from a few photos, or go on where a run stopped."""
-    settings = load(config, overrides)  # before the heavy imports: a typo is answered at once
+    settings = load(
+        config, [*(overrides or []), *_vram_override(vram)]
+    )  # before the heavy imports: a typo is answered at once
     from lowvram_db.dreambooth import run_dreambooth
 
     hide_loading_bars()
     run = run_dreambooth(settings, resume)
     print(f"model: {run.model}")
     print(f"pictures: {run.sample_grid(settings.train.steps)}")
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="The run's TOML file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. train.steps=400.")
+    ] = None,
+    vram: Vram = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Show each strategy and why it was passed over.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Tell whether a run fits, before anything is downloaded; needs neither weights nor a GPU."""
+    settings = load(config, [*(overrides or []), *_vram_override(vram)])
+    skip_unneeded("peft", *([] if settings.optimizer.name == "bnb-adam8" else ["bitsandbytes"]))
+    from lowvram_db.plan import make_plan
+    from lowvram_db.plan.show import does_not_fit, show
+
+    made = make_plan(settings, _budget(settings), explain)
+    if as_json:
+        print(json.dumps(made.to_json(), indent=1))
+    else:
+        show(made, explain)
+    if made.fits is False:
+        raise DoesNotFit(f"{config}: {does_not_fit(made)}")
+
+
+def _vram_override(vram: str | None) -> list[str]:
+    return [] if vram is None else [f"memory.vram={json.dumps(vram)}"]
+
+
+def _budget(settings: Config) -> int | None:
+    """What the config says, else what the card has free; without a card None."""
+    if settings.memory.vram is not None:
+        return parse_size(settings.memory.vram)
+    from lowvram_db.memory.budget import free_bytes
+    from lowvram_db.memory.device import pick_device
+
+    return free_bytes(pick_device())
 
 
 @app.command()
@@ -140,6 +186,25 @@ def verify(folder: CacheFolder, debug: Debug = False) -> None:
     if wrong:
         raise UserError(f"{folder}: {len(wrong)} things are damaged; the next run that needs them encodes them again")
     print(f"{report}\nall whole")
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Tell what this machine can do, and what mends it; exit code 0 when training is possible."""
+    from lowvram_db import doctor
+
+    lines = doctor.examine(Path())
+    if as_json:
+        print(json.dumps(doctor.as_json(lines), indent=1))
+    else:
+        for line in lines:
+            mend = f"  -> {line.mend}" if line.mend else ""
+            print(f"{line.state:6}  {line.name:12}  {line.detail}{mend}")
+    if not doctor.possible(lines):
+        raise typer.Exit(UserError.exit_code)
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from lowvram_db.atomic import replacing_file
 from lowvram_db.errors import UserError
+from lowvram_db.memory.size import parse_size
 
 
 class _Section(BaseModel):
@@ -87,7 +88,10 @@ class TrainConfig(_Section):
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="constant | linear | cosine")
     warmup: int = Field(0, ge=0, description="steps over which the learning rate rises to lr")
     seed: int = Field(0, ge=0, lt=2**63, description="every random draw follows from it")
-    gradient_checkpointing: bool = Field(True, description="recompute activations in backward: less memory, more time")
+    gradient_checkpointing: bool | None = Field(
+        None,
+        description="recompute activations in backward: less memory, more time; default: as much as memory.vram asks",
+    )
     text_encoder: bool = Field(False, description="train the text encoder too; its embeddings are then not cached")
     min_snr_gamma: float | None = Field(None, gt=0, description="min-SNR loss weighting, usually 5.0; default: off")
 
@@ -140,6 +144,19 @@ class OptimizerConfig(_Section):
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay")
 
 
+class MemoryConfig(_Section):
+    vram: str | None = Field(
+        None, description='GPU memory the run may take, for example "12GiB"; default: what the card has free'
+    )
+
+    @field_validator("vram")
+    @classmethod
+    def _is_a_size(cls, vram: str | None) -> str | None:
+        if vram is not None:
+            parse_size(vram)
+        return vram
+
+
 class SampleConfig(_Section):
     prompts: list[Text] = Field(
         ["a photo of a {identifier} {class}", "a photo of a {identifier} {class} on the beach", "a photo of a {class}"],
@@ -179,6 +196,7 @@ class Config(_Section):
     cache: CacheConfig = CacheConfig()
     precision: PrecisionConfig = PrecisionConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    memory: MemoryConfig = MemoryConfig()
     sample: SampleConfig = SampleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     output: OutputConfig = OutputConfig()

@@ -1,7 +1,7 @@
 """One DreamBooth run from config to pictures: each stage hands a plain value to the next."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,24 +14,22 @@ from lowvram_db.atomic import creating_folder, replacing_file
 from lowvram_db.cache import Cached, Framing, Store, precompute, remembers
 from lowvram_db.concept import Concept, describe, subject_photos
 from lowvram_db.config import Config
-from lowvram_db.errors import DoesNotFit, Interrupted, UserError
+from lowvram_db.errors import LESS_MEMORY, DoesNotFit, Interrupted, UserError
 from lowvram_db.families import open_model
 from lowvram_db.families.base import Family
-from lowvram_db.memory.device import (
-    DTYPES,
-    compute_dtype,
-    encoder_dtype,
-    peak_bytes,
-    pick_device,
-    release_memory,
-    reset_peak,
-)
+from lowvram_db.memory.budget import budget_for, cap
+from lowvram_db.memory.device import DTYPES, compute_dtype, encoder_dtype, pick_device, release_memory
+from lowvram_db.plan import make_plan
+from lowvram_db.plan.meter import Meter
+from lowvram_db.plan.result import Plan
+from lowvram_db.plan.show import does_not_fit, summary
 from lowvram_db.progress import say
 from lowvram_db.run import Run, check_resumable
 from lowvram_db.sampling import sample_grid
 from lowvram_db.train import checkpoint
 from lowvram_db.train.batches import Batches
 from lowvram_db.train.loop import Trainer, train
+from lowvram_db.train.strategy import Strategy
 
 _NO_PROMPT = ""  # what classifier-free guidance steers away from
 _BUCKET_MULTIPLE = 64  # of the sides of buckets, pixels; too coarse for small pictures
@@ -71,10 +69,7 @@ def _problems_named() -> Iterator[None]:
     except KeyboardInterrupt as stop:
         raise Interrupted("stopped; finished work is kept and the same command goes on from there") from stop
     except torch.OutOfMemoryError as error:
-        raise DoesNotFit(
-            f"the GPU's memory is full ({error}); finished work is kept. Set train.gradient_checkpointing = true, or "
-            "a smaller train.batch or train.resolution"
-        ) from error
+        raise DoesNotFit(f"the GPU's memory is full ({error}); {LESS_MEMORY}") from error
 
 
 def _run(config: Config, resume: str) -> Run:
@@ -89,15 +84,29 @@ def _run(config: Config, resume: str) -> Run:
         if _finished(config, start, run):
             say(f"{run.folder}: already trained for {config.train.steps} steps")
             return run
+        plan = _plan(config, device)
         config.save(run.config)
-        with Store(_cache_folder(config, run)) as store:
-            concept = _concept(config, family, run, photos, store, device)
+        with Store(_cache_folder(config, run)) as store, Meter(plan, run, device) as meter:
+            meter.begins("class images")
+            concept = _concept(config, family, run, photos, store, device, plan.prior_batch)
             release_memory()
-            cached = _cache(config, family, store, concept, device)
-            _train(config, family, run, concept, cached, device, start)
-        release_memory()
-        _sample_result(config, run, device, dtype)
+            cached = _cache(config, family, store, concept, device, meter.begins)
+            _train(config, family, run, concept, cached, device, start, plan.strategy, meter)
+            release_memory()
+            meter.begins("sampling")
+            _sample_result(config, run, device, dtype)
     return run
+
+
+def _plan(config: Config, device: torch.device) -> Plan:
+    """The plan to hold to, the allocator capped at its budget. Raises DoesNotFit."""
+    budget = budget_for(config.memory.vram, device)
+    plan = make_plan(config, budget)
+    if plan.fits is False:
+        raise DoesNotFit(does_not_fit(plan))
+    cap(budget, device)
+    say(f"plan: {summary(plan)}")
+    return plan
 
 
 def _cache_folder(config: Config, run: Run) -> Path:
@@ -126,32 +135,48 @@ def _finished(config: Config, start: Path | None, run: Run) -> bool:
 
 
 def _concept(
-    config: Config, family: Family, run: Run, photos: list[Path], store: Store, device: torch.device
+    config: Config,
+    family: Family,
+    run: Run,
+    photos: list[Path],
+    store: Store,
+    device: torch.device,
+    at_once: int | None = None,
 ) -> Concept:
     """Photos, and class images where prior preservation wants them."""
     if not config.prior.enabled:
         return describe(config, photos, [])
     folder = Path(config.prior.images).expanduser() if config.prior.images else run.class_images
     dtype, is_good = compute_dtype(config.precision.compute, device), remembers(store.folder)
-    return describe(config, photos, prior.class_images(config, family, folder, device, dtype, is_good))
+    return describe(config, photos, prior.class_images(config, family, folder, device, dtype, at_once, is_good))
 
 
-def _cache(config: Config, family: Family, store: Store, concept: Concept, device: torch.device) -> Cached:
+def _cache(
+    config: Config,
+    family: Family,
+    store: Store,
+    concept: Concept,
+    device: torch.device,
+    begins: Callable[[str], None] = lambda phase: None,
+) -> Cached:
     """Everything the encoders have to say; conditioning is left out where the text encoder is going to change it."""
     train, prompts = config.train, [] if config.train.text_encoder else concept.prompts
     if prompts and config.sample.every:
         prompts = [*prompts, *map(config.fill, config.sample.prompts), _NO_PROMPT]
     multiple = _BUCKET_MULTIPLE if train.resolution >= 4 * _BUCKET_MULTIPLE else family.side_multiple
-    return precompute(
+    encode = partial(
+        precompute,
         family,
         store,
         device,
         framing=Framing(train.resolution, train.crop, train.variants, train.flip, train.seed, multiple),
-        photos=concept.instance_photos,
-        class_photos=concept.class_photos,
         prompts=prompts,
         dtype=encoder_dtype(config.cache.precision, config.precision.compute, device),
     )
+    begins("text encoding")  # by itself, to be measured so; from the store afterwards
+    encode(photos=[])
+    begins("latent encoding")
+    return encode(photos=concept.instance_photos, class_photos=concept.class_photos)
 
 
 def _train(
@@ -162,20 +187,22 @@ def _train(
     cached: Cached,
     device: torch.device,
     start: Path | None,
+    strategy: Strategy,
+    meter: Meter,
 ) -> None:
     """Train to the last step and write model/."""
-    trainer = Trainer(config, family, Batches(concept, cached, config.train.batch, config.train.seed), device)
+    batches = Batches(concept, cached, config.train.batch, config.train.seed)
+    trainer = Trainer(config, family, batches, device, strategy)
     if start is not None:
         trainer.restore(start)
         say(f"resumed {start} at step {trainer.step}")
     began_at = trainer.step
-    reset_peak(device)
     say(
         f"training {sum(parameter.numel() for parameter in trainer.parameters) / 1e6:.1f} M weights on {device}, "
         f"{config.precision.compute}, attention {trainer.attention}, optimizer {config.optimizer.name}"
     )
-    train(trainer, run, partial(_sample_trainer, trainer))
-    say(f"peak memory {peak_bytes(device) / 2**30:.2f} GiB ({'GPU' if device.type == 'cuda' else 'whole process'})")
+    train(trainer, run, partial(_sample_trainer, trainer), meter.begins)
+    meter.begins("saving")
     _save_model(trainer, run, began_at)
 
 

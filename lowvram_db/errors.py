@@ -17,3 +17,6 @@ class Interrupted(Exception):
     """Ctrl-C was pressed; the message says what was saved and how to go on."""
 
     exit_code = 130
+
+
+LESS_MEMORY = "finished work is kept. To need less: a smaller train.batch or train.resolution"

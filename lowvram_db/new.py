@@ -16,14 +16,16 @@ _OFFERED = [
     "train.resolution", "train.crop", "train.variants", "train.flip",
     "train.steps", "train.lr", "train.batch", "train.schedule", "train.warmup", "train.seed",
     "train.gradient_checkpointing", "train.text_encoder", "train.min_snr_gamma",
-    "cache.dir", "precision.compute", "precision.weights", "optimizer.name",
+    "cache.dir", "precision.compute", "precision.weights", "optimizer.name", "memory.vram",
     "sample.prompts", "sample.guidance", "sample.seeds", "sample.every",
     "checkpoint.every", "checkpoint.keep", "output.dir", "output.dtype",
 ]  # fmt: skip
 _EXAMPLES: dict[str, Any] = {
     "prior.images": "class_images/dog",
     "cache.dir": "cache",
+    "train.gradient_checkpointing": True,
     "train.min_snr_gamma": 5.0,
+    "memory.vram": "12GiB",
     "precision.weights": "bf16",
 }  # keys without a default
 

@@ -25,9 +25,12 @@ def class_images(
     folder: Path,
     device: torch.device,
     dtype: torch.dtype,
+    at_once: int | None = None,
     is_good: Callable[[Path], bool] = lambda photo: False,
 ) -> list[Path]:
     """`prior.count` class images from `folder`; the missing ones are generated into it, each by its own number.
+
+    at_once: how many go through the model together; default: prior.batch.
 
     A picture is a function of (seed, its number), so an interrupted generation goes on where it stopped and ends with
     the same set. The user's own pictures in the folder count first and are never touched; each is decoded once, unless
@@ -44,7 +47,7 @@ def class_images(
     generated = [folder / f"class-{number:05d}.png" for number in range(max(0, config.prior.count - len(own)))]
     missing = [number for number, path in enumerate(generated) if not path.exists()]
     if missing:
-        _generate(config, family, generated, missing, device, dtype)
+        _generate(config, family, generated, missing, device, dtype, at_once or config.prior.batch)
     return (own + generated)[: config.prior.count]
 
 
@@ -83,12 +86,13 @@ def _generate(
     missing: list[int],
     device: torch.device,
     dtype: torch.dtype,
+    at_once: int,
 ) -> None:
     pipeline = family.pipeline(dtype).to(device)
     prompt = config.fill(config.prior.prompt)
     with Bar("class images", total=len(paths), done=len(paths) - len(missing)) as bar:
-        for first in range(0, len(missing), config.prior.batch):
-            numbers = missing[first : first + config.prior.batch]
+        for first in range(0, len(missing), at_once):
+            numbers = missing[first : first + at_once]
             images = pipeline(
                 [prompt] * len(numbers),
                 height=config.train.resolution,

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import warnings
 
 
@@ -12,6 +13,12 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def skip_unneeded(*packages: str) -> None:
+    """For the rest of the process: diffusers imports these where they are installed, which takes seconds."""
+    for package in packages:
+        sys.modules.setdefault(package, None)  # type: ignore[arg-type]  # what import takes for "not there"
 
 
 def hide_loading_bars() -> None:

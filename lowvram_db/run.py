@@ -12,7 +12,7 @@ from lowvram_db.errors import UserError
 
 # Settings that do not change what has been trained so far; keys, or sections ending in a dot.
 MAY_CHANGE = ("train.steps", "sample.", "checkpoint.", "output.", "attention", "kernels",
-              "train.gradient_checkpointing", "prior.batch", "cache.dir")  # fmt: skip
+              "train.gradient_checkpointing", "memory.", "prior.batch", "cache.dir")  # fmt: skip
 
 
 class Run:
@@ -21,6 +21,7 @@ class Run:
     def __init__(self, folder: Path):
         self.folder = folder
         self.config = folder / "config.toml"
+        self.plan = folder / "plan.json"
         self.cache = folder / "cache"
         self.class_images = folder / "class_images"
         self.checkpoints = folder / "checkpoints"

@@ -35,6 +35,14 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _plans_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Plans are remembered in the user's cache folder; tests have another."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def miniature(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Stable Diffusion pipeline in miniature; read only."""

@@ -1,21 +1,40 @@
 """One file a model family behind the interface of base.py; the only room that knows a model's name."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lowvram_db.errors import UserError
-from lowvram_db.families.base import Family
-from lowvram_db.families.sd import StableDiffusion
-from lowvram_db.families.source import find_model, read_json
+from lowvram_db.families.source import find_configs, find_model, read_json
 
-_FAMILIES: dict[str, Callable[[Path], Family]] = {"StableDiffusionPipeline": StableDiffusion}
+if TYPE_CHECKING:
+    from lowvram_db.families.base import Family
+    from lowvram_db.families.blank import Blank
+
+# Imported when they are wanted: with torch and diffusers behind them they take seconds.
+_FAMILIES = {"StableDiffusionPipeline": ("sd", "StableDiffusion")}
+_BLANKS = {
+    "StableDiffusionPipeline": ("sd", "BlankStableDiffusion"),
+    "StableDiffusionXLPipeline": ("sdxl", "BlankStableDiffusionXL"),
+}
 
 
 def open_model(name: str, revision: str | None = None) -> Family:
     """Find a model and check what it is, from its config files alone. Raises UserError naming what does not fit."""
-    folder = find_model(name, revision)
-    index = read_json(folder / "model_index.json", "a model folder in diffusers' format has one")
-    kind = index.get("_class_name")
-    if kind not in _FAMILIES:
-        raise UserError(f"{folder}: a {kind} cannot be trained here; supported: {', '.join(_FAMILIES)}")
-    return _FAMILIES[kind](folder)
+    family = _class_for(find_configs(name, revision), _FAMILIES, "trained")  # before gigabytes are downloaded in vain
+    return family(find_model(name, revision))
+
+
+def open_blank(folder: Path) -> Blank:
+    """The model whose config files are in `folder`, without its weights. Raises UserError as open_model does."""
+    return _class_for(folder, _BLANKS, "planned")(folder)
+
+
+def _class_for(folder: Path, classes: dict[str, tuple[str, str]], done: str) -> Any:
+    kind = read_json(folder / "model_index.json", "a model folder in diffusers' format has one").get("_class_name")
+    if kind not in classes:
+        raise UserError(f"{folder}: a {kind} cannot be {done} here; supported: {', '.join(classes)}")
+    module, name = classes[kind]
+    return getattr(import_module(f"lowvram_db.families.{module}"), name)

@@ -34,19 +34,43 @@ class NoiseSchedule:
     prediction_type: str  # "epsilon" | "v_prediction"
 
 
-class Family(ABC):
-    """One model on disk. Every load_* call reads that part anew, on the CPU and in eval mode."""
+class Architecture(ABC):
+    """What a model's config files tell: the shape of its networks, and how the denoiser is called.
+
+    Every load_* call makes that part anew, on the CPU and in eval mode: with its weights in a Family, without any in a
+    Blank (blank.py).
+    """
 
     folder: Path
     denoiser_part: str  # the denoiser's name in the model folder
     noise_schedule: NoiseSchedule
     native_resolution: int  # pixels a side the model was made for
+    latent_channels: int
+    latent_side: int  # pixels a side of one latent
     side_multiple: int  # what an image's sides have to be divisible by, pixels
-    vae_files: list[Path]  # files whose bytes decide what encode_images gives
-    text_files: list[Path]  # files whose bytes decide what encode_prompts gives
+    checkpoint_levels: int  # how many groups checkpoint_groups gives
 
     @abstractmethod
     def load_vae(self, dtype: torch.dtype = torch.float32) -> nn.Module: ...
+
+    @abstractmethod
+    def load_denoiser(self, narrow: Callable[[Tensor], Tensor] = lambda weight: weight) -> nn.Module:
+        """The denoiser with float32 weights, or with what `narrow` makes of each, one after the other."""
+
+    @abstractmethod
+    def denoise(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Tensor) -> Tensor:
+        """Noisy latents [B, C, h, w], timesteps int64 [B], conditioning [B, ...] -> prediction [B, C, h, w]."""
+
+    @abstractmethod
+    def checkpoint_groups(self, denoiser: Any) -> list[list[nn.Module]]:
+        """Parts of the denoiser that can recompute their activations, those first that save most for what it costs."""
+
+
+class Family(Architecture):
+    """One model on disk."""
+
+    vae_files: list[Path]  # files whose bytes decide what encode_images gives
+    text_files: list[Path]  # files whose bytes decide what encode_prompts gives
 
     @abstractmethod
     def encode_images(self, vae: Any, pixels: Tensor) -> Moments:
@@ -66,14 +90,6 @@ class Family(ABC):
     @abstractmethod
     def encode_prompts(self, text_encoder: Any, prompts: list[str]) -> Tensor:
         """Prompts -> conditioning [len(prompts), tokens, width]."""
-
-    @abstractmethod
-    def load_denoiser(self, narrow: Callable[[Tensor], Tensor] = lambda weight: weight) -> nn.Module:
-        """The denoiser with float32 weights, or with what `narrow` makes of each, one after the other."""
-
-    @abstractmethod
-    def denoise(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Tensor) -> Tensor:
-        """Noisy latents [B, C, h, w], timesteps int64 [B], conditioning [B, ...] -> prediction [B, C, h, w]."""
 
     @abstractmethod
     def pipeline(self, dtype: torch.dtype = torch.float32, **parts: Any) -> Any:

@@ -1,63 +1,88 @@
-"""Stable Diffusion 1.x: a UNet over 4-channel latents, one CLIP text encoder, a KL autoencoder."""
+"""Stable Diffusion 1.x and 2.x: a UNet over 4-channel latents, one CLIP text encoder, a KL autoencoder."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from diffusers import UNet2DConditionModel as UNet
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from lowvram_db.errors import UserError
-from lowvram_db.families.base import Family, Moments, NoiseSchedule
+from lowvram_db.families.base import Architecture, Family, Moments
+from lowvram_db.families.blank import Blank, blank
+from lowvram_db.families.configs import check_unet, read_config, read_schedule
 from lowvram_db.families.source import read_json, weight_files
 from lowvram_db.families.weights import Narrow, read_narrowed
 
-_PREDICTION_TYPES = ("epsilon", "v_prediction")
 
-
-class StableDiffusion(Family):
-    """A folder that StableDiffusionPipeline loads."""
+class StableDiffusionConfigs(Architecture):
+    """What the config files of a folder that StableDiffusionPipeline loads tell."""
 
     denoiser_part = "unet"
 
     def __init__(self, folder: Path):
         """Read and check the configs; no weights. Raises UserError naming the file that does not fit."""
         self.folder = folder
-        why = "a Stable Diffusion model folder has one"
-        unet = read_json(folder / "unet" / "config.json", why)
-        vae = read_json(folder / "vae" / "config.json", why)
-        text = read_json(folder / "text_encoder" / "config.json", why)
-        self._check(unet, vae, text)
-        for part in ("unet", "vae", "text_encoder"):
-            weight_files(folder, part)
-
+        unet, vae = (read_config(folder, part, network) for part, network in (("unet", UNet), ("vae", AutoencoderKL)))
+        self._text = read_json(folder / "text_encoder" / "config.json", "a Stable Diffusion model folder has one")
+        self.latent_channels = vae.get("latent_channels", 4)
+        check_unet(folder, unet, self.latent_channels, self._text_width())
+        self.latent_side = 2 ** (len(vae["block_out_channels"]) - 1)
+        self.checkpoint_levels = len(unet["down_block_types"])
+        self.native_resolution = unet.get("sample_size", 64) * self.latent_side
         self._scaling_factor: float = vae.get("scaling_factor", 0.18215)
-        latent_pixel = 2 ** (len(vae["block_out_channels"]) - 1)
-        self.native_resolution = unet.get("sample_size", 64) * latent_pixel
-        self.side_multiple = latent_pixel * 2 ** (len(unet["block_out_channels"]) - 1)
-        self.noise_schedule = self._read_schedule()
+        self.side_multiple = self.latent_side * 2 ** (len(unet["block_out_channels"]) - 1)
+        self.noise_schedule = read_schedule(folder)
+
+    def _text_width(self) -> int:
+        return self._text.get("hidden_size", 512)
+
+    def denoise(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Tensor) -> Tensor:
+        return denoiser(latents, timesteps, encoder_hidden_states=conditioning).sample
+
+    def checkpoint_groups(self, denoiser: Any) -> list[list[nn.Module]]:
+        """The UNet's levels from the finest on, each with its blocks on the way down and up: the finer, the more bytes
+        an activation has for the arithmetic it takes to make it again."""
+        levels = [list(pair) for pair in zip(denoiser.down_blocks, reversed(denoiser.up_blocks), strict=True)]
+        levels[-1].append(denoiser.mid_block)
+        return levels
+
+
+class BlankStableDiffusion(StableDiffusionConfigs, Blank):
+    """Stable Diffusion without weights."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self.conditioning_shape = (self._text.get("max_position_embeddings", 77), self._text_width())
+
+    def load_vae(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        return blank(lambda: AutoencoderKL.from_config(AutoencoderKL.load_config(self.folder / "vae")), dtype)
+
+    def load_denoiser(self, narrow: Narrow = lambda weight: weight) -> nn.Module:
+        return blank(lambda: UNet.from_config(UNet.load_config(self.folder / "unet")), narrow=narrow)
+
+    def load_text_encoders(self, dtype: torch.dtype = torch.float32) -> dict[str, nn.Module]:
+        return {"text_encoder": blank(lambda: CLIPTextModel(CLIPTextConfig(**self._text)), dtype)}
+
+    def conditioning(self, text_encoders: dict[str, Any], rows: int) -> Tensor:
+        tokens = torch.zeros(rows, self.conditioning_shape[0], dtype=torch.int64)
+        return text_encoders["text_encoder"](tokens).last_hidden_state
+
+
+class StableDiffusion(StableDiffusionConfigs, Family):
+    """A folder that StableDiffusionPipeline loads."""
+
+    def __init__(self, folder: Path):
+        """As StableDiffusionConfigs; and see that weights and tokenizer are there."""
+        super().__init__(folder)
         self.vae_files = [folder / "vae" / "config.json", *weight_files(folder, "vae")]
-        self._tokenizer = self._load_tokenizer(text)
+        self._tokenizer = self._load_tokenizer(self._text)
         tokenizer_files = sorted(file for file in (folder / "tokenizer").iterdir() if file.is_file())
         text_files = [folder / "text_encoder" / "config.json", *weight_files(folder, "text_encoder")]
         self.text_files = text_files + tokenizer_files
-
-    def _check(self, unet: dict[str, Any], vae: dict[str, Any], text: dict[str, Any]) -> None:
-        channels = vae.get("latent_channels", 4)
-        takes, gives = unet.get("in_channels", 4), unet.get("out_channels", 4)
-        if (takes, gives) != (channels, channels):
-            raise UserError(
-                f"{self.folder / 'unet'}: takes {takes} and gives {gives} channels where a text-to-image UNet has "
-                f"{channels} and {channels}; inpainting and edit models cannot be trained"
-            )
-        wanted, width = unet.get("cross_attention_dim", 1280), text.get("hidden_size", 512)
-        if wanted != width:
-            raise UserError(
-                f"{self.folder / 'unet'}: wants text {wanted} wide, but text_encoder/ gives {width}; "
-                "they are of different models"
-            )
+        weight_files(folder, "unet")
 
     def _load_tokenizer(self, text: dict[str, Any]) -> Any:
         folder = self.folder / "tokenizer"
@@ -72,14 +97,6 @@ class StableDiffusion(Family):
                 "they are of different models"
             )
         return tokenizer
-
-    def _read_schedule(self) -> NoiseSchedule:
-        path = self.folder / "scheduler" / "scheduler_config.json"
-        settings = read_json(path, "the noise schedule and prediction type stand in it")
-        kind = settings.get("prediction_type", "epsilon")
-        if kind not in _PREDICTION_TYPES:
-            raise UserError(f"{path}: prediction_type {kind!r} is not supported; {' and '.join(_PREDICTION_TYPES)} are")
-        return NoiseSchedule(DDPMScheduler.from_config(settings).alphas_cumprod.float(), kind)
 
     def load_vae(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         vae = AutoencoderKL.from_pretrained(self.folder, subfolder="vae", dtype=dtype)
@@ -123,9 +140,6 @@ class StableDiffusion(Family):
         for parameter in unet.parameters():
             parameter.data = narrow(parameter.data)
         return unet
-
-    def denoise(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Tensor) -> Tensor:
-        return denoiser(latents, timesteps, encoder_hidden_states=conditioning).sample
 
     def pipeline(self, dtype: torch.dtype = torch.float32, **parts: Any) -> Any:
         if "unet" not in parts:

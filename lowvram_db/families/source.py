@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
 )
 
 from lowvram_db.errors import UserError
+from lowvram_db.families.known import known_configs
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -27,11 +28,25 @@ _WANTED_FILES = [
     *(f"{part}/diffusion_pytorch_model*.safetensors*" for part in ("unet", "vae")),
     *(f"{part}/model*.safetensors*" for part in ("text_encoder", "text_encoder_2")),
 ]
+_CONFIG_FILES = [pattern for pattern in _WANTED_FILES if pattern.endswith(".json")]
 _UNWANTED_FILES = ["*.fp16.*", "*non_ema*"]
 
 
 def find_model(name: str, revision: str | None = None) -> Path:
     """The folder of the model called `name`. Raises UserError when there is none or it cannot be downloaded."""
+    return _find(name, revision, _WANTED_FILES)
+
+
+def find_configs(name: str, revision: str | None = None) -> Path:
+    """A folder with the config files of the model called `name`; those of well-known models come with the package.
+
+    Raises UserError as find_model does.
+    """
+    known = known_configs(name) if revision is None and not Path(name).expanduser().exists() else None
+    return known or _find(name, revision, _CONFIG_FILES)
+
+
+def _find(name: str, revision: str | None, files: list[str]) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         if revision is not None:
@@ -44,9 +59,7 @@ def find_model(name: str, revision: str | None = None) -> Path:
     if not _HUB_ID.fullmatch(name):
         raise UserError(f"model.name: no folder {folder.absolute()}, and {name!r} is not a hub id (owner/name)")
     try:
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=_WANTED_FILES, ignore_patterns=_UNWANTED_FILES)
-        )
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files, ignore_patterns=_UNWANTED_FILES))
     except GatedRepoError as error:
         raise UserError(f"model.name: {name} wants its licence accepted first: log in with `hf auth login`") from error
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:

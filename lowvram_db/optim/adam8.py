@@ -90,6 +90,7 @@ class Adam8(torch.optim.Optimizer):
         device = device or next(iter(self._places)).device
         self._triton = runs_triton(kernels, device)
         self._arrived: set[nn.Parameter] = set()  # had their gradient in this call
+        self._moved: set[nn.Parameter] = set()  # in this call, before backward broke off
         self.loss_scale = torch.ones(1, device=device)  # what the loss is multiplied with before backward
         self._squares = torch.zeros(len(self._places), device=device)  # of the gradients, unscaled
         self._norm = torch.zeros(1, device=device)  # of all gradients, what max_norm goes by; 0: not known yet
@@ -139,8 +140,26 @@ class Adam8(torch.optim.Optimizer):
         for number in range(len(self._buckets)):
             self._update_bucket(number)
         self._arrived.clear()
+        self._moved.clear()
         self._note_norm()
         self._note_calls(self.calls + 1)
+
+    def break_off(self) -> int:
+        """After a backward that ran out of memory halfway: let the next one make the rest of the same step.
+
+        Returns how many parameters have moved already. Each keeps what it did, so that every parameter makes the step
+        once, with the rounding bits that belong to it. Where none has moved the repeated step is exactly the first;
+        otherwise its gradients are those of a network in which the parameters nearest the loss are one step ahead.
+        Raises MemoryError where a parameter was left half stepped, which only the kernel's twin can do.
+        """
+        for p in self._arrived:
+            if p.grad is not None and p.numel() >= SMALLEST and not self._triton:
+                raise MemoryError(f"{self._names[self._places[p]]} was left in the middle of its step")
+        self._moved |= {p for p in self._arrived if p.grad is None}
+        self._arrived.clear()
+        for p in self._places:
+            p.grad = None
+        return len(self._moved)
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
@@ -220,6 +239,9 @@ class Adam8(torch.optim.Optimizer):
                 "twice, or the parameter stands in two checkpointed parts. To accumulate, call step() after every "
                 "backward, with micro_batches=N; to clip by the norm of all gradients, see max_norm"
             )
+        if parameter in self._moved:
+            parameter.grad = None
+            return
         self._arrived.add(parameter)
         number = self._group_of[parameter]
         bucket = self._buckets[number]

@@ -49,7 +49,8 @@ class Bucket:
         new_v = v * step.keep_v + g * g * step.add_v
         update = new_m * step.unbias_m / (new_v.sqrt() * step.unbias_root + step.eps)
         new_w = w * step.decay - update.clamp(-step.clamp, step.clamp) * step.lr
-        for old, new in zip(self._flat, (new_w, new_m, new_v), strict=True):
-            old.copy_(torch.where(moved, new, old))
+        # All of them before the first is written: should the memory not suffice, nothing has changed.
+        kept = [torch.where(moved, new, old) for old, new in zip(self._flat, (new_w, new_m, new_v), strict=True)]
+        torch._foreach_copy_(self._flat, kept)
         torch._foreach_copy_([p.detach() for p in self.parameters], [state["master"] for state in self.states])
         return ~finite

@@ -65,11 +65,12 @@ def bucket_of(parameters: list[nn.Parameter], weights: Weights, device: torch.de
 
 
 def refuse_shared_memory(parameters: list[nn.Parameter], names: list[str]) -> None:
-    owners: dict[int, str] = {}
+    owners: dict[Any, str] = {}
     for p, name in zip(parameters, names, strict=True):
         if not _is_dense(p):
             raise ValueError(f"{name}: has gaps in memory (strides {p.stride()}); make it contiguous first")
-        other = owners.setdefault(p.data_ptr(), name)
+        # Not by data_ptr(), which a plan's fake tensors lack.
+        other = owners.setdefault((p.untyped_storage()._cdata, p.storage_offset()), name)
         if other != name:
             raise ValueError(
                 f"{name} shares its memory with {other}: tied weights cannot step inside backward; untie them"

@@ -7,101 +7,65 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowvram_db.config import Config
-from lowvram_db.errors import Interrupted, UserError
+from lowvram_db.errors import LESS_MEMORY, DoesNotFit, Interrupted, UserError
 from lowvram_db.families.base import Family
 from lowvram_db.kernels.launch import runs_triton
-from lowvram_db.kernels.noise_loss import noise_loss, noisy_latents
 from lowvram_db.memory.attention import use_attention
-from lowvram_db.memory.device import compute_dtype, peak_bytes
+from lowvram_db.memory.device import peak_bytes, release_memory
 from lowvram_db.optim.adam8 import Adam8
-from lowvram_db.optim.choices import FirstStepCheck, build
-from lowvram_db.optim.loss_scale import LossScale
+from lowvram_db.optim.choices import FirstStepCheck
 from lowvram_db.optim.schedule import learning_rate
-from lowvram_db.optim.storage import DTYPES, narrowing
-from lowvram_db.progress import Bar
+from lowvram_db.optim.storage import narrowing
+from lowvram_db.progress import Bar, say
 from lowvram_db.run import Run, check_resumable
 from lowvram_db.train import checkpoint, objective
-from lowvram_db.train.batches import Batch, Batches
+from lowvram_db.train.batches import Batches
 from lowvram_db.train.interrupt import stop_on_request
+from lowvram_db.train.learner import Learner
 from lowvram_db.train.metrics import Metrics
+from lowvram_db.train.strategy import Strategy, ladder
 
 
-class Trainer:
-    """The trained networks, their optimizer and the number of steps done."""
+class Trainer(Learner):
+    """A learner with its data: what is trained in a run."""
 
-    def __init__(self, config: Config, family: Family, batches: Batches, device: torch.device):
-        """Load the denoiser (and the text encoder, if it is trained) onto the device, weights as the config stores
-        them; with adam8, backward steps them from now on."""
-        self.config, self.family, self.batches, self.device = config, family, batches, device
-        self.dtype = compute_dtype(config.precision.compute, device)
-        self.weights = DTYPES[config.weights]
+    def __init__(
+        self,
+        config: Config,
+        family: Family,
+        batches: Batches,
+        device: torch.device,
+        strategy: Strategy | None = None,
+    ):
+        """Load the denoiser (and the text encoder, if it is trained). strategy: how to begin; default: the smallest."""
+        networks: dict[str, Any] = {family.denoiser_part: family.load_denoiser(narrowing(config.weights))}
+        if config.train.text_encoder:
+            networks["text_encoder"] = family.load_text_encoder()
         try:
-            self.triton = runs_triton(config.kernels, device)
+            triton = runs_triton(config.kernels, device)
         except RuntimeError as error:
             raise UserError(f'kernels: {error}; use kernels = "auto"') from error
-        self.table = objective.table(family.noise_schedule, config.train.min_snr_gamma).to(device)
-        self.step = 0
-        self.denoiser = _trainable(family.load_denoiser(narrowing(config.weights)))
-        self.text_encoder = _trainable(family.load_text_encoder()) if config.train.text_encoder else None
-        if config.optimizer.name != "adam8":  # which brings each weight there by itself, in its final size
-            self._move_to_device()
-        if config.train.gradient_checkpointing:
-            self.denoiser.enable_gradient_checkpointing()
-            if self.text_encoder:
-                self.text_encoder.gradient_checkpointing_enable()
+        self.batches = batches
+        self._ladder = ladder(config, family.checkpoint_levels)
+        super().__init__(config, family, networks, device, strategy or self._ladder[-1], triton)
+        self.family: Family = family
         self.attention = use_attention(self.denoiser, config.attention, device, self.dtype)
-        named = {f"{part}.{name}": p for part, module in self.modules.items() for name, p in module.named_parameters()}
-        self.parameters = list(named.values())
-        self.optimizer = build(
-            config.optimizer,
-            named.items(),
-            config.train.lr,
-            weights=config.weights,
-            seed=config.train.seed,
-            kernels="triton" if self.triton else "torch",
-            device=device,
-        )
-        self._move_to_device()
-        self.scaler = self._loss_scale()
-
-    def _move_to_device(self) -> None:
-        for module in self.modules.values():
-            module.to(self.device)
-
-    @property
-    def modules(self) -> dict[str, Any]:
-        """The networks being trained, by their names in the model folder."""
-        modules = {self.family.denoiser_part: self.denoiser}
-        return modules | ({"text_encoder": self.text_encoder} if self.text_encoder else {})
-
-    def _loss_scale(self) -> LossScale | torch.amp.GradScaler:
-        if not isinstance(self.optimizer, Adam8):
-            return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.optimizer.attach()
-        return LossScale(self.optimizer, dynamic=self.dtype == torch.float16)
-
-    def autocast(self) -> torch.autocast:
-        """For weights that are more precise than the arithmetic."""
-        # A weight is used once a forward pass: keeping its half-precision copy until the end would only cost memory.
-        enabled = self.config.weights == "fp32" and self.dtype != torch.float32
-        return torch.autocast(self.device.type, self.dtype, enabled=enabled, cache_enabled=False)
 
     def train_step(self) -> objective.Loss:
-        """One optimizer step on the batch that belongs to its number."""
+        """One optimizer step on the batch that belongs to its number; where the memory does not suffice, in a smaller
+        way, and so from then on. Raises DoesNotFit where there is none."""
         train = self.config.train
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        loss = self.forward(self.batches[self.step])
-        self.scaler.scale(loss.total).backward()
-        self.scaler.step(self.optimizer)
+        loss = self._backward_that_fits()
+        self.update()
         try:
             self.scaler.update()
         except FloatingPointError as error:
             raise UserError(f"{error}; lower train.lr ({train.lr:g})") from error
-        self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         if not math.isfinite(loss.total.item()):
             raise UserError(
@@ -110,21 +74,35 @@ class Trainer:
             )
         return loss
 
-    def forward(self, batch: Batch) -> objective.Loss:
-        """The loss of one batch, with the draws that belong to the step."""
-        train = self.config.train
-        mean, logvar = (tensor.to(self.device) for tensor in batch.moments)
-        timesteps = objective.timesteps(len(mean), len(self.table), train.seed, self.step).to(self.device)
-        address = torch.tensor([train.seed, self.step], device=self.device)
+    def _backward_that_fits(self) -> objective.Loss:
+        """backward(), repeated one rung further down the ladder for as long as it runs out of memory."""
+        while True:
+            try:
+                return self.backward(self.batches[self.step])
+            except torch.OutOfMemoryError as error:
+                reason = str(error).splitlines()[0]
+            # Only here, outside the handler, has the failed pass let go of what it held.
+            self._step_down(reason)
 
-        noisy = noisy_latents(mean, logvar, timesteps, self.table, address, self.triton)
-        with self.autocast():
-            prediction = self.family.denoise(
-                self.denoiser, noisy.to(self.weights), timesteps, self.conditioning(batch.prompts).to(self.weights)
-            )
-        weights = objective.row_weights(len(mean), batch.instances, self.config.prior.weight).to(self.device)
-        total, rows = noise_loss(prediction, mean, logvar, timesteps, self.table, address, weights, triton=self.triton)
-        return objective.split(total, rows, batch.instances)
+    def _step_down(self, reason: str) -> None:
+        smaller = self._ladder[self._ladder.index(self.strategy) + 1 :]
+        if not smaller:
+            raise DoesNotFit(f"step {self.step + 1} does not fit ({reason}); {LESS_MEMORY}")
+        moved = 0
+        if isinstance(self.optimizer, Adam8):
+            try:
+                moved = self.optimizer.break_off()
+            except MemoryError as error:
+                raise DoesNotFit(f"step {self.step + 1} does not fit ({reason}), and {error}; {LESS_MEMORY}") from error
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
+        release_memory()
+        self.use(smaller[0])
+        note = f"; {moved} of {len(self.parameters)} tensors had made this step already and keep it" if moved else ""
+        say(f"step {self.step + 1}: out of memory ({reason}). Repeated, and on from here, with {smaller[0]}{note}")
+
+    def timesteps(self, rows: int) -> Tensor:
+        return objective.timesteps(rows, len(self.table), self.config.train.seed, self.step)
 
     def conditioning(self, prompts: list[str]) -> Tensor:
         """[len(prompts), tokens, width]: from the cache, or from the text encoder while it is being trained."""
@@ -160,18 +138,22 @@ class Trainer:
         self.step = state.step
 
 
-def train(trainer: Trainer, run: Run, sample: Callable[[Path], None]) -> None:
-    """Train to the last step, saving and sampling on the way; `sample` draws the grid into a path.
+def train(
+    trainer: Trainer, run: Run, sample: Callable[[Path], None], begins: Callable[[str], None] = lambda phase: None
+) -> None:
+    """Train to the last step, saving and sampling on the way; `sample` draws the grid into a path. `begins` is told of
+    every phase of the plan that begins.
 
     Raises Interrupted, after saving, when the user asks to stop; UserError when the loss is no number.
     """
-    config, steps = trainer.config, trainer.config.train.steps
+    config, steps, first = trainer.config, trainer.config.train.steps, True
     check = FirstStepCheck(config.optimizer, trainer.parameters) if trainer.step == 0 else None
     with (
         Metrics(run.metrics, run.tensorboard, done=trainer.step) as metrics,
         Bar("training", total=steps, done=trainer.step, unit="step") as bar,
         stop_on_request() as stop_requested,
     ):
+        begins("first step")
         while trainer.step < steps:
             began, lr = time.perf_counter(), trainer.learning_rate()
             scale = trainer.scaler.get_scale() if check else 0.0
@@ -192,6 +174,9 @@ def train(trainer: Trainer, run: Run, sample: Callable[[Path], None]) -> None:
             )
             bar.advance(note=f"loss {loss.total.item():.4f}  peak {peak / 2**30:.2f} GiB")
 
+            if first:
+                begins("steady step")
+                first = False
             last, stopping = trainer.step == steps, stop_requested()
             if last or stopping or _due(trainer.step, config.checkpoint.every):
                 save_checkpoint(trainer, run)
@@ -201,7 +186,9 @@ def train(trainer: Trainer, run: Run, sample: Callable[[Path], None]) -> None:
                     "the same command goes on from there"
                 )
             if not last and _due(trainer.step, config.sample.every):
+                begins("sampling on the way")
                 sample(run.sample_grid(trainer.step))
+                begins("steady step")
 
 
 def save_checkpoint(trainer: Trainer, run: Run) -> None:
@@ -212,10 +199,6 @@ def save_checkpoint(trainer: Trainer, run: Run) -> None:
     except UserError as error:
         raise UserError(f"{error}; the last good checkpoint is {good}" if good else str(error)) from error
     checkpoint.keep_last(run.checkpoints, trainer.config.checkpoint.keep)
-
-
-def _trainable(module: nn.Module) -> Any:
-    return module.requires_grad_().train()
 
 
 def _due(step: int, every: int) -> bool:

@@ -102,7 +102,7 @@ def test_adam8_stores_weights_as_it_is_told_and_leaves_no_gradient(make_config, 
     compute = {"fp16": "fp16", "fp32": "fp32"}.get(weights, "bf16")
     trainer = make_trainer(make_config(precision={"compute": compute, "weights": weights}))
     assert {parameter.dtype for parameter in trainer.parameters} == {WEIGHTS[weights]}
-    trainer.scaler.scale(trainer.forward(trainer.batches[0]).total).backward()
+    trainer.backward(trainer.batches[0])
     assert all(parameter.grad is None for parameter in trainer.parameters), "every gradient is gone with its update"
     trainer.finish()
     assert {parameter.dtype for parameter in trainer.parameters} == {torch.float32}

@@ -1,0 +1,133 @@
+"""Is a plan right, and how long does it take? `python bench/plan_accuracy.py`
+
+Without a GPU: the predicted peak of a training step beside torch's MemTracker on five configurations of Stable
+Diffusion 1.5, and the time of `lowvram-db plan`, the first time and again. On a GPU: beside
+torch.cuda.max_memory_allocated on ten configurations, which is what the constants of memory/overheads.py have to answer
+for. Rows go to bench/results/plan_accuracy.csv and plan_time.csv.
+"""
+
+import argparse
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from machine import add_row
+
+from lowvram_db.config import Config
+from lowvram_db.families import open_blank
+from lowvram_db.families.known import known_configs
+from lowvram_db.kernels.launch import runs_triton
+from lowvram_db.memory import trace
+from lowvram_db.memory.device import release_memory
+from lowvram_db.memory.overheads import CONTEXT, CUBLAS_WORKSPACES
+from lowvram_db.plan import predict
+from lowvram_db.plan.reference import allocated_bytes, tracked_bytes
+from lowvram_db.train.strategy import Strategy
+
+SD1, SDXL = "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-xl-base-1.0"
+GPU_ONLY = [  # model, resolution, batch, prior, optimizer, weights, levels with checkpointing
+    (SD1, 512, 4, True, "adam8", "bf16", 4),
+    (SD1, 768, 1, True, "adam8", "bf16", 4),
+    (SDXL, 1024, 1, False, "adam8", "bf16", 3),
+    (SDXL, 1024, 1, True, "adam8", "bf16", 3),
+    (SDXL, 1024, 1, True, "adam8", "bf16+residual", 3),
+]
+EVERYWHERE = [
+    (SD1, 512, 1, True, "adam8", "bf16", 4),
+    (SD1, 512, 1, True, "adam8", "bf16", 0),
+    (SD1, 512, 1, False, "adam8", "bf16+residual", 2),
+    (SD1, 512, 2, False, "adamw", "fp32", 4),
+    (SD1, 512, 1, True, "bnb-adam8", "fp32", 4),
+]
+PRESETS = ("sd15-8gb", "sd15-12gb", "sdxl-12gb", "sdxl-16gb")
+_ROOT = Path(__file__).parents[1]
+
+
+def compare(model: str, resolution: int, batch: int, prior: bool, optimizer: str, weights: str, levels: int) -> None:
+    config = Config.model_validate(
+        {
+            "model": {"name": model},
+            "subject": {"photos": "photos", "identifier": "ohwx", "class": "dog"},
+            "prior": {"enabled": prior},
+            "train": {"resolution": resolution, "batch": batch},
+            "optimizer": {"name": optimizer},
+            "precision": {"weights": weights},
+        }
+    )
+    configs = known_configs(model)
+    assert configs is not None
+    family = open_blank(configs)
+    strategy = Strategy(levels, family.checkpoint_levels)
+    if torch.cuda.is_available():
+        witness = "max_memory_allocated"
+        predicted = max(phase.allocated_bytes for phase in predict.training(config, family, strategy)[:2])
+        measured = allocated_bytes(config, family, strategy, runs_triton("auto", torch.device("cuda")))
+        release_memory()
+    else:  # MemTracker neither rounds on a CPU nor knows what is inside an operation
+        witness = "MemTracker"
+        with patch.object(trace, "GRANULE", 1), patch.object(predict, "temporaries", None):
+            predicted = max(phase.peak_bytes for phase in predict.training(config, family, strategy)[:2])
+        predicted -= CONTEXT + CUBLAS_WORKSPACES
+        measured = tracked_bytes(config, family, strategy)
+    row = {
+        "witness": witness,
+        "model": model.rpartition("/")[2],
+        "resolution": resolution,
+        "batch": f"{batch} + {batch} prior" if prior else str(batch),
+        "optimizer": optimizer,
+        "weights": weights,
+        "strategy": str(strategy),
+        "predicted_gib": f"{predicted / 2**30:.3f}",
+        "measured_gib": f"{measured / 2**30:.3f}",
+        "error_percent": f"{100 * (predicted / measured - 1):+.2f}",
+    }
+    add_row("plan_accuracy", row)
+    print("  ".join(map(str, row.values())), flush=True)
+
+
+def time_plan(preset: str) -> None:
+    """The whole command, with an empty memory of plans and again."""
+    command = [str(Path(sys.executable).with_name("lowvram-db")), "plan", str(_ROOT / "configs" / f"{preset}.toml")]
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "XDG_CACHE_HOME": folder}
+        seconds, processor = [], []
+        for _ in range(2):
+            began, before = time.monotonic(), os.times().children_user + os.times().children_system
+            said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+            seconds.append(time.monotonic() - began)
+            processor.append(os.times().children_user + os.times().children_system - before)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # of the largest so far
+    row = {
+        "preset": preset,
+        "said": next(line for line in said.splitlines() if line.startswith("peak ")).replace(",", ";"),
+        "first_s": f"{seconds[0]:.1f}",
+        "first_cpu_s": f"{processor[0]:.1f}",
+        "again_s": f"{seconds[1]:.2f}",
+        "again_cpu_s": f"{processor[1]:.2f}",
+        "rss_gib": f"{peak:.2f}",
+        "load": f"{os.getloadavg()[0]:.1f}",
+    }
+    add_row("plan_time", row)
+    print("  ".join(row.values()), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=["accuracy", "time"], help="default: both")
+    only = parser.parse_args().only
+    if only != "accuracy":
+        for preset in PRESETS:
+            time_plan(preset)
+    if only != "time":
+        for case in EVERYWHERE + (GPU_ONLY if torch.cuda.is_available() else []):
+            compare(*case)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""Hold a run to its share of the card's memory."""
+
+import torch
+
+from lowvram_db.memory.overheads import CONTEXT
+from lowvram_db.memory.size import gib, parse_size
+from lowvram_db.progress import say
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What a new process could take of the card: what is free, and this one's own context. None without a card."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return min(total, free + CONTEXT + torch.cuda.memory_reserved(device))
+
+
+def budget_for(vram: str | None, device: torch.device) -> int | None:
+    """`memory.vram` in bytes, at most what the card has free, which is also the default. None: no card and none asked
+    for. Says so where the card has less than was asked for."""
+    free = free_bytes(device)
+    if vram is None:
+        return free
+    asked = parse_size(vram)
+    if free is not None and asked > free:
+        total = torch.cuda.mem_get_info(device)[1]
+        others = f", {gib(total - free)} of it in use by others" if free < total else ""
+        say(f"memory.vram: {vram} is more than the card has ({gib(total)}{others}); going by {gib(free)}")
+        return free
+    return asked
+
+
+def cap(budget: int | None, device: torch.device) -> None:
+    """Let the allocator refuse what would go over the budget, instead of taking it from others or spilling."""
+    if budget is not None and device.type == "cuda":
+        total = torch.cuda.mem_get_info(device)[1]
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, budget - CONTEXT) / total), device)

@@ -1,0 +1,44 @@
+"""What a GPU needs beside the tensors that a trace sees, as constants with their source.
+
+None of them has been calibrated on a GPU by this project yet: bench/plan_accuracy.py measures beside them where there
+is one. Until then they lean to the safe side.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowvram_db.memory.trace import GRANULE
+
+# The driver's context with torch's and Triton's kernels loaded: 0.3-0.6 GiB on cards of the last ten years (readings of
+# nvidia-smi less torch.cuda.memory_reserved that users report). Outside the allocator.
+CONTEXT = 512 * 2**20
+
+# cuBLAS keeps one workspace a handle and stream, and backward's thread has a handle of its own. 32 MiB is what
+# PyTorch asks for on Hopper and later; 8.1 MiB on older cards (CUBLAS_WORKSPACE_CONFIG in PyTorch's CUDA notes).
+CUBLAS_WORKSPACES = 2 * 32 * 2**20
+
+# Of the peak: what a fragmented allocator cannot hand out again, and what the above gets wrong.
+MARGIN = 0.02
+
+_aten = torch.ops.aten
+_CONVOLUTIONS = {_aten.convolution, _aten.convolution_backward}
+_ATTENTION_BACKWARD = {
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: 1,  # the place of the query among its arguments
+    _aten._scaled_dot_product_flash_attention_backward: 1,
+}
+
+
+def temporaries(operation: Any, args: Any, outputs: Any) -> int:
+    """Bytes an operation of a training step needs on a GPU while it runs; for Trace.
+
+    Convolution: cuDNN's tensor-core kernels want channels last and copy operands and result there and back, so as
+    much again as they are (its nchwToNhwc and nhwcToNchw kernels). Attention backward: FlashAttention-2 sums the
+    query's gradient in float32 (`dq_accum` of its flash_bwd).
+    """
+    if operation in _CONVOLUTIONS:
+        return sum(-(-x.nbytes // GRANULE) * GRANULE for x in (*args[:3], *outputs) if isinstance(x, Tensor))
+    if operation in _ATTENTION_BACKWARD:
+        return int(args[_ATTENTION_BACKWARD[operation]].numel()) * 4
+    return 0

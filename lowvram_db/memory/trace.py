@@ -1,0 +1,131 @@
+"""What would be in a GPU's memory, operation by operation, found with tensors that have shapes but no values.
+
+A Trace watches every operation that runs inside it and keeps a log of the storages that come and go. It knows nothing
+of training: whoever runs it says what a storage is for (`label`) and which stretch of the log is meant (`mark`).
+
+    with FakeTensorMode(), Trace() as trace:
+        network = build()
+        trace.label("weights", network.parameters())
+        start = trace.mark()
+        network(x).sum().backward()
+    trace.peak(start)  # {"weights": bytes, "": bytes of everything without a label}
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+GRANULE = 512  # bytes: CUDACachingAllocator hands out multiples of kMinBlockSize
+TEMPORARY = "temporary"  # label of what an operation needs only while it runs
+
+_aten = torch.ops.aten
+# The flop counter knows the GPU's names for the fused attention that a trace on CPU tensors meets.
+_ARITHMETIC = flop_registry | {
+    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        _aten._scaled_dot_product_flash_attention_backward
+    ],
+}
+
+
+class OverLimit(Exception):
+    """The traced work needs more than Trace.limit; `reached` bytes were in use when that was seen."""
+
+    def __init__(self, reached: int) -> None:
+        super().__init__(f"more than the limit: {reached} bytes")
+        self.reached = reached
+
+
+class Trace(TorchDispatchMode):
+    """Log of live storages, rounded up as the allocator does, and of the arithmetic done.
+
+    temporaries(operation, arguments, outputs): bytes an operation needs beside its arguments and outputs while it
+        runs. Nothing in a trace can see those.
+    limit: raise OverLimit as soon as more bytes are in use; may be set on the way.
+    live: bytes in use now.
+    flops: floating point operations in matrix products, convolutions and attention so far.
+    """
+
+    def __init__(self, temporaries: Callable[[Any, Any, Any], int] | None = None) -> None:
+        super().__init__()
+        self.limit: int | None = None
+        self.flops = 0
+        self._temporaries = temporaries
+        self.live = 0
+        self._alive: dict[int, tuple[int, weakref.ref[Any]]] = {}  # storages by address: their number
+        self._labels: list[str] = []  # by number
+        self._log: list[tuple[int, int]] = []  # (number, bytes that come or go)
+        self._temporary = self._new_number(TEMPORARY)
+
+    def label(self, name: str, tensors: Iterable[Tensor]) -> None:
+        """Say what the storages of these tensors are for, from their beginning on."""
+        for tensor in tensors:
+            self._labels[self._note(tensor.untyped_storage())] = name
+
+    def mark(self) -> int:
+        """This moment."""
+        return len(self._log)
+
+    def peak(self, start: int = 0, end: int | None = None) -> Counter[str]:
+        """Bytes by label at the moment between two marks at which most are in use."""
+        live: Counter[str] = Counter()
+        total = most = 0
+        at_most: Counter[str] = Counter()
+        for place, (number, size) in enumerate(self._log[:end]):
+            live[self._labels[number]] += size
+            total += size
+            if place >= start - 1 and total > most:
+                most, at_most = total, live.copy()
+        return +at_most
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # half of all that comes here; the long way takes a tenth of the whole time
+        output = func(*args, **(kwargs or {}))
+        outputs = output if isinstance(output, (tuple, list)) else (output,)
+        for tensor in outputs:
+            if isinstance(tensor, Tensor):
+                self._note(tensor.untyped_storage())
+        if func._overloadpacket in _ARITHMETIC:
+            self.flops += _ARITHMETIC[func._overloadpacket](*args, **(kwargs or {}), out_val=output)
+        if self._temporaries is not None:
+            size = self._temporaries(func._overloadpacket, args, outputs)
+            if size:
+                try:
+                    self._add(self._temporary, size)
+                finally:
+                    self._add(self._temporary, -size)
+        return output
+
+    def _note(self, storage: torch.UntypedStorage) -> int:
+        """The number of a storage; a new one is logged."""
+        address = storage._cdata
+        if address not in self._alive:
+            number, size = self._new_number(""), -(-storage.nbytes() // GRANULE) * GRANULE
+            self._alive[address] = number, weakref.ref(storage, partial(self._free, address, number, size))
+            self._add(number, size)
+        return self._alive[address][0]
+
+    def _new_number(self, label: str) -> int:
+        self._labels.append(label)
+        return len(self._labels) - 1
+
+    def _free(self, address: int, number: int, size: int, _: Any) -> None:
+        del self._alive[address]
+        self._add(number, -size)
+
+    def _add(self, number: int, size: int) -> None:
+        self.live += size
+        self._log.append((number, size))
+        if self.limit is not None and size > 0 and self.live > self.limit:
+            raise OverLimit(self.live)

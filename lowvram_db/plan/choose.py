@@ -1,0 +1,146 @@
+"""Walk the ladder from the fastest strategy down to the first that fits."""
+
+from collections.abc import Iterator
+
+from lowvram_db.config import Config
+from lowvram_db.errors import UserError
+from lowvram_db.families.blank import Blank
+from lowvram_db.memory.overheads import CONTEXT, CUBLAS_WORKSPACES, MARGIN
+from lowvram_db.memory.trace import OverLimit
+from lowvram_db.plan import predict
+from lowvram_db.plan.result import Phase, Plan, Rung
+from lowvram_db.train.strategy import Strategy, ladder
+
+
+def choose(config: Config, family: Blank, budget: int | None, explain: bool = False) -> Plan:
+    """The fastest plan that stays inside `budget` bytes with a margin of MARGIN; the smallest where none does, or where
+    there is no budget. explain: trace every rung to its end, also those that are known not to fit."""
+    check_resolution(config, family)
+    limit = None if budget is None else int(budget / (1 + MARGIN))
+    training, rungs = _training(config, family, limit, explain)
+    drawn, sampling, batch = _pictures(config, family, limit)
+    phases = [*drawn, *predict.encoding(config, family), *training, sampling]
+    fits = None if limit is None else all(phase.peak_bytes <= limit for phase in phases)
+    chosen = next(rung.strategy for rung in rungs if rung.chosen)
+    plan = Plan(fits, budget, chosen, batch, phases, rungs)
+    if fits is False:
+        plan.advice = list(_advice(config, family, budget, plan))
+    return plan
+
+
+def check_resolution(config: Config, family: Blank) -> None:
+    """Raises UserError where the UNet cannot halve the latents as often as it wants to."""
+    side = family.side_multiple
+    if config.train.resolution < side:
+        raise UserError(f"train.resolution: {config.train.resolution} is less than {side}, this model's least")
+
+
+def _training(config: Config, family: Blank, limit: int | None, explain: bool) -> tuple[list[Phase], list[Rung]]:
+    """The phases of the chosen rung, and all rungs looked at."""
+    rungs: list[Rung] = []
+    chosen: list[Phase] | None = None
+    strategies = ladder(config, family.checkpoint_levels)
+    if limit is None and not explain:
+        strategies = [config_default(strategies)]
+    with predict.rehearsal(config, family) as traced:
+        for strategy in strategies:
+            last, reached = strategy == strategies[-1], 0
+            try:
+                phases = traced.steps(strategy, None if explain or last else limit)
+            except OverLimit as over:
+                reached = over.reached
+            if reached:  # only here, outside the handler, is what it held let go
+                rungs.append(Rung(strategy, reached + CONTEXT + CUBLAS_WORKSPACES, None))
+                continue
+            peak = max(phase.peak_bytes for phase in phases)
+            rungs.append(Rung(strategy, peak, float(phases[0].flops)))
+            fits = peak <= limit if limit is not None else strategy == config_default(strategies)
+            if chosen is None and (fits or last):
+                chosen, rungs[-1].chosen = phases, True
+                if not explain:
+                    break
+        assert chosen is not None
+        return [*chosen, *traced.end()], _relative(rungs)
+
+
+def config_default(strategies: list[Strategy]) -> Strategy:
+    """What to do where nothing is known of the memory there is: save it, short of splitting batches."""
+    return [strategy for strategy in strategies if strategy.parts == 1][-1]
+
+
+def _relative(rungs: list[Rung]) -> list[Rung]:
+    """Costs in units of the cheapest that was traced to its end; recomputing makes the others dearer."""
+    cheapest = min(rung.cost for rung in rungs if rung.cost)
+    for rung in rungs:
+        rung.cost = rung.cost / cheapest if rung.cost else None
+    return rungs
+
+
+def _pictures(config: Config, family: Blank, limit: int | None) -> tuple[list[Phase], Phase, int]:
+    """Class images, where they are wanted, and sampling; and how many class images are made at once: as many as fit, at
+    most prior.batch, and exactly that where the user has set it."""
+    batch, fixed = config.prior.batch, "batch" in config.prior.model_fields_set
+    draws = {"sampling": (1, max(config.sample.guidance))}
+    if config.prior.enabled:
+        draws["class images"] = (batch, config.prior.guidance)
+    sampling, *drawn = predict.drawing(config, family, draws)
+    while drawn and limit is not None and drawn[0].peak_bytes > limit and batch > 1 and not fixed:
+        batch //= 2
+        drawn = predict.drawing(config, family, {"class images": (batch, config.prior.guidance)})
+    return drawn, sampling, batch
+
+
+_Change = dict[str, dict[str, object]]  # section -> key -> value
+_SMALLER_SIDES = (1024, 768, 640, 512, 384, 256)
+
+
+def _advice(config: Config, family: Blank, budget: int | None, plan: Plan) -> Iterator[str]:
+    """Changes of the config that have been traced and fit, each alone; all of them together where none does alone."""
+    changes: dict[str, _Change] = {}
+    if config.train.gradient_checkpointing is False:
+        changes["train.gradient_checkpointing = true"] = {"train": {"gradient_checkpointing": True}}
+    if config.train.batch > 1:
+        changes["train.batch = 1"] = {"train": {"batch": 1}}
+    if config.optimizer.name != "adam8":
+        changes['optimizer.name = "adam8"'] = {"optimizer": {"name": "adam8"}, "precision": {"weights": None}}
+    elif config.weights in ("fp32", "bf16+residual"):
+        bf16: dict[str, object] = {"compute": "bf16", "weights": "bf16"}
+        changes['precision.compute = "bf16" and precision.weights = "bf16"'] = {"precision": bf16}
+    if config.train.text_encoder:
+        changes["train.text_encoder = false"] = {"train": {"text_encoder": False}}
+    if config.prior.enabled and config.prior.batch > 1:
+        changes["prior.batch = 1"] = {"prior": {"batch": 1}}
+    smaller = [side for side in _SMALLER_SIDES if side < config.train.resolution]
+    together = dict(changes)
+    for side in smaller[:2]:
+        changes[f"train.resolution = {side}"] = {"train": {"resolution": side}}
+    alone = [text for text, change in changes.items() if _fits(_changed(config, [change]), family, budget)]
+    if alone:
+        yield from alone
+        return
+    for side in smaller:
+        sized: dict[str, _Change] = {**together, f"train.resolution = {side}": {"train": {"resolution": side}}}
+        if _fits(_changed(config, list(sized.values())), family, budget):
+            yield ", ".join(sized)
+            return
+
+
+def _changed(config: Config, changes: list[_Change]) -> Config:
+    tree = config.model_dump(exclude_unset=True)
+    for change in changes:
+        for section, values in change.items():
+            tree[section] = tree.get(section, {}) | values
+    return Config.model_validate(tree)
+
+
+def _fits(config: Config, family: Blank, budget: int | None) -> bool:
+    assert budget is not None
+    limit = int(budget / (1 + MARGIN))
+    smallest = ladder(config, family.checkpoint_levels)[-1]
+    try:
+        predict.training(config, family, smallest, limit)
+    except OverLimit:
+        return False
+    drawn, sampling, _ = _pictures(config, family, limit)
+    phases = [*drawn, sampling, *predict.encoding(config, family)]
+    return all(phase.peak_bytes <= limit for phase in phases)

@@ -1,0 +1,272 @@
+"""Predict each phase's peak from a trace of the code that will run, on tensors that are not there.
+
+The training step is train/learner.py's own: the same networks, checkpointing, optimizer, hooks and loss. What a trace
+cannot do without values, or a CPU's operations do otherwise than a GPU's, has a stand-in here, with its reason.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+
+from lowvram_db.config import Config
+from lowvram_db.families.base import Moments
+from lowvram_db.families.blank import Blank
+from lowvram_db.memory.device import DTYPES
+from lowvram_db.memory.overheads import CONTEXT, CUBLAS_WORKSPACES, temporaries
+from lowvram_db.memory.trace import TEMPORARY, Trace
+from lowvram_db.optim.adam8 import Adam8
+from lowvram_db.optim.storage import narrowing
+from lowvram_db.plan.result import Phase
+from lowvram_db.train.batches import Batch
+from lowvram_db.train.learner import Learner
+from lowvram_db.train.strategy import Strategy
+
+CPU = torch.device("cpu")  # fake tensors of a GPU cannot go backward where torch has no CUDA
+
+
+def encoding(config: Config, family: Blank) -> Iterator[Phase]:
+    """Text encoding (one prompt at a time) and latent encoding (one photo at a time), both in float32."""
+    if not config.train.text_encoder:
+        with tracing() as trace, torch.no_grad():
+            encoders = family.load_text_encoders()
+            trace.label("weights", _tensors(encoders.values()))
+            family.conditioning(encoders, 1)
+        yield _phase("text encoding", trace)
+    side = config.train.resolution
+    with tracing() as trace, torch.no_grad():
+        vae: Any = family.load_vae()
+        trace.label("weights", _tensors([vae]))
+        vae.encode(torch.empty(1, 3, side, side))
+    yield _phase("latent encoding", trace)
+
+
+def drawing(config: Config, family: Blank, draws: dict[str, tuple[int, float]]) -> list[Phase]:
+    """Pictures made at once by a whole pipeline, in the precision that the config computes in.
+
+    draws: by the name of the phase, how many pictures, and their guidance scale.
+    """
+    dtype = DTYPES[config.precision.compute]
+    with tracing() as trace, torch.no_grad():
+        encoders = family.load_text_encoders(dtype)
+        denoiser: Any = family.load_denoiser(lambda weight: weight.to(dtype))
+        vae: Any = family.load_vae(dtype)
+        trace.label("weights", _tensors([*encoders.values(), denoiser, vae]))
+        conditioning, phases = family.conditioning(encoders, 1), []
+        for name, (pictures, guidance) in draws.items():
+            start = trace.mark()
+            _draw(config, family, denoiser, vae, conditioning, pictures, guidance, dtype)
+            phases.append(_phase(name, trace, start))
+    return phases
+
+
+def _draw(
+    config: Config, family: Blank, denoiser: Any, vae: Any, conditioning: Tensor, pictures: int, guidance: float,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """One denoising step, with and without the prompt where there is guidance, and the pictures decoded."""
+    rows = pictures * (2 if guidance > 1 else 1)
+    latents = torch.empty(_latent_shape(config, family, rows), dtype=dtype)
+    family.denoise(denoiser, latents, _zeros(rows), conditioning.to(dtype).expand(rows, -1, -1))
+    vae.decode(latents[:pictures])
+
+
+def training(config: Config, family: Blank, strategy: Strategy, limit: int | None = None) -> list[Phase]:
+    """First step, steady step and saving, under one strategy. Raises OverLimit as soon as a step needs more."""
+    with rehearsal(config, family) as traced:
+        return [*traced.steps(strategy, limit), *traced.end()]
+
+
+@contextmanager
+def rehearsal(config: Config, family: Blank) -> Iterator["Rehearsal"]:
+    """Training, traced under one strategy after the other."""
+    with tracing(autocasts(config), config.optimizer.name) as trace:
+        yield Rehearsal(config, family, trace)
+
+
+class Rehearsal:
+    """One learner for all strategies: most of the time a trace takes is spent on making it."""
+
+    def __init__(self, config: Config, family: Blank, trace: Trace):
+        self._config, self._family, self._trace = config, family, trace
+        self._learner = blank_learner(config, family, Strategy(0, family.checkpoint_levels), trace)
+        self._batch = blank_batch(config, family)
+
+    def steps(self, strategy: Strategy, limit: int | None = None) -> list[Phase]:
+        """First and steady step, as if there had been none before. Raises OverLimit."""
+        trace, learner = self._trace, self._learner
+        self._begin_anew()
+        learner.use(strategy)
+        held, trace.limit = trace.live, _inside(limit)
+        try:
+            first = _step(learner, self._batch, trace, "first step")
+            if trace.live > held:
+                return [first, _step(learner, self._batch, trace, "steady step")]
+        finally:
+            trace.limit = None
+        return [first, replace(first, name="steady step")]  # the first has left nothing behind: all are like it
+
+    def end(self) -> list[Phase]:
+        """What comes after the steps; nothing can follow it."""
+        phases = []
+        if self._config.sample.every:
+            phases.append(_sampling_on_the_way(self._config, self._family, self._learner, self._trace))
+        return [*phases, _saving(self._config, self._learner, self._trace)]
+
+    def _begin_anew(self) -> None:
+        optimizer = self._learner.optimizer
+        if isinstance(optimizer, Adam8):  # whose state is there from the beginning
+            optimizer.break_off()
+            optimizer.step()
+        else:
+            optimizer.zero_grad(set_to_none=True)
+            optimizer.state.clear()
+
+
+def autocasts(config: Config) -> bool:
+    return config.weights == "fp32" and config.precision.compute != "fp32"
+
+
+def _step(learner: "BlankLearner", batch: Batch, trace: Trace, name: str) -> Phase:
+    start, before = trace.mark(), trace.flops
+    learner.backward(batch)
+    trace.label("gradients", [p.grad for p in learner.parameters if p.grad is not None])
+    learner.update()
+    trace.label("optimizer", state(learner.optimizer))
+    return _phase(name, trace, start, flops=trace.flops - before)
+
+
+def blank_learner(config: Config, family: Blank, strategy: Strategy, trace: Trace) -> "BlankLearner":
+    networks: dict[str, Any] = {family.denoiser_part: family.load_denoiser(narrowing(config.weights))}
+    if config.train.text_encoder:
+        networks |= family.load_text_encoders()
+    learner = BlankLearner(config, family, networks, CPU, strategy, triton=False)
+    for parameter in learner.parameters:
+        parameter.register_hook(lambda gradient: trace.label("gradients", [gradient]))
+    trace.label("weights", _tensors(learner.modules.values()))
+    trace.label("optimizer", state(learner.optimizer))
+    return learner
+
+
+def _sampling_on_the_way(config: Config, family: Blank, learner: Learner, trace: Trace) -> Phase:
+    start = trace.mark()
+    with torch.no_grad(), learner.autocast():
+        vae: Any = family.load_vae(learner.weights)
+        trace.label("weights", _tensors([vae]))
+        conditioning = torch.empty(1, *family.conditioning_shape)
+        guidance = max(config.sample.guidance)
+        _draw(config, family, learner.denoiser, vae, conditioning, 1, guidance, learner.weights)
+    return _phase("sampling on the way", trace, start)
+
+
+def _saving(config: Config, learner: Learner, trace: Trace) -> Phase:
+    """A checkpoint goes to the disk tensor by tensor; the finished model is first brought to its precision there."""
+    start = trace.mark()
+    dtype = DTYPES[config.output.dtype]
+    if isinstance(learner.optimizer, Adam8):
+        learner.optimizer.finish(dtype)
+    else:
+        for parameter in learner.parameters:  # as Module.to does, which refuses fake tensors
+            parameter.data = parameter.data.to(dtype)
+    trace.label("weights", _tensors(learner.modules.values()))
+    return _phase("saving", trace, start)
+
+
+class BlankLearner(Learner):
+    """The learner on data of no meaning."""
+
+    family: Blank
+
+    def _move_to_device(self) -> None:
+        """They are there already, and Module.to refuses fake tensors."""
+
+    def timesteps(self, rows: int) -> Tensor:
+        return _zeros(rows)
+
+    def conditioning(self, prompts: list[str]) -> Tensor:
+        if self.text_encoder:
+            return self.family.conditioning({"text_encoder": self.text_encoder}, len(prompts))
+        return torch.empty(len(prompts), *self.family.conditioning_shape)
+
+    def _loss_scale(self) -> Any:
+        scaler = super()._loss_scale()
+        # torch's own asks after every backward whether a gradient overflowed; it holds two numbers.
+        return torch.amp.GradScaler(enabled=False) if isinstance(scaler, torch.amp.GradScaler) else scaler
+
+
+def blank_batch(config: Config, family: Blank) -> Batch:
+    rows = config.train.batch * (2 if config.prior.enabled else 1)
+    shape = _latent_shape(config, family, rows)
+    return Batch(Moments(torch.empty(shape), torch.empty(shape)), [""] * rows, config.train.batch)
+
+
+def _latent_shape(config: Config, family: Blank, rows: int) -> tuple[int, int, int, int]:
+    side = config.train.resolution // family.latent_side
+    return rows, family.latent_channels, side, side
+
+
+def _zeros(rows: int) -> Tensor:
+    return torch.zeros(rows, dtype=torch.int64)
+
+
+def _tensors(modules: Iterable[nn.Module]) -> list[Tensor]:
+    return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+
+
+def state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    tensors = [value for held in optimizer.state.values() for value in held.values() if isinstance(value, Tensor)]
+    return tensors + [value for value in vars(optimizer).values() if isinstance(value, Tensor)]
+
+
+def _inside(limit: int | None) -> int | None:
+    """What is left of a budget for what a trace sees."""
+    return None if limit is None else limit - CONTEXT - CUBLAS_WORKSPACES
+
+
+def _phase(name: str, trace: Trace, start: int = 0, flops: int = 0) -> Phase:
+    peak: Counter[str] = trace.peak(start)
+    components = {kind: peak[kind] for kind in ("weights", "optimizer", "gradients")}
+    components |= {
+        "activations": peak[""],
+        "workspace": peak[TEMPORARY] + CUBLAS_WORKSPACES,
+        "context": CONTEXT,
+    }
+    return Phase(name, components, flops)
+
+
+@contextmanager
+def tracing(autocast: bool = False, optimizer: str = "adam8") -> Iterator[Trace]:
+    """Everything inside is traced and nothing computed, as a GPU would do it."""
+    trace = Trace(temporaries)
+    with ExitStack() as stack:
+        # torch's AdamW reads its step count, a tensor, as a number; bitsandbytes computes its table of 256 codes, and
+        # its kernel has no fake of itself. Both work in place; their state is really made.
+        stack.enter_context(patch("torch.optim.adam._get_value", lambda value: 1.0))
+        if optimizer == "bnb-adam8":
+            stack.enter_context(patch("bitsandbytes.optim.AdamW8bit.update_step", lambda *_: None))
+            stack.enter_context(patch("bitsandbytes.functional.create_dynamic_map", lambda **_: torch.empty(256)))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(trace)
+        if autocast:
+            for norm in ("group_norm", "layer_norm"):
+                stack.enter_context(patch.object(functional, norm, _in_float32(getattr(functional, norm))))
+        yield trace
+
+
+def _in_float32(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A GPU's autocast takes norms in float32, a CPU's does not (torch.amp's op reference, CUDA and CPU)."""
+
+    def wrapped(*args: Any, **kwargs: Any) -> Tensor:
+        if not torch.is_autocast_enabled("cpu"):
+            return norm(*args, **kwargs)
+        args = tuple(arg.float() if isinstance(arg, Tensor) else arg for arg in args)
+        return norm(*args, **{key: arg.float() if isinstance(arg, Tensor) else arg for key, arg in kwargs.items()})
+
+    return wrapped

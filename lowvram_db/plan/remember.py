@@ -1,0 +1,52 @@
+"""Plans that were made before, on disk, found by everything they depend on. Imports nothing heavy: a question asked
+twice is answered at once."""
+
+import hashlib
+import json
+import os
+from importlib.metadata import version
+from pathlib import Path
+
+from lowvram_db.atomic import replacing_file
+from lowvram_db.config import Config
+from lowvram_db.plan.result import Plan
+
+_LIBRARIES = ("torch", "diffusers", "transformers", "bitsandbytes")
+_PACKAGE = Path(__file__).parents[1]
+
+
+def folder() -> Path:
+    """Where plans are kept: the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or Path.home() / ".cache"
+    return Path(base) / "lowvram-db" / "plans"
+
+
+def key(config: Config, configs: Path, budget: int | None, explain: bool) -> str:
+    """A digest of the settings (and which of them are the user's), the model's config files, our code and the versions
+    of the libraries."""
+    digest = hashlib.sha256(f"{config.model_dump_json()} {config.model_dump_json(exclude_unset=True)}".encode())
+    digest.update(f"{budget} {explain} {[version(library) for library in _LIBRARIES]}".encode())
+    kernels = _PACKAGE.parent / "kernels" if (_PACKAGE.parent / "kernels").is_dir() else _PACKAGE / "kernels"
+    code = [*_PACKAGE.rglob("*.py"), *kernels.glob("*.py")]
+    for file in sorted([*configs.glob("*.json"), *configs.glob("*/*config.json"), *code]):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def recall(key: str) -> Plan | None:
+    """The plan kept under this key; None where there is none or it cannot be read."""
+    try:
+        return Plan.from_json(json.loads((folder() / f"{key}.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def keep(key: str, plan: Plan) -> None:
+    """A folder that cannot be written only means that the next plan takes as long."""
+    path = folder() / f"{key}.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing_file(path) as temporary:
+            temporary.write_text(json.dumps(plan.to_json()), encoding="utf-8")
+    except Exception:
+        return

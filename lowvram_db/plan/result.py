@@ -1,0 +1,79 @@
+"""What a plan says, as plain values that go to JSON and come back."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from lowvram_db.train.strategy import Strategy
+
+COMPONENTS = ("weights", "optimizer", "gradients", "activations", "workspace", "context")
+
+
+@dataclass
+class Phase:
+    """What one part of a run needs at its worst moment."""
+
+    name: str
+    components: dict[str, int]  # bytes, by COMPONENTS
+    flops: int = 0
+    measured_bytes: int | None = None  # of the run it was made for: the allocator's, or a CPU's whole process
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.components.values())
+
+    @property
+    def allocated_bytes(self) -> int:
+        """What torch.cuda.max_memory_allocated would say."""
+        return self.peak_bytes - self.components["context"]
+
+
+@dataclass
+class Rung:
+    """One strategy of the ladder and what was found out about it."""
+
+    strategy: Strategy
+    peak_bytes: int  # as far as it was traced
+    cost: float | None  # arithmetic of a step, in units of one without checkpointing; None: not traced to its end
+    chosen: bool = False
+
+    @property
+    def traced_to_the_end(self) -> bool:
+        return self.cost is not None
+
+
+@dataclass
+class Plan:
+    """fits: None where there is no budget to compare with. advice: changes of which each alone would make it fit."""
+
+    fits: bool | None
+    budget_bytes: int | None
+    strategy: Strategy
+    prior_batch: int  # class images made at once
+    phases: list[Phase]
+    rungs: list[Rung]
+    advice: list[str] = field(default_factory=list)
+
+    @property
+    def peak(self) -> Phase:
+        """The phase that sets the peak."""
+        return max(self.phases, key=lambda phase: phase.peak_bytes)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **asdict(self),
+            "peak_bytes": self.peak.peak_bytes,
+            "peak_phase": self.peak.name,
+            "strategy": {**asdict(self.strategy), "name": str(self.strategy)},
+            "phases": [{**asdict(phase), "peak_bytes": phase.peak_bytes} for phase in self.phases],
+        }
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any]) -> Plan:
+        """The plan that to_json gave. Raises KeyError or TypeError for anything else."""
+        phases = [Phase(**{k: v for k, v in phase.items() if k != "peak_bytes"}) for phase in tree["phases"]]
+        rungs = [Rung(**{**rung, "strategy": Strategy(**rung["strategy"])}) for rung in tree["rungs"]]
+        strategy = Strategy(**{key: value for key, value in tree["strategy"].items() if key != "name"})
+        known = {key: tree[key] for key in ("fits", "budget_bytes", "prior_batch", "advice")}
+        return cls(strategy=strategy, phases=phases, rungs=rungs, **known)

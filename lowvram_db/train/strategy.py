@@ -1,0 +1,36 @@
+"""How a training step trades time for memory without changing what is learned: the rungs of a ladder, fastest first."""
+
+from dataclasses import dataclass
+
+from lowvram_db.config import Config
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One rung."""
+
+    checkpointed: int  # how many of the denoiser's groups recompute their activations (Architecture.checkpoint_groups)
+    groups: int  # of how many
+    parts: int = 1  # a batch goes through in so many parts, whose gradients add up
+
+    def __str__(self) -> str:
+        checkpointing = {0: "no checkpointing", self.groups: "checkpointing everywhere"}.get(
+            self.checkpointed, f"checkpointing {self.checkpointed} of {self.groups} levels"
+        )
+        return checkpointing + (f", batch in {self.parts} parts" if self.parts > 1 else "")
+
+
+def ladder(config: Config, groups: int) -> list[Strategy]:
+    """The strategies that give what the user asked for; each needs less memory and more time than the one before.
+
+    Only an optimizer that keeps all gradients until its step lets a batch be split: their sum is then the same. Adam8
+    has stepped by then; its micro_batches take the mean of squares for the square of the mean, which is another update.
+    """
+    wanted = config.train.gradient_checkpointing
+    levels = range(groups + 1) if wanted is None else [groups if wanted else 0]
+    rungs = [Strategy(level, groups) for level in levels]
+    rows = config.train.batch * (2 if config.prior.enabled else 1)
+    if config.optimizer.name != "adam8":
+        parts = [2**power for power in range(1, rows.bit_length()) if rows % 2**power == 0]
+        rungs += [Strategy(rungs[-1].checkpointed, groups, count) for count in parts]
+    return rungs

@@ -1,0 +1,62 @@
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lowvram_db.memory.budget import budget_for, cap, free_bytes
+from lowvram_db.memory.overheads import CONTEXT
+from lowvram_db.memory.spill import spilled_bytes
+
+GIB = 2**30
+CARD = torch.device("cuda")
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A GPU of 12 GiB of which others use 3."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (9 * GIB, 12 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+
+
+def test_without_a_card_only_what_is_asked_for_counts():
+    assert budget_for(None, torch.device("cpu")) is None
+    assert budget_for("8GiB", torch.device("cpu")) == 8 * GIB
+    cap(8 * GIB, torch.device("cpu"))
+
+
+def test_the_default_is_what_the_card_has_free(card):
+    assert budget_for(None, CARD) == free_bytes(CARD) == 9 * GIB + CONTEXT
+    assert budget_for("8GiB", CARD) == 8 * GIB
+
+
+def test_more_than_the_card_has_is_said_and_not_taken(card, capfd):
+    assert budget_for("16GiB", CARD) == 9 * GIB + CONTEXT
+    said = capfd.readouterr().err
+    assert "memory.vram: 16GiB is more than the card has (12.00 GiB, 2.50 GiB of it in use by others)" in said
+
+
+def test_the_allocator_is_capped_at_the_budget_less_the_context(card, monkeypatch):
+    fractions = []
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda fraction, device: fractions.append(fraction)
+    )
+    cap(6 * GIB + CONTEXT, CARD)
+    assert fractions == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("answer", "spilled"),
+    [("3221225472", 3 * GIB), ("52428800", 0), ("", 0), ("3221225472,5", 3221225472), ("no such class", 0)],
+)
+def test_a_card_that_spills_on_windows_is_found(monkeypatch, answer, spilled):
+    """The counter's answers are made up: nobody here has such a machine."""
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=answer + "\n"))
+    assert spilled_bytes(1234) == spilled
+
+
+def test_elsewhere_nobody_is_asked(monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("asked"))
+    assert spilled_bytes(1234) == 0

@@ -1,0 +1,86 @@
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lowvram_db.memory.overheads import temporaries
+from lowvram_db.memory.trace import GRANULE, TEMPORARY, OverLimit, Trace
+
+
+def test_what_lives_at_the_worst_moment_is_counted_by_label():
+    with FakeTensorMode(), Trace() as trace:
+        kept = torch.empty(1000)  # 4000 bytes: 4096 with the allocator's rounding
+        trace.label("weights", [kept])
+        passing = torch.empty(2048)
+        del passing
+        start = trace.mark()
+        last = kept.view(10, 100) * 2
+    assert trace.peak() == {"weights": 4096, "": 8192}
+    assert trace.peak(start) == {"weights": 4096, "": 4096}
+    assert trace.live == 8192
+    assert last.shape == (10, 100)
+
+
+def test_a_view_takes_nothing_and_a_tensor_of_one_byte_takes_a_granule():
+    with FakeTensorMode(), Trace() as trace:
+        whole = torch.empty(4, 4)
+        parts = [whole.t(), whole[1:], whole.view(-1), whole.detach()]
+        byte = torch.empty(1, dtype=torch.uint8)
+    assert trace.live == 2 * GRANULE
+    assert len(parts) == 4 and byte.numel() == 1
+
+
+def test_gradients_that_are_freed_inside_backward_never_add_up():
+    """Ten layers; with a hook that frees each gradient, one is alive at a time."""
+
+    def peak(free: bool) -> int:
+        with FakeTensorMode(), Trace() as trace:
+            network = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(10)))
+            trace.label("weights", network.parameters())
+            for weight in network.parameters():
+                weight.register_hook(lambda gradient: trace.label("gradients", [gradient]))
+                if free:
+                    weight.register_post_accumulate_grad_hook(lambda weight: setattr(weight, "grad", None))
+            network(torch.empty(1, 64)).sum().backward()
+            return trace.peak()["gradients"]
+
+    one = 64 * 64 * 4
+    assert peak(free=False) == 10 * one
+    assert peak(free=True) <= one
+
+
+def test_the_limit_stops_the_work():
+    with FakeTensorMode(), Trace() as trace:
+        trace.limit = 8192
+        tensors = [torch.empty(1024), torch.empty(1024)]
+        with pytest.raises(OverLimit) as over:
+            tensors.append(torch.empty(1024))
+    assert over.value.reached == 12288
+
+
+def test_arithmetic_of_products_convolutions_and_attention():
+    with FakeTensorMode(), Trace() as trace:
+        torch.empty(8, 16) @ torch.empty(16, 4)
+        assert trace.flops == 2 * 8 * 16 * 4
+        nn.functional.conv2d(torch.empty(1, 3, 8, 8), torch.empty(5, 3, 3, 3), padding=1)
+        assert trace.flops == 2 * 8 * 16 * 4 + 2 * 5 * 8 * 8 * 3 * 9
+        before = trace.flops
+        q = torch.empty(2, 4, 32, 8)
+        nn.functional.scaled_dot_product_attention(q, q, q)
+        assert trace.flops - before == 2 * 2 * (2 * 4 * 32 * 32 * 8)
+
+
+def test_attention_is_the_fused_one_that_keeps_no_scores():
+    tokens = 4096
+    with FakeTensorMode(), Trace() as trace:
+        q = torch.empty(1, 8, tokens, 40, dtype=torch.bfloat16, requires_grad=True)
+        nn.functional.scaled_dot_product_attention(q, q, q).sum().backward()
+    assert sum(trace.peak().values()) < 8 * tokens * tokens * 2 / 4, "a quarter of one matrix of scores"
+
+
+def test_a_convolution_needs_its_operands_once_more():
+    with FakeTensorMode(), Trace(temporaries) as trace:
+        x, weight = torch.empty(1, 64, 32, 32), torch.empty(64, 64, 3, 3)
+        y = nn.functional.conv2d(x, weight, padding=1)
+    assert trace.peak()[TEMPORARY] == x.nbytes + weight.nbytes + y.nbytes
+    assert trace.live == x.nbytes + weight.nbytes + y.nbytes, "and gives them back"

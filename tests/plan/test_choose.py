@@ -1,0 +1,94 @@
+import pytest
+
+from lowvram_db.errors import UserError
+from lowvram_db.memory.overheads import CONTEXT, CUBLAS_WORKSPACES, MARGIN
+from lowvram_db.plan import predict
+from lowvram_db.plan.choose import choose
+from lowvram_db.plan.result import Plan
+from lowvram_db.train.strategy import ladder
+
+SMALL = {"prior": {"batch": 1}, "train": {"resolution": 128, "batch": 4}}
+
+
+def peaks(config, family):
+    rungs = ladder(config, family.checkpoint_levels)
+    return [max(p.peak_bytes for p in predict.training(config, family, rung)) for rung in rungs]
+
+
+def test_the_fastest_that_fits_is_taken(planned, blank):
+    config = planned(**SMALL)
+    needed = peaks(config, blank)
+    assert needed[0] > needed[1] > needed[2]
+    for place, peak in enumerate(needed):
+        just = int(peak * (1 + MARGIN)) + 1
+        plan = choose(config, blank, just)
+        assert plan.strategy == ladder(config, 2)[place]
+        assert plan.fits and plan.peak.peak_bytes * (1 + MARGIN) <= just
+
+
+def test_what_does_not_fit_says_what_would(planned, blank):
+    config = planned(**SMALL)
+    plan = choose(config, blank, int(peaks(config, blank)[-1] * (1 + MARGIN)) - 2**20)
+    assert plan.fits is False
+    assert plan.strategy == ladder(config, 2)[-1], "the smallest"
+    assert "train.batch = 1" in plan.advice
+    hopeless = choose(config, blank, CONTEXT)
+    assert hopeless.fits is False and hopeless.advice == []
+
+
+def test_advice_that_is_followed_helps(planned, blank):
+    fixed = {"resolution": 128, "batch": 4, "gradient_checkpointing": False}
+    budget = int(peaks(planned(**SMALL), blank)[-1] * (1 + MARGIN)) + 2**20
+    plan = choose(planned(prior={"batch": 1}, train=fixed), blank, budget)
+    assert plan.fits is False
+    assert plan.strategy.checkpointed == 0, "what the user fixed is not changed"
+    assert "train.gradient_checkpointing = true" in plan.advice
+    assert choose(planned(prior={"batch": 1}, train=fixed | {"gradient_checkpointing": True}), blank, budget).fits
+
+
+def test_without_a_budget_memory_is_saved_and_nothing_claimed(planned, blank):
+    plan = choose(planned(train={"resolution": 64}), blank, None)
+    assert (plan.fits, plan.budget_bytes, plan.strategy.checkpointed) == (None, None, 2)
+
+
+def test_every_rung_is_explained(planned, blank):
+    plan = choose(planned(**SMALL), blank, 2**40, explain=True)
+    assert [rung.chosen for rung in plan.rungs] == [True, False, False]
+    costs = [rung.cost for rung in plan.rungs]
+    assert costs[0] == 1 and costs == sorted(costs) and 1.1 < costs[-1] < 4 / 3
+    assert [rung.peak_bytes for rung in plan.rungs] == peaks(planned(**SMALL), blank)
+
+
+def test_class_images_come_fewer_at_once_unless_the_user_says_how_many(planned, blank):
+    draws = {str(n): (n, 7.5) for n in (2, 4)}
+    at_once = [phase.peak_bytes for phase in predict.drawing(planned(train={"resolution": 512}), blank, draws)]
+    budget = int((sum(at_once) / 2) * (1 + MARGIN))
+    assert choose(planned(train={"resolution": 512}), blank, budget).prior_batch == 2
+    fixed = choose(planned(train={"resolution": 512}, prior={"batch": 4}), blank, budget)
+    assert (fixed.prior_batch, fixed.fits) == (4, False)
+
+
+def test_phases_are_all_there_in_order(planned, blank):
+    config = planned(train={"resolution": 64}, sample={"every": 1})
+    assert [phase.name for phase in choose(config, blank, None).phases] == [
+        "class images", "text encoding", "latent encoding",
+        "first step", "steady step", "sampling on the way", "saving", "sampling",
+    ]  # fmt: skip
+    config = planned(train={"resolution": 64, "text_encoder": True}, prior={"enabled": False})
+    names = [phase.name for phase in choose(config, blank, None).phases]
+    assert names == ["latent encoding", "first step", "steady step", "saving", "sampling"]
+
+
+def test_a_plan_survives_json(planned, blank):
+    plan = choose(planned(**SMALL), blank, 2**40, explain=True)
+    tree = plan.to_json()
+    assert Plan.from_json(tree) == plan
+    assert {"fits", "peak_bytes", "budget_bytes", "strategy", "phases"} <= tree.keys()
+    assert all(sum(phase["components"].values()) == phase["peak_bytes"] for phase in tree["phases"])
+    assert all(phase["components"]["context"] == CONTEXT for phase in tree["phases"])
+    assert all(phase["components"]["workspace"] >= CUBLAS_WORKSPACES for phase in tree["phases"])
+
+
+def test_a_picture_too_small_for_the_unet_is_refused(planned, blank):
+    with pytest.raises(UserError, match=r"train\.resolution: 8 is less than 16"):
+        choose(planned(train={"resolution": 8}), blank, None)

@@ -1,0 +1,34 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from lowvram_db.dreambooth import run_dreambooth
+from lowvram_db.errors import DoesNotFit
+
+
+def test_every_phase_of_a_run_is_measured_beside_its_prediction(make_config, capfd):
+    run = run_dreambooth(make_config(train={"steps": 3}, sample={"every": 2}))
+    plan = json.loads(run.plan.read_text())
+    assert [phase["name"] for phase in plan["phases"]] == [
+        "class images", "text encoding", "latent encoding",
+        "first step", "steady step", "sampling on the way", "saving", "sampling",
+    ]  # fmt: skip
+    err = capfd.readouterr().err
+    for phase in plan["phases"]:
+        assert phase["measured_bytes"] > 2**20 and phase["peak_bytes"] > 0, phase["name"]
+        assert err.count(f"\n{phase['name']}: predicted ") == 1
+    assert "the whole process has reached" in err, "on a CPU nothing else can be measured, and it says so"
+
+
+def test_a_run_that_does_not_fit_ends_before_it_draws_or_trains(make_config):
+    config = make_config(memory={"vram": "100MiB"})
+    with pytest.raises(DoesNotFit, match=r"does not fit 0\.10 GiB: at the least 0\.\d\d GiB"):
+        run_dreambooth(config)
+    assert not list(Path(config.output.dir).rglob("*.png"))
+
+
+def test_a_run_takes_the_strategy_of_its_plan(make_config, capfd):
+    run = run_dreambooth(make_config(memory={"vram": "8GiB"}))
+    assert json.loads(run.plan.read_text())["strategy"]["name"] == "no checkpointing"
+    assert "plan: peak " in capfd.readouterr().err

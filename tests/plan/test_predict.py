@@ -1,0 +1,146 @@
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lowvram_db.families import open_blank
+from lowvram_db.families.known import known_configs
+from lowvram_db.memory import trace as trace_room
+from lowvram_db.memory.overheads import CONTEXT, CUBLAS_WORKSPACES
+from lowvram_db.memory.trace import OverLimit, Trace
+from lowvram_db.plan import predict
+from lowvram_db.plan.reference import tracked_bytes
+from lowvram_db.train.strategy import Strategy, ladder
+
+FIVE = {
+    "adam8, everywhere": ({}, Strategy(2, 2)),
+    "adam8, nowhere": ({}, Strategy(0, 2)),
+    "adam8 with a residual, one level": ({"precision": {"weights": "bf16+residual"}}, Strategy(1, 2)),
+    "adamw in fp32, batch of 2": (
+        {"precision": {"compute": "fp32"}, "optimizer": {"name": "adamw"}, "train": {"batch": 2}},
+        Strategy(0, 2),
+    ),
+    "bnb-adam8 under autocast, in parts": ({"optimizer": {"name": "bnb-adam8"}}, Strategy(2, 2, parts=2)),
+}
+
+
+@pytest.mark.parametrize("name", FIVE)
+def test_within_1_percent_of_memtracker(planned, blank, name, monkeypatch):
+    """torch's own tracker, which takes 30 times as long, on the same steps. It does not round on a CPU."""
+    sections, strategy = FIVE[name]
+    config = planned(**{**sections, "train": {"resolution": 64, **sections.get("train", {})}})
+    monkeypatch.setattr(trace_room, "GRANULE", 1)
+    monkeypatch.setattr(predict, "temporaries", None)
+    theirs = tracked_bytes(config, blank, strategy)
+    phases = predict.training(config, blank, strategy)[:2]
+    ours = max(phase.peak_bytes for phase in phases) - CONTEXT - CUBLAS_WORKSPACES
+    assert ours == pytest.approx(theirs, rel=0.01)
+
+
+def peak(config, family, strategy):
+    return max(phase.peak_bytes for phase in predict.training(config, family, strategy)[:2])
+
+
+CONFIGS = st.fixed_dictionaries(
+    {
+        "batch": st.integers(1, 3),
+        "resolution": st.sampled_from([32, 64, 96, 128]),
+        "prior": st.booleans(),
+        "optimizer": st.sampled_from(["adam8", "adam8+residual", "adamw", "bnb-adam8"]),
+    }
+)
+
+
+def drawn(planned, given):
+    optimizer, _, residual = given["optimizer"].partition("+")
+    return planned(
+        train={"batch": given["batch"], "resolution": given["resolution"]},
+        prior={"enabled": given["prior"]},
+        optimizer={"name": optimizer},
+        precision={"weights": "bf16+residual"} if residual else {},
+    )
+
+
+one_folder = settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@one_folder
+@given(CONFIGS)
+def test_every_rung_needs_at_most_what_the_one_before_does(planned, blank, given):
+    config = drawn(planned, given)
+    peaks = [peak(config, blank, rung) for rung in ladder(config, blank.checkpoint_levels)]
+    assert peaks == sorted(peaks, reverse=True)
+
+
+@one_folder
+@given(CONFIGS, st.sampled_from([0, 1, 2]))
+def test_more_pictures_or_larger_ones_never_need_less(planned, blank, given, level):
+    rung = Strategy(level, 2)
+    here = peak(drawn(planned, given), blank, rung)
+    assert peak(drawn(planned, {**given, "batch": given["batch"] + 1}), blank, rung) >= here
+    assert peak(drawn(planned, {**given, "resolution": given["resolution"] + 32}), blank, rung) >= here
+
+
+@one_folder
+@given(CONFIGS, st.sampled_from([0, 1, 2]))
+def test_the_components_add_up_to_the_peak(planned, blank, given, level):
+    """The trace's own running sum is the witness: a limit at the predicted peak is kept, one a byte below is not."""
+    config, rung = drawn(planned, given), Strategy(level, 2)
+    phases = predict.training(config, blank, rung)
+    most = max(phase.peak_bytes for phase in phases)
+    assert most == max(sum(phase.components.values()) for phase in phases)
+    predict.training(config, blank, rung, limit=most)
+    with pytest.raises(OverLimit):
+        predict.training(config, blank, rung, limit=most - 1)
+
+
+@pytest.mark.parametrize("optimizer", ["adam8", "adamw", "bnb-adam8"])
+def test_a_strategy_that_was_broken_off_leaves_nothing_to_the_next(planned, blank, optimizer):
+    config = planned(train={"resolution": 128, "batch": 2}, optimizer={"name": optimizer})
+    alone = predict.training(config, blank, Strategy(2, 2))
+    most = max(phase.peak_bytes for phase in predict.training(config, blank, Strategy(0, 2))[:2])
+    with predict.rehearsal(config, blank) as traced:
+        for part in (0.3, 0.6, 0.9):
+            floor = CONTEXT + CUBLAS_WORKSPACES
+            with pytest.raises(OverLimit):
+                traced.steps(Strategy(0, 2), floor + int(part * (most - floor)))
+        assert [*traced.steps(Strategy(2, 2)), *traced.end()] == alone
+
+
+def test_adam8_keeps_its_state_and_one_gradient_adamw_all_of_them(planned, blank):
+    plain = {"train": {"resolution": 64}, "precision": {"compute": "fp32"}}
+    weights = sum(parameter.numel() for parameter in blank_parameters(blank))
+    first, steady = predict.training(planned(**plain, optimizer={"name": "adamw"}), blank, Strategy(2, 2))[:2]
+    assert first.components["weights"] == pytest.approx(4 * weights, rel=0.2)  # small tensors, rounded up
+    assert steady.components["optimizer"] == pytest.approx(8 * weights, rel=0.3)
+    assert steady.components["gradients"] == pytest.approx(4 * weights, rel=0.2)
+    step = predict.training(planned(train={"resolution": 64}), blank, Strategy(2, 2))[1]
+    assert step.components["weights"] == pytest.approx(2 * weights, rel=0.3)
+    assert 0 < step.components["gradients"] < 0.1 * 2 * weights, "the one that is just being used"
+
+
+def blank_parameters(family):
+    with FakeTensorMode(), Trace():
+        return list(family.load_denoiser().parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "unet", "vae", "texts"),
+    [  # parameters as the models' papers and cards have them, in millions
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", 859.52, 83.65, [123.06]),
+        ("stabilityai/stable-diffusion-2-1", 865.91, 83.65, [340.39]),
+        ("stabilityai/stable-diffusion-2-1-base", 865.91, 83.65, [340.39]),
+        ("stabilityai/stable-diffusion-xl-base-1.0", 2567.46, 83.65, [123.06, 694.66]),
+    ],
+)
+def test_packaged_configs_are_of_the_published_size(name, unet, vae, texts):
+    family = open_blank(known_configs(name))
+
+    def millions(module):
+        return round(sum(p.numel() for p in module.parameters()) / 1e6, 2)
+
+    with FakeTensorMode():
+        assert millions(family.load_denoiser()) == unet
+        assert millions(family.load_vae()) == vae
+        assert [millions(encoder) for encoder in family.load_text_encoders().values()] == texts
+        assert len(family.checkpoint_groups(family.load_denoiser())) == family.checkpoint_levels

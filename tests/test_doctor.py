@@ -1,0 +1,68 @@
+import json
+import sys
+
+import pytest
+import torch
+
+from lowvram_db import cli, doctor
+
+
+def by_name(folder):
+    return {line.name: line for line in doctor.examine(folder)}
+
+
+def test_this_machine_can_train(tmp_path):
+    lines = by_name(tmp_path)
+    assert doctor.possible(list(lines.values()))
+    assert lines["Python"].state == lines["torch"].state == lines["attention"].state == "ok"
+    assert lines["bitsandbytes"].detail.endswith("stepped on cpu") or torch.cuda.is_available()
+    assert all(line.detail for line in lines.values())
+
+
+def test_what_is_broken_is_named_with_its_mend_and_stops_nothing(tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("undefined symbol: cadam8bit\nand more")
+
+    monkeypatch.setattr("bitsandbytes.optim.AdamW8bit", broken)
+    line = by_name(tmp_path)["bitsandbytes"]
+    assert (line.state, line.detail) == ("broken", "RuntimeError: undefined symbol: cadam8bit")
+    assert line.mend == "pip install --force-reinstall bitsandbytes"
+
+
+def test_an_optimizer_that_does_nothing_is_broken(tmp_path, monkeypatch):
+    monkeypatch.setattr("bitsandbytes.optim.AdamW8bit.step", lambda self: None)
+    assert by_name(tmp_path)["bitsandbytes"].detail.endswith("a step did nothing")
+
+
+def test_attention_that_computes_nonsense_makes_training_impossible(tmp_path, monkeypatch):
+    monkeypatch.setattr("lowvram_db.memory.attention.preflight", lambda *_: "gives wrong results on cpu")
+    lines = by_name(tmp_path)
+    assert lines["attention"].mend == 'set attention = "xformers"'
+    assert not doctor.possible(list(lines.values()))
+
+
+def test_a_driver_without_a_cuda_torch_is_told_which_torch(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    line = by_name(tmp_path)["GPU"]
+    assert line.state == "broken" and line.mend.startswith("pip install torch --index-url")
+
+
+def test_triton_that_cannot_compile_is_broken(tmp_path, monkeypatch):
+    monkeypatch.setattr("lowvram_db.kernels.launch._problem", lambda device: "CalledProcessError: gcc")
+    line = by_name(tmp_path)["Triton"]
+    assert line.state == "broken" and "gcc" in line.detail and "apt install gcc" in line.mend
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_json_and_exit_code(monkeypatch, capfd, broken):
+    if broken:
+        monkeypatch.setattr("lowvram_db.memory.attention.preflight", lambda *_: "gives wrong results on cpu")
+    monkeypatch.setattr(sys, "argv", ["lowvram-db", "doctor", "--json"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    tree = json.loads(capfd.readouterr().out)
+    assert tree["training_possible"] is not broken
+    assert (stopped.value.code or 0) == (2 if broken else 0)
+    assert {line["name"] for line in tree["checks"]} >= {"Python", "torch", "GPU", "Triton", "xFormers", "disk"}
