@@ -9,7 +9,7 @@ from lowvram_db.memory.overheads import CONTEXT, CUBLAS_WORKSPACES, MARGIN
 from lowvram_db.memory.trace import OverLimit
 from lowvram_db.plan import predict
 from lowvram_db.plan.result import Phase, Plan, Rung
-from lowvram_db.train.strategy import Strategy, ladder
+from lowvram_db.train.strategy import ladder, without_budget
 
 
 def choose(config: Config, family: Blank, budget: int | None, explain: bool = False) -> Plan:
@@ -41,7 +41,7 @@ def _training(config: Config, family: Blank, limit: int | None, explain: bool) -
     chosen: list[Phase] | None = None
     strategies = ladder(config, family.checkpoint_levels)
     if limit is None and not explain:
-        strategies = [config_default(strategies)]
+        strategies = [without_budget(strategies)]
     with predict.rehearsal(config, family) as traced:
         for strategy in strategies:
             last, reached = strategy == strategies[-1], 0
@@ -54,18 +54,13 @@ def _training(config: Config, family: Blank, limit: int | None, explain: bool) -
                 continue
             peak = max(phase.peak_bytes for phase in phases)
             rungs.append(Rung(strategy, peak, float(phases[0].flops)))
-            fits = peak <= limit if limit is not None else strategy == config_default(strategies)
+            fits = peak <= limit if limit is not None else strategy == without_budget(strategies)
             if chosen is None and (fits or last):
                 chosen, rungs[-1].chosen = phases, True
                 if not explain:
                     break
         assert chosen is not None
         return [*chosen, *traced.end()], _relative(rungs)
-
-
-def config_default(strategies: list[Strategy]) -> Strategy:
-    """What to do where nothing is known of the memory there is: save it, short of splitting batches."""
-    return [strategy for strategy in strategies if strategy.parts == 1][-1]
 
 
 def _relative(rungs: list[Rung]) -> list[Rung]:

@@ -26,7 +26,7 @@ from lowvram_db.train.batches import Batches
 from lowvram_db.train.interrupt import stop_on_request
 from lowvram_db.train.learner import Learner
 from lowvram_db.train.metrics import Metrics
-from lowvram_db.train.strategy import Strategy, ladder
+from lowvram_db.train.strategy import Strategy, ladder, without_budget
 
 
 class Trainer(Learner):
@@ -40,7 +40,7 @@ class Trainer(Learner):
         device: torch.device,
         strategy: Strategy | None = None,
     ):
-        """Load the denoiser (and the text encoder, if it is trained). strategy: how to begin; default: the smallest."""
+        """Load the denoiser (and the text encoder, if it is trained). strategy: to begin with."""
         networks: dict[str, Any] = {family.denoiser_part: family.load_denoiser(narrowing(config.weights))}
         if config.train.text_encoder:
             networks["text_encoder"] = family.load_text_encoder()
@@ -50,7 +50,7 @@ class Trainer(Learner):
             raise UserError(f'kernels: {error}; use kernels = "auto"') from error
         self.batches = batches
         self._ladder = ladder(config, family.checkpoint_levels)
-        super().__init__(config, family, networks, device, strategy or self._ladder[-1], triton)
+        super().__init__(config, family, networks, device, strategy or without_budget(self._ladder), triton)
         self.family: Family = family
         self.attention = use_attention(self.denoiser, config.attention, device, self.dtype)
 

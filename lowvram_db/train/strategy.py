@@ -34,3 +34,8 @@ def ladder(config: Config, groups: int) -> list[Strategy]:
         parts = [2**power for power in range(1, rows.bit_length()) if rows % 2**power == 0]
         rungs += [Strategy(rungs[-1].checkpointed, groups, count) for count in parts]
     return rungs
+
+
+def without_budget(rungs: list[Strategy]) -> Strategy:
+    """What to do where nothing is known of the memory there is: save it, short of splitting batches."""
+    return [rung for rung in rungs if rung.parts == 1][-1]
