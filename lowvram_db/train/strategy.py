@@ -21,7 +21,8 @@ class Strategy:
 
 
 def ladder(config: Config, groups: int) -> list[Strategy]:
-    """The strategies that give what the user asked for; each needs less memory and more time than the one before.
+    """The strategies that give what the user asked for; each takes more time than the one before, and less memory, save
+    that a batch in parts can take more where its activations weigh nothing beside the gradients that wait.
 
     Only an optimizer that keeps all gradients until its step lets a batch be split: their sum is then the same. Adam8
     has stepped by then; its micro_batches take the mean of squares for the square of the mean, which is another update.
