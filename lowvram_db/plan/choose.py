@@ -9,7 +9,7 @@ from lowvram_db.memory.overheads import CONTEXT, CUBLAS_WORKSPACES, MARGIN
 from lowvram_db.memory.trace import OverLimit
 from lowvram_db.plan import predict
 from lowvram_db.plan.result import Phase, Plan, Rung
-from lowvram_db.train.strategy import ladder, unbudgeted
+from lowvram_db.train.strategy import ladder, without_budget
 
 
 def choose(config: Config, family: Blank, budget: int | None, explain: bool = False) -> Plan:
@@ -38,29 +38,40 @@ def check_resolution(config: Config, family: Blank) -> None:
 def _training(config: Config, family: Blank, limit: int | None, explain: bool) -> tuple[list[Phase], list[Rung]]:
     """The phases of the chosen rung, and all rungs looked at."""
     rungs: list[Rung] = []
-    chosen: list[Phase] | None = None
+    traced_steps: list[list[Phase]] = []
     strategies = ladder(config, family.checkpoint_levels)
     if limit is None and not explain:
-        strategies = [unbudgeted(strategies)]
+        strategies = [without_budget(strategies)]
+    most_checkpointed = strategies[-1].checkpointed
     with predict.rehearsal(config, family) as traced:
         for strategy in strategies:
-            last, reached = strategy == strategies[-1], 0
+            # The last ones to the end: should none fit, the smallest of them is the answer.
+            to_the_end, reached = explain or strategy.checkpointed == most_checkpointed, 0
             try:
-                phases = traced.steps(strategy, None if explain or last else limit)
+                phases = traced.steps(strategy, None if to_the_end else limit)
             except OverLimit as over:
                 reached = over.reached
             if reached:  # only here, outside the handler, is what it held let go
                 rungs.append(Rung(strategy, reached + CONTEXT + CUBLAS_WORKSPACES, None))
+                traced_steps.append([])
                 continue
             peak = max(phase.peak_bytes for phase in phases)
             rungs.append(Rung(strategy, peak, float(phases[0].flops)))
-            fits = peak <= limit if limit is not None else strategy == unbudgeted(strategies)
-            if chosen is None and (fits or last):
-                chosen, rungs[-1].chosen = phases, True
-                if not explain:
-                    break
-        assert chosen is not None
-        return [*chosen, *traced.end()], _relative(rungs)
+            traced_steps.append(phases)
+            if limit is not None and peak <= limit and not explain:
+                break
+        chosen = _choice(rungs, limit)
+        rungs[chosen].chosen = True
+        return [*traced_steps[chosen], *traced.end()], _relative(rungs)
+
+
+def _choice(rungs: list[Rung], limit: int | None) -> int:
+    """The place of the fastest that fits, else of the smallest; without a limit what is done then."""
+    if limit is None:
+        return [rung.strategy for rung in rungs].index(without_budget([rung.strategy for rung in rungs]))
+    whole = [place for place, rung in enumerate(rungs) if rung.traced_to_the_end]
+    fitting = [place for place in whole if rungs[place].peak_bytes <= limit]
+    return fitting[0] if fitting else min(whole, key=lambda place: rungs[place].peak_bytes)
 
 
 def _relative(rungs: list[Rung]) -> list[Rung]:

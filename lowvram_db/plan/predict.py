@@ -245,7 +245,10 @@ def _phase(name: str, trace: Trace, start: int = 0, flops: int = 0) -> Phase:
 def tracing(autocast: bool = False, optimizer: str = "adam8") -> Iterator[Trace]:
     """Everything inside is traced and nothing computed, as a GPU would do it."""
     trace = Trace(temporaries)
+    generator = torch.get_rng_state()
     with ExitStack() as stack:
+        # Checkpointing keeps the generator's state for every block, in the CPU's memory.
+        stack.enter_context(patch("torch.get_rng_state", lambda: generator))
         # torch's AdamW reads its step count, a tensor, as a number; bitsandbytes computes its table of 256 codes, and
         # its kernel has no fake of itself. Both work in place; their state is really made.
         stack.enter_context(patch("torch.optim.adam._get_value", lambda value: 1.0))

@@ -6,12 +6,14 @@ import json
 import os
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from lowvram_db.atomic import replacing_file
 from lowvram_db.config import Config
 from lowvram_db.plan.result import Plan
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "bitsandbytes")
+_NO_MATTER: Any = {"subject": True, "checkpoint": True, "memory": True, "output": {"dir", "name"}}
 _PACKAGE = Path(__file__).parents[1]
 
 
@@ -22,9 +24,10 @@ def folder() -> Path:
 
 
 def key(config: Config, configs: Path, budget: int | None, explain: bool) -> str:
-    """A digest of the settings (and which of them are the user's), the model's config files, our code and the versions
-    of the libraries."""
-    digest = hashlib.sha256(f"{config.model_dump_json()} {config.model_dump_json(exclude_unset=True)}".encode())
+    """A digest of the settings that matter (and which of them are the user's), the model's config files, our code and
+    the versions of the libraries."""
+    settings = [config.model_dump_json(exclude=_NO_MATTER, exclude_unset=unset) for unset in (False, True)]
+    digest = hashlib.sha256("".join(settings).encode())
     digest.update(f"{budget} {explain} {[version(library) for library in _LIBRARIES]}".encode())
     kernels = _PACKAGE.parent / "kernels" if (_PACKAGE.parent / "kernels").is_dir() else _PACKAGE / "kernels"
     code = [*_PACKAGE.rglob("*.py"), *kernels.glob("*.py")]

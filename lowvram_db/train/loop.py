@@ -26,7 +26,7 @@ from lowvram_db.train.batches import Batches
 from lowvram_db.train.interrupt import stop_on_request
 from lowvram_db.train.learner import Learner
 from lowvram_db.train.metrics import Metrics
-from lowvram_db.train.strategy import Strategy, ladder, unbudgeted
+from lowvram_db.train.strategy import Strategy, ladder, without_budget
 
 
 class Trainer(Learner):
@@ -40,8 +40,7 @@ class Trainer(Learner):
         device: torch.device,
         strategy: Strategy | None = None,
     ):
-        """Load the denoiser (and the text encoder, if it is trained). strategy: how to begin; without one, as
-        without a budget."""
+        """Load the denoiser (and the text encoder, if it is trained). strategy: to begin with."""
         networks: dict[str, Any] = {family.denoiser_part: family.load_denoiser(narrowing(config.weights))}
         if config.train.text_encoder:
             networks["text_encoder"] = family.load_text_encoder()
@@ -51,7 +50,7 @@ class Trainer(Learner):
             raise UserError(f'kernels: {error}; use kernels = "auto"') from error
         self.batches = batches
         self._ladder = ladder(config, family.checkpoint_levels)
-        super().__init__(config, family, networks, device, strategy or unbudgeted(self._ladder), triton)
+        super().__init__(config, family, networks, device, strategy or without_budget(self._ladder), triton)
         self.family: Family = family
         self.attention = use_attention(self.denoiser, config.attention, device, self.dtype)
 
@@ -109,7 +108,7 @@ class Trainer(Learner):
         """[len(prompts), tokens, width]: from the cache, or from the text encoder while it is being trained."""
         if self.text_encoder:
             return self.family.encode_prompts(self.text_encoder, prompts)
-        return self.batches.cached.conditioning(prompts).to(self.device)
+        return torch.stack([self.batches.cached.conditioning[prompt] for prompt in prompts]).to(self.device)
 
     def learning_rate(self) -> float:
         train = self.config.train

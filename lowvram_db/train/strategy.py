@@ -21,7 +21,8 @@ class Strategy:
 
 
 def ladder(config: Config, groups: int) -> list[Strategy]:
-    """The strategies that give what the user asked for; each needs less memory and more time than the one before.
+    """The strategies that give what the user asked for; each takes more time than the one before, and less memory, save
+    that a batch in parts can take more where its activations weigh nothing beside the gradients that wait.
 
     Only an optimizer that keeps all gradients until its step lets a batch be split: their sum is then the same. Adam8
     has stepped by then; its micro_batches take the mean of squares for the square of the mean, which is another update.
@@ -36,6 +37,6 @@ def ladder(config: Config, groups: int) -> list[Strategy]:
     return rungs
 
 
-def unbudgeted(rungs: list[Strategy]) -> Strategy:
+def without_budget(rungs: list[Strategy]) -> Strategy:
     """What to do where nothing is known of the memory there is: save it, short of splitting batches."""
     return [rung for rung in rungs if rung.parts == 1][-1]

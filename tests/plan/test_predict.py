@@ -66,9 +66,9 @@ one_folder = settings(max_examples=4, suppress_health_check=[HealthCheck.functio
 
 @one_folder
 @given(CONFIGS)
-def test_every_rung_needs_at_most_what_the_one_before_does(planned, blank, given):
+def test_more_checkpointing_never_needs_more(planned, blank, given):
     config = drawn(planned, given)
-    peaks = [peak(config, blank, rung) for rung in ladder(config, blank.checkpoint_levels)]
+    peaks = [peak(config, blank, rung) for rung in ladder(config, blank.checkpoint_levels) if rung.parts == 1]
     assert peaks == sorted(peaks, reverse=True)
 
 
