@@ -42,7 +42,7 @@ class Bar:
     ) -> None:
         if self._live:
             self._live.stop()
-        elif kind is None:
+        elif kind is None and self._total:
             self._print_line("")
 
     @property

@@ -108,7 +108,7 @@ class Trainer(Learner):
         """[len(prompts), tokens, width]: from the cache, or from the text encoder while it is being trained."""
         if self.text_encoder:
             return self.family.encode_prompts(self.text_encoder, prompts)
-        return torch.stack([self.batches.cached.conditioning[prompt] for prompt in prompts]).to(self.device)
+        return self.batches.cached.conditioning(prompts).to(self.device)
 
     def learning_rate(self) -> float:
         train = self.config.train
