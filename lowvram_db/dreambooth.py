@@ -84,17 +84,18 @@ def _run(config: Config, resume: str) -> Run:
         if _finished(config, start, run):
             say(f"{run.folder}: already trained for {config.train.steps} steps")
             return run
-        plan = _plan(config, device)
-        config.save(run.config)
-        with Store(_cache_folder(config, run)) as store, Meter(plan, run, device) as meter:
-            meter.begins("class images")
-            concept = _concept(config, family, run, photos, store, device, plan.prior_batch)
-            release_memory()
-            cached = _cache(config, family, store, concept, device, meter.begins)
-            _train(config, family, run, concept, cached, device, start, plan.strategy, meter)
-            release_memory()
-            meter.begins("sampling")
-            _sample_result(config, run, device, dtype)
+        with Store(_cache_folder(config, run)) as store:
+            plan = _plan(config, device)
+            config.save(run.config)
+            with Meter(plan, run, device) as meter:
+                meter.begins("class images")
+                concept = _concept(config, family, run, photos, store, device, plan.prior_batch)
+                release_memory()
+                cached = _cache(config, family, store, concept, device, meter.begins)
+                _train(config, family, run, concept, cached, device, start, plan.strategy, meter)
+                release_memory()
+                meter.begins("sampling")
+                _sample_result(config, run, device, dtype)
     return run
 
 

@@ -250,9 +250,8 @@ def write_some(folder, first, count, pause):
 
 @pytest.fixture(scope="module")
 def processes():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lowvram_db.cache"])
-    return context
+    """Forked, since a process that starts anew cannot import this module: the root is not on the path."""
+    return multiprocessing.get_context("fork")
 
 
 def test_two_processes_on_one_folder(folder, processes):
