@@ -55,11 +55,13 @@ def runs_triton(choice: Choice, device: torch.device) -> bool:
 def compiled_for_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, several times faster by torch.compile once it is called; as it is where that does not work, as on a
     machine without a C++ compiler. Every shape it is called with is compiled for itself: give it one."""
-    chosen = torch.compile(function, dynamic=False, fullgraph=True)
+    chosen: Callable[..., Any] | None = None
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
         nonlocal chosen
+        if chosen is None:  # not before: it imports the compiler, which takes half a second
+            chosen = torch.compile(function, dynamic=False, fullgraph=True)
         try:
             return chosen(*arguments)
         except Exception as error:  # a compiler that is missing or broken: anything may come

@@ -3,6 +3,7 @@
 Exit codes: 0 done; 2 something the user can mend, 3 it does not fit (one line on stderr); 130 stopped by Ctrl-C.
 """
 
+import gc
 import json
 import sys
 from enum import StrEnum
@@ -100,6 +101,7 @@ def plan(
     from lowvram_db.plan.show import does_not_fit, show
 
     made = make_plan(settings, _budget(settings), explain)
+    gc.freeze()  # else the interpreter looks for garbage in all of torch before it goes, for a second
     if as_json:
         print(json.dumps(made.to_json(), indent=1))
     else:

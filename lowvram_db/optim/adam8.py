@@ -92,9 +92,11 @@ class Adam8(torch.optim.Optimizer):
         self._arrived: set[nn.Parameter] = set()  # had their gradient in this call
         self._moved: set[nn.Parameter] = set()  # in this call, before backward broke off
         self.loss_scale = torch.ones(1, device=device)  # what the loss is multiplied with before backward
+        self._this_unscale: Tensor | None = None  # from a step's first gradient to its end
         self._squares = torch.zeros(len(self._places), device=device)  # of the gradients, unscaled
         self._norm = torch.zeros(1, device=device)  # of all gradients, what max_norm goes by; 0: not known yet
         self._skipped = torch.zeros(len(self._places), dtype=torch.int32, device=device)
+        self._skipped_by_place = self._skipped.split(1)
         self._in_a_row = [0] * len(self._places)
         for p in self._places:
             if p.numel() >= SMALLEST:
@@ -157,6 +159,7 @@ class Adam8(torch.optim.Optimizer):
                 raise MemoryError(f"{self._names[self._places[p]]} was left in the middle of its step")
         self._moved |= {p for p in self._arrived if p.grad is None}
         self._arrived.clear()
+        self._this_unscale = None
         for p in self._places:
             p.grad = None
         return len(self._moved)
@@ -271,7 +274,7 @@ class Adam8(torch.optim.Optimizer):
             flat(grad),
             state["words"],
             state["grids"],
-            self._skipped[place : place + 1],
+            self._skipped_by_place[place],
             unscale,
             self._numbers(group),
             adam8.Address(self._seed, self.calls, place, STREAM),
@@ -288,7 +291,7 @@ class Adam8(torch.optim.Optimizer):
                 if p.grad is not None:
                     self._measure(p)
         skipped = bucket.update_(self._numbers(self.param_groups[number]), self._unscale())
-        self._skipped[self._places[bucket.parameters[0]]] += skipped
+        self._skipped_by_place[self._places[bucket.parameters[0]]].add_(skipped)
         if self._attached:
             for p in bucket.parameters:
                 p.grad = None
@@ -307,10 +310,13 @@ class Adam8(torch.optim.Optimizer):
         )
 
     def _unscale(self) -> Tensor:
-        """What turns a gradient as it comes into the one to step with: float32 [1]."""
-        if self._max_norm is None:
-            return 1 / self.loss_scale
-        return torch.where(self._norm > 0, self._max_norm / self._norm, 1.0).clamp(max=1.0) / self.loss_scale
+        """What turns a gradient as it comes into the one to step with: float32 [1]. The same for a whole step."""
+        if self._this_unscale is None:
+            self._this_unscale = 1 / self.loss_scale
+            if self._max_norm is not None:
+                factor = torch.where(self._norm > 0, self._max_norm / self._norm, 1.0).clamp(max=1.0)
+                self._this_unscale = factor * self._this_unscale
+        return self._this_unscale
 
     def _measure(self, p: nn.Parameter) -> None:
         assert p.grad is not None
@@ -319,6 +325,7 @@ class Adam8(torch.optim.Optimizer):
 
     def _note_norm(self) -> None:
         self._norm.copy_(self._squares.sum().sqrt())
+        self._this_unscale = None
         self._squares.zero_()
 
     def _note_calls(self, calls: int) -> None:

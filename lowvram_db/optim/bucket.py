@@ -18,18 +18,17 @@ class Bucket:
     its part of the three flat tensors, in its own shape and sharing their memory.
     """
 
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
+    def __init__(self, parameters: list[nn.Parameter], device: torch.device) -> None:
         self.parameters = parameters
         self._sizes = [parameter.numel() for parameter in parameters]
-        device = parameters[0].device
         self._flat = [torch.zeros(sum(self._sizes), dtype=torch.float32, device=device) for _ in NAMES]
         parts = [flat.split(self._sizes) for flat in self._flat]
         self.states: list[dict[str, Tensor]] = [
-            {name: part[place].view(parameter.shape) for name, part in zip(NAMES, parts, strict=True)}
-            for place, parameter in enumerate(parameters)
+            {name: part if part.shape == p.shape else part.view(p.shape) for name, part in zip(NAMES, own, strict=True)}
+            for p, *own in zip(parameters, *parts, strict=True)
         ]
-        for parameter, state in zip(parameters, self.states, strict=True):
-            state["master"].copy_(parameter.detach())
+        with torch.no_grad():
+            torch._foreach_copy_([state["master"] for state in self.states], [*parameters])
 
     def update_(self, step: Step, unscale: Tensor) -> Tensor:
         """One AdamW step on the parameters that have a gradient; on none of them where a gradient is not finite.
@@ -37,7 +36,7 @@ class Bucket:
         Returns whether it was so: bool, [].
         """
         grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
-        g = torch.cat([grad.float().flatten() for grad in grads]) * unscale
+        g = torch.cat([grad.flatten() for grad in grads]).float() * unscale
         finite = torch.isfinite(g).all()
         moved = finite
         if any(parameter.grad is None for parameter in self.parameters):
@@ -52,5 +51,5 @@ class Bucket:
         # All of them before the first is written: should the memory not suffice, nothing has changed.
         kept = [torch.where(moved, new, old) for old, new in zip(self._flat, (new_w, new_m, new_v), strict=True)]
         torch._foreach_copy_(self._flat, kept)
-        torch._foreach_copy_([p.detach() for p in self.parameters], [state["master"] for state in self.states])
+        torch._foreach_copy_([*self.parameters], [state["master"] for state in self.states])
         return ~finite

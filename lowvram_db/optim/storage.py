@@ -56,11 +56,9 @@ def store(p: nn.Parameter, weights: Weights, device: torch.device) -> dict[str, 
 
 def bucket_of(parameters: list[nn.Parameter], weights: Weights, device: torch.device) -> Bucket | None:
     small = [p for p in parameters if p.numel() < SMALLEST]
+    bucket = Bucket(small, device) if small else None
     for p in small:
-        p.data = p.data.to(device)
-    bucket = Bucket(small) if small else None
-    for p in small:
-        p.data = p.data.to(DTYPES[weights])
+        p.data = p.data.to(device, DTYPES[weights])
     return bucket
 
 

@@ -1,6 +1,12 @@
 """Walk the ladder from the fastest strategy down to the first that fits."""
 
-from collections.abc import Iterator
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 from lowvram_db.config import Config
 from lowvram_db.errors import UserError
@@ -17,9 +23,11 @@ def choose(config: Config, family: Blank, budget: int | None, explain: bool = Fa
     there is no budget. explain: trace every rung to its end, also those that are known not to fit."""
     check_resolution(config, family)
     limit = None if budget is None else int(budget / (1 + MARGIN))
-    training, rungs = _training(config, family, limit, explain)
-    drawn, sampling, batch = _pictures(config, family, limit)
-    phases = [*drawn, *predict.encoding(config, family), *training, sampling]
+    with _another_process() as beside:
+        others = beside(_others, config, family, limit)
+        training, rungs = _training(config, family, limit, explain)
+        drawn, encoding, sampling, batch = others()
+    phases = [*drawn, *encoding, *training, sampling]
     fits = None if limit is None else all(phase.peak_bytes <= limit for phase in phases)
     chosen = next(rung.strategy for rung in rungs if rung.chosen)
     plan = Plan(fits, budget, chosen, batch, phases, rungs)
@@ -82,18 +90,36 @@ def _relative(rungs: list[Rung]) -> list[Rung]:
     return rungs
 
 
+def _others(config: Config, family: Blank, limit: int | None) -> tuple[list[Phase], list[Phase], Phase, int]:
+    """The phases beside training; and how many class images are made at once."""
+    drawn, sampling, batch = _pictures(config, family, limit)
+    return drawn, list(predict.encoding(config, family)), sampling, batch
+
+
+@contextmanager
+def _another_process() -> Iterator[Callable[..., Callable[[], Any]]]:
+    """Gives a function that calls another one, in a process of its own where forking is safe, and gives a function
+    that waits for the result."""
+    if sys.platform != "linux":  # a fresh process would import torch and diffusers first, which takes as long
+        yield lambda function, *args: partial(function, *args)
+        return
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        yield lambda function, *args: pool.submit(function, *args).result
+
+
 def _pictures(config: Config, family: Blank, limit: int | None) -> tuple[list[Phase], Phase, int]:
     """Class images, where they are wanted, and sampling; and how many class images are made at once: as many as fit, at
     most prior.batch, and exactly that where the user has set it."""
     batch, fixed = config.prior.batch, "batch" in config.prior.model_fields_set
-    draws = {"sampling": (1, max(config.sample.guidance))}
-    if config.prior.enabled:
-        draws["class images"] = (batch, config.prior.guidance)
-    sampling, *drawn = predict.drawing(config, family, draws)
-    while drawn and limit is not None and drawn[0].peak_bytes > limit and batch > 1 and not fixed:
-        batch //= 2
-        drawn = predict.drawing(config, family, {"class images": (batch, config.prior.guidance)})
-    return drawn, sampling, batch
+    with predict.drawing(config, family) as draw:
+        sampling = draw("sampling", 1, max(config.sample.guidance))
+        if not config.prior.enabled:
+            return [], sampling, batch
+        drawn = draw("class images", batch, config.prior.guidance)
+        while limit is not None and drawn.peak_bytes > limit and batch > 1 and not fixed:
+            batch //= 2
+            drawn = draw("class images", batch, config.prior.guidance)
+    return [drawn], sampling, batch
 
 
 _Change = dict[str, dict[str, object]]  # section -> key -> value
@@ -147,6 +173,6 @@ def _fits(config: Config, family: Blank, budget: int | None) -> bool:
         predict.training(config, family, smallest, limit)
     except OverLimit:
         return False
-    drawn, sampling, _ = _pictures(config, family, limit)
-    phases = [*drawn, sampling, *predict.encoding(config, family)]
+    drawn, encoding, sampling, _ = _others(config, family, limit)
+    phases = [*drawn, sampling, *encoding]
     return all(phase.peak_bytes <= limit for phase in phases)

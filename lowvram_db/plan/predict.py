@@ -48,23 +48,24 @@ def encoding(config: Config, family: Blank) -> Iterator[Phase]:
     yield _phase("latent encoding", trace)
 
 
-def drawing(config: Config, family: Blank, draws: dict[str, tuple[int, float]]) -> list[Phase]:
-    """Pictures made at once by a whole pipeline, in the precision that the config computes in.
-
-    draws: by the name of the phase, how many pictures, and their guidance scale.
-    """
+@contextmanager
+def drawing(config: Config, family: Blank) -> Iterator[Callable[[str, int, float], Phase]]:
+    """What it takes to draw with a whole pipeline, in the precision that the config computes in: a function of the
+    phase's name, how many pictures are made at once, and their guidance scale."""
     dtype = DTYPES[config.precision.compute]
     with tracing() as trace, torch.no_grad():
         encoders = family.load_text_encoders(dtype)
         denoiser: Any = family.load_denoiser(lambda weight: weight.to(dtype))
         vae: Any = family.load_vae(dtype)
         trace.label("weights", _tensors([*encoders.values(), denoiser, vae]))
-        conditioning, phases = family.conditioning(encoders, 1), []
-        for name, (pictures, guidance) in draws.items():
+        conditioning = family.conditioning(encoders, 1)
+
+        def draw(name: str, pictures: int, guidance: float) -> Phase:
             start = trace.mark()
             _draw(config, family, denoiser, vae, conditioning, pictures, guidance, dtype)
-            phases.append(_phase(name, trace, start))
-    return phases
+            return _phase(name, trace, start)
+
+        yield draw
 
 
 def _draw(

@@ -60,9 +60,9 @@ def test_every_rung_is_explained(planned, blank):
 
 
 def test_class_images_come_fewer_at_once_unless_the_user_says_how_many(planned, blank):
-    draws = {str(n): (n, 7.5) for n in (2, 4)}
-    at_once = [phase.peak_bytes for phase in predict.drawing(planned(train={"resolution": 512}), blank, draws)]
-    budget = int((sum(at_once) / 2) * (1 + MARGIN))
+    with predict.drawing(planned(train={"resolution": 512}), blank) as draw:
+        two, four = (draw("class images", count, 7.5).peak_bytes for count in (2, 4))
+    budget = int((two + four) / 2 * (1 + MARGIN))
     assert choose(planned(train={"resolution": 512}), blank, budget).prior_batch == 2
     fixed = choose(planned(train={"resolution": 512}, prior={"batch": 4}), blank, budget)
     assert (fixed.prior_batch, fixed.fits) == (4, False)
