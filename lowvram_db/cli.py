@@ -5,6 +5,7 @@ Exit codes: 0 done; 2 something the user can mend, 3 it does not fit (one line o
 
 import gc
 import json
+import shutil
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -116,12 +117,18 @@ def _vram_override(vram: str | None) -> list[str]:
 
 def _budget(settings: Config) -> int | None:
     """What the config says, else what the card has free; without a card None."""
-    if settings.memory.vram is not None:
-        return parse_size(settings.memory.vram)
-    from lowvram_db.memory.budget import free_bytes
+    vram = settings.memory.vram
+    if vram is not None and not shutil.which("nvidia-smi"):  # no card to ask, which would take torch a second
+        return parse_size(vram)
+    from lowvram_db.memory.budget import free_bytes, lacking
     from lowvram_db.memory.device import pick_device
+    from lowvram_db.progress import say
 
-    return free_bytes(pick_device())
+    if vram is None:
+        return free_bytes(pick_device())
+    if problem := lacking(vram, pick_device()):
+        say(f"{problem}; this is the plan for another card")
+    return parse_size(vram)
 
 
 @app.command()

@@ -52,10 +52,13 @@ def build_cache(config: Config) -> Path:
     """
     with _problems_named():
         run, device = Run.of(config), pick_device()
+        budget = budget_for(config.memory.vram, device)
+        at_once = None if budget is None else make_plan(config, budget).prior_batch
+        cap(budget, device)
         photos = subject_photos(config, remembers(_cache_folder(config, run)))
         with run.locked(), Store(_cache_folder(config, run)) as store:
             family = _open_family(config)
-            concept = _concept(config, family, run, photos, store, device)
+            concept = _concept(config, family, run, photos, store, device, at_once)
             release_memory()
             _cache(config, family, store, concept, device)
     return store.folder

@@ -15,19 +15,25 @@ def free_bytes(device: torch.device) -> int | None:
     return min(total, free + CONTEXT + torch.cuda.memory_reserved(device))
 
 
+def lacking(vram: str, device: torch.device) -> str:
+    """What is wrong with a `memory.vram` that the card here cannot give; empty where all is well."""
+    free = free_bytes(device)
+    if free is None or parse_size(vram) <= free:
+        return ""
+    total = torch.cuda.mem_get_info(device)[1]
+    others = f", {gib(total - free)} of it in use by others" if free < total else ""
+    return f"memory.vram: {vram} is more than the card has ({gib(total)}{others})"
+
+
 def budget_for(vram: str | None, device: torch.device) -> int | None:
     """`memory.vram` in bytes, at most what the card has free, which is also the default. None: no card and none asked
     for. Says so where the card has less than was asked for."""
     free = free_bytes(device)
-    if vram is None:
-        return free
-    asked = parse_size(vram)
-    if free is not None and asked > free:
-        total = torch.cuda.mem_get_info(device)[1]
-        others = f", {gib(total - free)} of it in use by others" if free < total else ""
-        say(f"memory.vram: {vram} is more than the card has ({gib(total)}{others}); going by {gib(free)}")
-        return free
-    return asked
+    if vram is None or free is None:
+        return free if vram is None else parse_size(vram)
+    if problem := lacking(vram, device):
+        say(f"{problem}; going by {gib(free)}")
+    return min(parse_size(vram), free)
 
 
 def cap(budget: int | None, device: torch.device) -> None:

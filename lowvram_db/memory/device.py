@@ -53,9 +53,10 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """What a GPU has left for this process, with what PyTorch holds for reuse. Bytes."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    """What a GPU has left for this process, with what PyTorch holds for reuse, under the allocator's cap. Bytes."""
+    free, total = torch.cuda.mem_get_info(device)
+    most = int(total * torch.cuda.get_per_process_memory_fraction(device))
+    return min(free + torch.cuda.memory_reserved(device), most) - torch.cuda.memory_allocated(device)
 
 
 def release_memory() -> None:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lowvram_db import cli
 from lowvram_db.memory.budget import budget_for, cap, free_bytes
 from lowvram_db.memory.overheads import CONTEXT
 from lowvram_db.memory.spill import spilled_bytes
@@ -35,6 +36,16 @@ def test_more_than_the_card_has_is_said_and_not_taken(card, capfd):
     assert budget_for("16GiB", CARD) == 9 * GIB + CONTEXT
     said = capfd.readouterr().err
     assert "memory.vram: 16GiB is more than the card has (12.00 GiB, 2.50 GiB of it in use by others)" in said
+
+
+def test_a_plan_for_another_card_can_be_made_and_says_so(card, monkeypatch, make_config, capfd):
+    monkeypatch.setattr("shutil.which", lambda program: program)
+    monkeypatch.setattr("lowvram_db.memory.device.pick_device", lambda: CARD)
+    assert cli._budget(make_config(memory={"vram": "8GiB"})) == 8 * GIB
+    assert not capfd.readouterr().err
+    assert cli._budget(make_config(memory={"vram": "16GiB"})) == 16 * GIB
+    assert "16GiB is more than the card has" in (said := capfd.readouterr().err) and "for another card" in said
+    assert cli._budget(make_config()) == free_bytes(CARD)
 
 
 def test_the_allocator_is_capped_at_the_budget_less_the_context(card, monkeypatch):
