@@ -31,25 +31,25 @@ from lowvram_db.plan.reference import allocated_bytes, tracked_bytes
 from lowvram_db.train.strategy import Strategy
 
 SD1, SDXL = "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-xl-base-1.0"
-GPU_ONLY = [  # model, resolution, batch, prior, optimizer, weights, levels with checkpointing
-    (SD1, 512, 4, True, "adam8", "bf16", 4),
-    (SD1, 768, 1, True, "adam8", "bf16", 4),
-    (SDXL, 1024, 1, False, "adam8", "bf16", 3),
-    (SDXL, 1024, 1, True, "adam8", "bf16", 3),
-    (SDXL, 1024, 1, True, "adam8", "bf16+residual", 3),
+GPU_ONLY = [  # model, resolution, batch, prior, optimizer, weights, blocks with checkpointing
+    (SD1, 512, 4, True, "adam8", "bf16", 9),
+    (SD1, 768, 1, True, "adam8", "bf16", 9),
+    (SDXL, 1024, 1, False, "adam8", "bf16", 7),
+    (SDXL, 1024, 1, True, "adam8", "bf16", 7),
+    (SDXL, 1024, 1, True, "adam8", "bf16+residual", 7),
 ]
 EVERYWHERE = [
-    (SD1, 512, 1, True, "adam8", "bf16", 4),
+    (SD1, 512, 1, True, "adam8", "bf16", 9),
     (SD1, 512, 1, True, "adam8", "bf16", 0),
-    (SD1, 512, 1, False, "adam8", "bf16+residual", 2),
-    (SD1, 512, 2, False, "adamw", "fp32", 4),
-    (SD1, 512, 1, True, "bnb-adam8", "fp32", 4),
+    (SD1, 512, 1, False, "adam8", "bf16+residual", 4),
+    (SD1, 512, 2, False, "adamw", "fp32", 9),
+    (SD1, 512, 1, True, "bnb-adam8", "fp32", 9),
 ]
 PRESETS = ("sd15-8gb", "sd15-12gb", "sdxl-12gb", "sdxl-16gb")
 _ROOT = Path(__file__).parents[1]
 
 
-def compare(model: str, resolution: int, batch: int, prior: bool, optimizer: str, weights: str, levels: int) -> None:
+def compare(model: str, resolution: int, batch: int, prior: bool, optimizer: str, weights: str, blocks: int) -> None:
     config = Config.model_validate(
         {
             "model": {"name": model},
@@ -63,7 +63,7 @@ def compare(model: str, resolution: int, batch: int, prior: bool, optimizer: str
     configs = known_configs(model)
     assert configs is not None
     family = open_blank(configs)
-    strategy = Strategy(levels, family.checkpoint_levels)
+    strategy = Strategy(blocks, family.checkpoint_steps)
     if torch.cuda.is_available():
         witness = "max_memory_allocated"
         predicted = max(phase.allocated_bytes for phase in predict.training(config, family, strategy)[:2])

@@ -48,7 +48,7 @@ class Architecture(ABC):
     latent_channels: int
     latent_side: int  # pixels a side of one latent
     side_multiple: int  # what an image's sides have to be divisible by, pixels
-    checkpoint_levels: int  # how many groups checkpoint_groups gives
+    checkpoint_steps: int  # how many checkpoint_blocks gives
 
     @abstractmethod
     def load_vae(self, dtype: torch.dtype = torch.float32) -> nn.Module: ...
@@ -62,7 +62,7 @@ class Architecture(ABC):
         """Noisy latents [B, C, h, w], timesteps int64 [B], conditioning [B, ...] -> prediction [B, C, h, w]."""
 
     @abstractmethod
-    def checkpoint_groups(self, denoiser: Any) -> list[list[nn.Module]]:
+    def checkpoint_blocks(self, denoiser: Any) -> list[nn.Module]:
         """Parts of the denoiser that can recompute their activations, those first that save most for what it costs."""
 
 

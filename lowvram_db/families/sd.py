@@ -1,5 +1,6 @@
 """Stable Diffusion 1.x and 2.x: a UNet over 4-channel latents, one CLIP text encoder, a KL autoencoder."""
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ class StableDiffusionConfigs(Architecture):
         self.latent_channels = vae.get("latent_channels", 4)
         check_unet(folder, unet, self.latent_channels, self._text_width())
         self.latent_side = 2 ** (len(vae["block_out_channels"]) - 1)
-        self.checkpoint_levels = len(unet["down_block_types"])
+        self.checkpoint_steps = 2 * len(unet["down_block_types"]) + 1
         self.native_resolution = unet.get("sample_size", 64) * self.latent_side
         self._scaling_factor: float = vae.get("scaling_factor", 0.18215)
         self.side_multiple = self.latent_side * 2 ** (len(unet["block_out_channels"]) - 1)
@@ -42,12 +43,11 @@ class StableDiffusionConfigs(Architecture):
     def denoise(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Tensor) -> Tensor:
         return denoiser(latents, timesteps, encoder_hidden_states=conditioning).sample
 
-    def checkpoint_groups(self, denoiser: Any) -> list[list[nn.Module]]:
-        """The UNet's levels from the finest on, each with its blocks on the way down and up: the finer, the more bytes
-        an activation has for the arithmetic it takes to make it again."""
-        levels = [list(pair) for pair in zip(denoiser.down_blocks, reversed(denoiser.up_blocks), strict=True)]
-        levels[-1].append(denoiser.mid_block)
-        return levels
+    def checkpoint_blocks(self, denoiser: Any) -> list[nn.Module]:
+        """The UNet's blocks from the finest on: the finer, the more bytes an activation has for the arithmetic it takes
+        to make it again. The middle one comes before the coarsest two, which are larger steps of the same kind."""
+        *finer, up, down = chain.from_iterable(zip(reversed(denoiser.up_blocks), denoiser.down_blocks, strict=True))
+        return [*finer, denoiser.mid_block, up, down]
 
 
 class BlankStableDiffusion(StableDiffusionConfigs, Blank):

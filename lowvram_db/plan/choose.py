@@ -2,6 +2,7 @@
 
 import multiprocessing
 import sys
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from lowvram_db.memory.overheads import CONTEXT, CUBLAS_WORKSPACES, MARGIN
 from lowvram_db.memory.trace import OverLimit
 from lowvram_db.plan import predict
 from lowvram_db.plan.result import Phase, Plan, Rung
-from lowvram_db.train.strategy import ladder, without_budget
+from lowvram_db.train.strategy import Strategy, ladder, without_budget
 
 
 def choose(config: Config, family: Blank, budget: int | None, explain: bool = False) -> Plan:
@@ -45,41 +46,51 @@ def check_resolution(config: Config, family: Blank) -> None:
 
 def _training(config: Config, family: Blank, limit: int | None, explain: bool) -> tuple[list[Phase], list[Rung]]:
     """The phases of the chosen rung, and all rungs looked at."""
-    rungs: list[Rung] = []
-    traced_steps: list[list[Phase]] = []
-    strategies = ladder(config, family.checkpoint_levels)
-    if limit is None and not explain:
-        strategies = [without_budget(strategies)]
-    most_checkpointed = strategies[-1].checkpointed
+    strategies = ladder(config, family.checkpoint_steps)
+    most = max(strategy.checkpointed for strategy in strategies)
+    rungs: dict[Strategy, Rung] = {}
+    steps: dict[Strategy, list[Phase]] = {}
+
+    def fits(strategy: Strategy) -> bool:
+        # The last ones to the end: should none fit, the smallest of them is the answer.
+        rungs[strategy], steps[strategy] = _look(traced, strategy, None if strategy.checkpointed == most else limit)
+        return limit is not None and rungs[strategy].traced_to_the_end and rungs[strategy].peak_bytes <= limit
+
     with predict.rehearsal(config, family) as traced:
-        for strategy in strategies:
-            # The last ones to the end: should none fit, the smallest of them is the answer.
-            to_the_end, reached = explain or strategy.checkpointed == most_checkpointed, 0
-            try:
-                phases = traced.steps(strategy, None if to_the_end else limit)
-            except OverLimit as over:
-                reached = over.reached
-            if reached:  # only here, outside the handler, is what it held let go
-                rungs.append(Rung(strategy, reached + CONTEXT + CUBLAS_WORKSPACES, None))
-                traced_steps.append([])
-                continue
-            peak = max(phase.peak_bytes for phase in phases)
-            rungs.append(Rung(strategy, peak, float(phases[0].flops)))
-            traced_steps.append(phases)
-            if limit is not None and peak <= limit and not explain:
-                break
-        chosen = _choice(rungs, limit)
-        rungs[chosen].chosen = True
-        return [*traced_steps[chosen], *traced.end()], _relative(rungs)
+        if explain:
+            for strategy in strategies:
+                rungs[strategy], steps[strategy] = _look(traced, strategy, None)
+        elif limit is None:
+            fits(without_budget(strategies))
+        elif not fits(strategies[0]):
+            # More checkpointing never takes more memory, so the first that fits is found by bisection.
+            whole = [strategy for strategy in strategies if strategy.parts == 1]
+            if bisect_left(whole, True, lo=1, key=fits) == len(whole):
+                any(fits(strategy) for strategy in strategies[len(whole) :])
+        seen = [rungs[strategy] for strategy in strategies if strategy in rungs]
+        chosen = _choice(seen, limit)
+        chosen.chosen = True
+        return [*steps[chosen.strategy], *traced.end()], _relative(seen)
 
 
-def _choice(rungs: list[Rung], limit: int | None) -> int:
-    """The place of the fastest that fits, else of the smallest; without a limit what is done then."""
+def _look(traced: predict.Rehearsal, strategy: Strategy, limit: int | None) -> tuple[Rung, list[Phase]]:
+    """A rung and its phases; none where it takes more than `limit`, as far as it was followed then."""
+    try:
+        phases = traced.steps(strategy, limit)
+    except OverLimit as over:
+        reached = over.reached
+    else:
+        return Rung(strategy, max(phase.peak_bytes for phase in phases), float(phases[0].flops)), phases
+    return Rung(strategy, reached + CONTEXT + CUBLAS_WORKSPACES, None), []  # outside the handler, which holds the trace
+
+
+def _choice(rungs: list[Rung], limit: int | None) -> Rung:
+    """The fastest that fits, else the smallest; without a limit what is done then."""
     if limit is None:
-        return [rung.strategy for rung in rungs].index(without_budget([rung.strategy for rung in rungs]))
-    whole = [place for place, rung in enumerate(rungs) if rung.traced_to_the_end]
-    fitting = [place for place in whole if rungs[place].peak_bytes <= limit]
-    return fitting[0] if fitting else min(whole, key=lambda place: rungs[place].peak_bytes)
+        strategy = without_budget([rung.strategy for rung in rungs])
+        return next(rung for rung in rungs if rung.strategy == strategy)
+    whole = [rung for rung in rungs if rung.traced_to_the_end]
+    return next((rung for rung in whole if rung.peak_bytes <= limit), min(whole, key=lambda rung: rung.peak_bytes))
 
 
 def _relative(rungs: list[Rung]) -> list[Rung]:
@@ -168,7 +179,7 @@ def _changed(config: Config, changes: list[_Change]) -> Config:
 def _fits(config: Config, family: Blank, budget: int | None) -> bool:
     assert budget is not None
     limit = int(budget / (1 + MARGIN))
-    smallest = ladder(config, family.checkpoint_levels)[-1]
+    smallest = ladder(config, family.checkpoint_steps)[-1]
     try:
         predict.training(config, family, smallest, limit)
     except OverLimit:

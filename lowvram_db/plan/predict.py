@@ -97,7 +97,7 @@ class Rehearsal:
 
     def __init__(self, config: Config, family: Blank, trace: Trace):
         self._config, self._family, self._trace = config, family, trace
-        self._learner = blank_learner(config, family, Strategy(0, family.checkpoint_levels), trace)
+        self._learner = blank_learner(config, family, Strategy(0, family.checkpoint_steps), trace)
         self._batch = blank_batch(config, family)
 
     def steps(self, strategy: Strategy, limit: int | None = None) -> list[Phase]:

@@ -70,11 +70,10 @@ class Learner(ABC):
         """Trade time for memory in this way from now on."""
         self.strategy = strategy
         self.denoiser.enable_gradient_checkpointing()
-        for group in self.family.checkpoint_groups(self.denoiser)[strategy.checkpointed :]:
-            for part in group:
-                for module in part.modules():
-                    if hasattr(module, "gradient_checkpointing"):
-                        vars(module)["gradient_checkpointing"] = False
+        for block in self.family.checkpoint_blocks(self.denoiser)[strategy.checkpointed :]:
+            for module in block.modules():
+                if hasattr(module, "gradient_checkpointing"):
+                    vars(module)["gradient_checkpointing"] = False
         if self.text_encoder and strategy.checkpointed:
             self.text_encoder.gradient_checkpointing_enable()
         elif self.text_encoder:

@@ -49,7 +49,7 @@ class Trainer(Learner):
         except RuntimeError as error:
             raise UserError(f'kernels: {error}; use kernels = "auto"') from error
         self.batches = batches
-        self._ladder = ladder(config, family.checkpoint_levels)
+        self._ladder = ladder(config, family.checkpoint_steps)
         super().__init__(config, family, networks, device, strategy or without_budget(self._ladder), triton)
         self.family: Family = family
         self.attention = use_attention(self.denoiser, config.attention, device, self.dtype)

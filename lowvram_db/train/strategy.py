@@ -9,18 +9,18 @@ from lowvram_db.config import Config
 class Strategy:
     """One rung."""
 
-    checkpointed: int  # how many of the denoiser's groups recompute their activations (Architecture.checkpoint_groups)
-    groups: int  # of how many
+    checkpointed: int  # how many of the denoiser's blocks recompute their activations (Architecture.checkpoint_blocks)
+    blocks: int  # of how many
     parts: int = 1  # a batch goes through in so many parts, whose gradients add up
 
     def __str__(self) -> str:
-        checkpointing = {0: "no checkpointing", self.groups: "checkpointing everywhere"}.get(
-            self.checkpointed, f"checkpointing {self.checkpointed} of {self.groups} levels"
+        checkpointing = {0: "no checkpointing", self.blocks: "checkpointing everywhere"}.get(
+            self.checkpointed, f"checkpointing {self.checkpointed} of {self.blocks} blocks"
         )
         return checkpointing + (f", batch in {self.parts} parts" if self.parts > 1 else "")
 
 
-def ladder(config: Config, groups: int) -> list[Strategy]:
+def ladder(config: Config, blocks: int) -> list[Strategy]:
     """The strategies that give what the user asked for; each takes more time than the one before, and less memory, save
     that a batch in parts can take more where its activations weigh nothing beside the gradients that wait.
 
@@ -28,12 +28,12 @@ def ladder(config: Config, groups: int) -> list[Strategy]:
     has stepped by then; its micro_batches take the mean of squares for the square of the mean, which is another update.
     """
     wanted = config.train.gradient_checkpointing
-    levels = range(groups + 1) if wanted is None else [groups if wanted else 0]
-    rungs = [Strategy(level, groups) for level in levels]
+    counts = range(blocks + 1) if wanted is None else [blocks if wanted else 0]
+    rungs = [Strategy(count, blocks) for count in counts]
     rows = config.train.batch * (2 if config.prior.enabled else 1)
     if config.optimizer.name != "adam8":
         parts = [2**power for power in range(1, rows.bit_length()) if rows % 2**power == 0]
-        rungs += [Strategy(rungs[-1].checkpointed, groups, count) for count in parts]
+        rungs += [Strategy(rungs[-1].checkpointed, blocks, count) for count in parts]
     return rungs
 
 

@@ -13,14 +13,14 @@ from lowvram_db.plan.reference import tracked_bytes
 from lowvram_db.train.strategy import Strategy, ladder
 
 FIVE = {
-    "adam8, everywhere": ({}, Strategy(2, 2)),
-    "adam8, nowhere": ({}, Strategy(0, 2)),
-    "adam8 with a residual, one level": ({"precision": {"weights": "bf16+residual"}}, Strategy(1, 2)),
+    "adam8, everywhere": ({}, Strategy(5, 5)),
+    "adam8, nowhere": ({}, Strategy(0, 5)),
+    "adam8 with a residual, two blocks": ({"precision": {"weights": "bf16+residual"}}, Strategy(2, 5)),
     "adamw in fp32, batch of 2": (
         {"precision": {"compute": "fp32"}, "optimizer": {"name": "adamw"}, "train": {"batch": 2}},
-        Strategy(0, 2),
+        Strategy(0, 5),
     ),
-    "bnb-adam8 under autocast, in parts": ({"optimizer": {"name": "bnb-adam8"}}, Strategy(2, 2, parts=2)),
+    "bnb-adam8 under autocast, in parts": ({"optimizer": {"name": "bnb-adam8"}}, Strategy(5, 5, parts=2)),
 }
 
 
@@ -68,14 +68,14 @@ one_folder = settings(max_examples=4, suppress_health_check=[HealthCheck.functio
 @given(CONFIGS)
 def test_more_checkpointing_never_needs_more(planned, blank, given):
     config = drawn(planned, given)
-    peaks = [peak(config, blank, rung) for rung in ladder(config, blank.checkpoint_levels) if rung.parts == 1]
+    peaks = [peak(config, blank, rung) for rung in ladder(config, blank.checkpoint_steps) if rung.parts == 1]
     assert peaks == sorted(peaks, reverse=True)
 
 
 @one_folder
 @given(CONFIGS, st.sampled_from([0, 1, 2]))
 def test_more_pictures_or_larger_ones_never_need_less(planned, blank, given, level):
-    rung = Strategy(level, 2)
+    rung = Strategy(level, 5)
     here = peak(drawn(planned, given), blank, rung)
     assert peak(drawn(planned, {**given, "batch": given["batch"] + 1}), blank, rung) >= here
     assert peak(drawn(planned, {**given, "resolution": given["resolution"] + 32}), blank, rung) >= here
@@ -85,7 +85,7 @@ def test_more_pictures_or_larger_ones_never_need_less(planned, blank, given, lev
 @given(CONFIGS, st.sampled_from([0, 1, 2]))
 def test_the_components_add_up_to_the_peak(planned, blank, given, level):
     """The trace's own running sum is the witness: a limit at the predicted peak is kept, one a byte below is not."""
-    config, rung = drawn(planned, given), Strategy(level, 2)
+    config, rung = drawn(planned, given), Strategy(level, 5)
     phases = predict.training(config, blank, rung)
     most = max(phase.peak_bytes for phase in phases)
     assert most == max(sum(phase.components.values()) for phase in phases)
@@ -97,24 +97,24 @@ def test_the_components_add_up_to_the_peak(planned, blank, given, level):
 @pytest.mark.parametrize("optimizer", ["adam8", "adamw", "bnb-adam8"])
 def test_a_strategy_that_was_broken_off_leaves_nothing_to_the_next(planned, blank, optimizer):
     config = planned(train={"resolution": 128, "batch": 2}, optimizer={"name": optimizer})
-    alone = predict.training(config, blank, Strategy(2, 2))
-    most = max(phase.peak_bytes for phase in predict.training(config, blank, Strategy(0, 2))[:2])
+    alone = predict.training(config, blank, Strategy(5, 5))
+    most = max(phase.peak_bytes for phase in predict.training(config, blank, Strategy(0, 5))[:2])
     with predict.rehearsal(config, blank) as traced:
         for part in (0.3, 0.6, 0.9):
             floor = CONTEXT + CUBLAS_WORKSPACES
             with pytest.raises(OverLimit):
-                traced.steps(Strategy(0, 2), floor + int(part * (most - floor)))
-        assert [*traced.steps(Strategy(2, 2)), *traced.end()] == alone
+                traced.steps(Strategy(0, 5), floor + int(part * (most - floor)))
+        assert [*traced.steps(Strategy(5, 5)), *traced.end()] == alone
 
 
 def test_adam8_keeps_its_state_and_one_gradient_adamw_all_of_them(planned, blank):
     plain = {"train": {"resolution": 64}, "precision": {"compute": "fp32"}}
     weights = sum(parameter.numel() for parameter in blank_parameters(blank))
-    first, steady = predict.training(planned(**plain, optimizer={"name": "adamw"}), blank, Strategy(2, 2))[:2]
+    first, steady = predict.training(planned(**plain, optimizer={"name": "adamw"}), blank, Strategy(5, 5))[:2]
     assert first.components["weights"] == pytest.approx(4 * weights, rel=0.2)  # small tensors, rounded up
     assert steady.components["optimizer"] == pytest.approx(8 * weights, rel=0.3)
     assert steady.components["gradients"] == pytest.approx(4 * weights, rel=0.2)
-    step = predict.training(planned(train={"resolution": 64}), blank, Strategy(2, 2))[1]
+    step = predict.training(planned(train={"resolution": 64}), blank, Strategy(5, 5))[1]
     assert step.components["weights"] == pytest.approx(2 * weights, rel=0.3)
     assert 0 < step.components["gradients"] < 0.1 * 2 * weights, "the one that is just being used"
 
@@ -143,4 +143,4 @@ def test_packaged_configs_are_of_the_published_size(name, unet, vae, texts):
         assert millions(family.load_denoiser()) == unet
         assert millions(family.load_vae()) == vae
         assert [millions(encoder) for encoder in family.load_text_encoders().values()] == texts
-        assert len(family.checkpoint_groups(family.load_denoiser())) == family.checkpoint_levels
+        assert len(family.checkpoint_blocks(family.load_denoiser())) == family.checkpoint_steps

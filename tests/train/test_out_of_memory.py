@@ -11,7 +11,7 @@ from lowvram_db.train.loop import train
 from lowvram_db.train.strategy import Strategy, ladder
 
 FULL = "CUDA out of memory. Tried to allocate 2.00 GiB."
-FASTEST = Strategy(0, 2)
+FASTEST = Strategy(0, 5)
 
 
 def start(make_trainer, config):
@@ -62,9 +62,9 @@ def test_before_a_weight_has_moved_the_repeated_step_is_the_same(make_config, ma
     assert failed
     assert losses[0] == losses[1]
     assert all(torch.equal(tensor, weights(broken)[name]) for name, tensor in weights(straight).items())
-    assert (straight.strategy, broken.strategy) == (FASTEST, Strategy(1, 2))
+    assert (straight.strategy, broken.strategy) == (FASTEST, Strategy(1, 5))
     err = capfd.readouterr().err
-    assert f"step 2: out of memory ({FULL}). Repeated, and on from here, with checkpointing 1 of 2 levels" in err
+    assert f"step 2: out of memory ({FULL}). Repeated, and on from here, with checkpointing 1 of 5 blocks" in err
     assert "had made this step already" not in err
 
 
@@ -117,13 +117,13 @@ def test_rung_by_rung_down_to_the_end_of_the_ladder(make_config, make_trainer):
     trainer.denoiser.conv_out.register_forward_pre_hook(full)
     with pytest.raises(DoesNotFit, match=r"step 1 does not fit \(CUDA out of memory.*finished work is kept"):
         trainer.train_step()
-    assert trainer.strategy == ladder(config, 2)[-1]
+    assert trainer.strategy == ladder(config, 5)[-1]
 
 
 def test_a_batch_in_parts_gives_the_gradients_of_the_whole(make_config, make_trainer):
     config = make_config(train={"batch": 2, "lr": 1e-3}, optimizer={"name": "adamw"}, prior={"weight": 0.7})
     whole, parts = make_trainer(config), make_trainer(config)
-    whole.use(Strategy(0, 2)), parts.use(Strategy(0, 2, parts=4))
+    whole.use(Strategy(0, 5)), parts.use(Strategy(0, 5, parts=4))
     losses = [trainer.backward(trainer.batches[0]) for trainer in (whole, parts)]
     torch.testing.assert_close(losses[0], losses[1])
     for one, other in zip(whole.parameters, parts.parameters, strict=True):
