@@ -83,12 +83,12 @@ def _run(config: Config, resume: str) -> Run:
         start = run.choose_checkpoint(resume)
         if start is not None:
             _check_start(config, start)
-        family = _open_family(config)
         if _finished(config, start, run):
             say(f"{run.folder}: already trained for {config.train.steps} steps")
             return run
         with Store(_cache_folder(config, run)) as store:
-            plan = _plan(config, device)
+            plan = _plan(config, device)  # from the config files alone: nothing large is downloaded before it fits
+            family = _open_family(config)
             config.save(run.config)
             with Meter(plan, run, device) as meter:
                 meter.begins("class images")
