@@ -128,14 +128,13 @@ class Learned:
 
 
 def learned(
-    pipeline: StableDiffusionPipeline, critic: Critic, subject: Subject, word: str, each: int = 4, seed: int = 0
+    pipeline: StableDiffusionPipeline, critic: Critic, subject: Subject, instance: str, each: int = 4, seed: int = 0
 ) -> Learned:
-    """Draws the subject as "a photo of {word} {noun}", bare and in eight settings its photos did not have, and the
-    class without the word."""
+    """Draws the subject by `instance`, the prompt it was trained under, bare and in eight settings its photos did not
+    have, and the class without its word."""
     held_out = subject_pixels(subject, SETTINGS, 4, seed=1)
     ceiling = likeness_among(critic, held_out)
     places = [place for place in SETTINGS if place not in subject.photographed][:8] * each
-    instance = f"a photo of {word} {subject.noun}"
     own = generate(pipeline, [instance] * 4 * each, seed)
     elsewhere = generate(pipeline, [f"{instance} {place}" for place in places], seed + 1)
     plain = generate(pipeline, [prompt(subject.noun)] * 8 * each, seed + 2)

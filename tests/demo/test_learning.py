@@ -25,7 +25,7 @@ OWN, ELSEWHERE, SETTING, MISTAKEN, DIVERSITY = 0.75, 0.7, 0.7, 0.3, 0.85
 def measured(model: str) -> Learned:
     pipeline = StableDiffusionPipeline.from_pretrained(model)
     pipeline.set_progress_bar_config(disable=True)
-    return learned(pipeline, load_critic(), SUBJECT, "pkblz", each=3)
+    return learned(pipeline, load_critic(), SUBJECT, "a photo of a pkblz jellyfish", each=3)
 
 
 def verdict(folder: Path, monkeypatch: pytest.MonkeyPatch, *changes: str) -> dict[str, bool]:

@@ -1,0 +1,222 @@
+"""The same training step by different recipes, on random weights of a model's true shape.
+
+`Ours` is this project's own step, under any strategy; `Classic` is what people do without it: fp32 weights, autocast,
+bitsandbytes' AdamW8bit, gradient checkpointing, SDPA, gradients set to None, as lean as it can be written. Both get
+the same latents and conditioning, and neither holds a VAE or a text encoder.
+"""
+
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import quantiles
+from typing import Any, Protocol
+
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lowvram_db.config import Config
+from lowvram_db.families import open_blank
+from lowvram_db.families.base import Moments
+from lowvram_db.families.blank import Blank
+from lowvram_db.families.source import find_configs
+from lowvram_db.kernels.launch import runs_triton
+from lowvram_db.memory.attention import use_attention
+from lowvram_db.memory.device import DTYPES
+from lowvram_db.optim.storage import narrowing
+from lowvram_db.plan import predict
+from lowvram_db.train.batches import Batch
+from lowvram_db.train.strategy import Strategy
+
+LR = 2e-6
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is trained on: `batch` photos and, with prior, as many class images a step, square, `resolution` px."""
+
+    model: str  # hub id of a well-known model, or a folder; only its config files are read
+    resolution: int = 512
+    batch: int = 1
+    prior: bool = True
+    compute: str = "bf16"
+    attention: str = "auto"
+    seed: int = 0
+
+    @property
+    def rows(self) -> int:
+        return self.batch * (2 if self.prior else 1)
+
+    def config(self, **sections: Any) -> Config:
+        """As a run's TOML would have it."""
+        return Config.model_validate(
+            {
+                "model": {"name": self.model},
+                "subject": {"photos": "photos", "identifier": "ohwx", "class": "dog"},
+                "prior": {"enabled": self.prior},
+                "train": {"resolution": self.resolution, "batch": self.batch, "lr": LR, "seed": self.seed},
+                "precision": {"compute": self.compute},
+                "attention": self.attention,
+                **sections,
+            }
+        )
+
+    def family(self) -> Blank:
+        return open_blank(find_configs(self.model))
+
+    def moments(self, family: Blank) -> Moments:
+        """Random posteriors, float32 [rows, C, h, w]."""
+        side = self.resolution // family.latent_side
+        shape = (self.rows, family.latent_channels, side, side)
+        generator = torch.Generator().manual_seed(self.seed)
+        return Moments(torch.randn(shape, generator=generator), torch.full(shape, -6.0))
+
+    def conditioning(self, family: Blank) -> Tensor:
+        """Random, float32 [rows, *conditioning_shape]."""
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        return torch.randn(self.rows, *family.conditioning_shape, generator=generator)
+
+
+class Recipe(Protocol):
+    """A way to train."""
+
+    def step(self) -> None: ...
+
+
+class _Learner(predict.BlankLearner):
+    """Our own, on random data."""
+
+    given: Tensor  # conditioning of all rows
+
+    def _move_to_device(self) -> None:
+        for module in self.modules.values():
+            module.to(self.device)
+
+    def timesteps(self, rows: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.step)
+        return torch.randint(0, len(self.table), (rows,), generator=generator)
+
+    def conditioning(self, prompts: list[str]) -> Tensor:
+        return self.given[: len(prompts)].to(self.device)
+
+
+class Ours:
+    """adam8 stepping inside backward into bf16 weights, or what `sections` of the config say."""
+
+    def __init__(self, work: Work, device: torch.device, strategy: Strategy | None = None, **sections: Any) -> None:
+        config, family = work.config(**sections), work.family()
+        network = random_denoiser(family, narrowing(config.weights))
+        strategy = strategy or everywhere(family)
+        triton = runs_triton(config.kernels, device)
+        self.learner = _Learner(config, family, {family.denoiser_part: network}, device, strategy, triton)
+        self.learner.given = work.conditioning(family)
+        use_attention(self.learner.denoiser, config.attention, device, DTYPES[work.compute])
+        self._batch = Batch(work.moments(family), [""] * work.rows, work.batch)
+
+    def step(self) -> None:
+        self.learner.backward(self._batch)
+        self.learner.update()
+        self.learner.scaler.update()
+        self.learner.step += 1
+
+
+class Classic:
+    """fp32 weights and gradients, autocast, bitsandbytes' AdamW8bit, gradient checkpointing."""
+
+    def __init__(self, work: Work, device: torch.device) -> None:
+        from bitsandbytes.optim import AdamW8bit
+
+        family = work.family()
+        self._family, self._device, self._dtype, self._work = family, device, DTYPES[work.compute], work
+        self._unet = random_denoiser(family, lambda weight: weight).to(device).train()
+        self._unet.enable_gradient_checkpointing()
+        use_attention(self._unet, work.attention, device, self._dtype)
+        self._optimizer = AdamW8bit(params=self._unet.parameters(), lr=LR, min_8bit_size=4096)
+        self._schedule: Any = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+        # Cached, as ours: one sample of each, which is what such caches keep.
+        mean, logvar = work.moments(family)
+        self._latents = (mean + torch.exp(logvar / 2) * torch.randn_like(mean)).to(device)
+        self._conditioning = work.conditioning(family).to(device)
+
+    def step(self) -> None:
+        noise = torch.randn_like(self._latents)
+        timesteps = torch.randint(0, 1000, (self._work.rows,), device=self._device)
+        noisy = self._schedule.add_noise(self._latents, noise, timesteps)
+        with torch.autocast(self._device.type, self._dtype):
+            prediction = self._family.denoise(self._unet, noisy, timesteps, self._conditioning)
+        instance = slice(0, self._work.batch)
+        loss = F.mse_loss(prediction[instance].float(), noise[instance])
+        if self._work.prior:
+            loss = loss + F.mse_loss(prediction[self._work.batch :].float(), noise[self._work.batch :])
+        loss.backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+
+def everywhere(family: Blank) -> Strategy:
+    return Strategy(family.checkpoint_steps, family.checkpoint_steps)
+
+
+def random_denoiser(family: Blank, narrow: Callable[[Tensor], Tensor]) -> Any:
+    """The denoiser with weights of the size that trained ones have, made one after the other."""
+    network: Any = family.load_denoiser(narrow)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.02)
+            else:
+                nn.init.constant_(parameter, 1.0 if name.endswith("weight") else 0.0)
+    return network
+
+
+def measured(recipe: Recipe, steps: int, device: torch.device) -> dict[str, float]:
+    """One step that does not count, then `steps` that do: seconds (median, quartiles) and peaks in GiB."""
+    recipe.step()
+    settle(device)
+    first_done = time.time()
+    reset_peaks(device)
+    seconds = []
+    for _ in range(steps):
+        began = time.perf_counter()
+        recipe.step()
+        settle(device)
+        seconds.append(time.perf_counter() - began)
+    low, middle, high = quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
+    return {"first_done": first_done, "step_s": middle, "low_s": low, "high_s": high, **peaks(device)}
+
+
+def settle(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def reset_peaks(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM counts from here on
+
+
+def peaks(device: torch.device) -> dict[str, float]:
+    """GiB since reset_peaks: what the allocator gave out and held, and the whole of what the process has (of a GPU,
+    context and libraries with it, if nobody else is on the card)."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        figures = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device), total - free
+    else:
+        status = Path("/proc/self/status").read_text() if sys.platform == "linux" else ""
+        found = re.search(r"VmHWM:\s+(\d+)", status)
+        figures = 0, 0, int(found[1]) * 1024 if found else 0
+    return dict(zip(("allocated_gib", "reserved_gib", "process_gib"), (x / 2**30 for x in figures), strict=True))
+
+
+def bytes_written() -> int:
+    """To disks, by this process so far."""
+    if sys.platform != "linux":
+        return 0
+    found = re.search(r"^write_bytes: (\d+)", Path("/proc/self/io").read_text(), re.MULTILINE)
+    return int(found[1]) if found else 0
