@@ -22,13 +22,13 @@ part() { # SECONDS WORDS...
     timeout "$1" "$python" "${@:2}" || failed+=("${*:2} (exit $?)")
 }
 
-part 120 -m pytest -q -p no:cacheprovider tests/kernels tests/optim tests/memory
-part 70 bench/adam8.py --model sd15
-part 20 bench/noise_loss.py
-part 120 bench/plan_accuracy.py --only accuracy
-part 90 bench/full_size.py --optimizer adam8 --resolution 512 --steps 10
-part 90 bench/full_size.py --optimizer bnb-adam8 --resolution 512 --steps 10
-part 90 bench/adam8.py --model sdxl
+part 80 -m pytest -q -p no:cacheprovider tests/kernels tests/optim tests/memory
+part 100 bench/compare.py --model sd15 --checkpointed 0,5,9 --steps 10
+part 60 bench/plan_accuracy.py --only accuracy
+part 50 bench/adam8.py --model sd15
+part 10 bench/noise_loss.py
+part 170 bench/compare.py --model sd15 --vram 4,6,8,12GiB --steps 5
+part 50 bench/compare.py --model sdxl --resolution 1024 --no-prior --recipes ours --checkpointed 7 --steps 5
 
 for what in "${failed[@]}"; do echo "failed: $what"; done
 exit ${#failed[@]}

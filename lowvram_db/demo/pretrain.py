@@ -28,7 +28,7 @@ from lowvram_db.demo.widen import widen
 STAGES = ("vae", "base", "decoder", "wide", "critic", "export")
 VAE = Budget(steps=2_500, batch=16, lr=1e-3, decay=0.5, measure_steps=500)
 DECODER = Budget(steps=400, batch=16, lr=4e-4, warmup=20, decay=0.8, average=0.99, measure_steps=200)
-WIDE = Budget(steps=1_500, batch=16, lr=6e-4, warmup=50, decay=0.6, average=0.99, measure_steps=150)
+WIDE = Budget(steps=3_700, batch=16, lr=6e-4, warmup=50, decay=0.7, average=0.99, measure_steps=250)
 READER = Budget(steps=1_500, batch=64, lr=1e-3, warmup=100, measure_steps=500)
 CRITIC = Budget(steps=4_000, batch=32, lr=1e-3, decay=0.6, measure_steps=500)
 BASE = Budget(steps=10_500, batch=32, lr=8e-4, warmup=300, decay=0.6, measure_steps=1_000)
