@@ -19,6 +19,7 @@ part 420 bench/compare.py --model sd15 --resolution 256 --checkpointed 9 --steps
 part 180 bench/plan_accuracy.py
 part 120 bench/adam8.py --model sd15
 part 60 bench/noise_loss.py
+part 150 bench/profile_step.py --model sd15 --resolution 256
 part 240 bench/growth.py batch --resolution 128 --values 1,2,4 --steps 2
 part 120 bench/growth.py photos --values 5,50,500
 
