@@ -24,6 +24,7 @@ from typing import Any
 
 import psutil
 import torch
+from adam8 import MODELS
 from machine import add_row
 from peers import KINDS, run_peer
 from recipes import Classic, Ours, Work, bytes_written, measured
@@ -34,10 +35,6 @@ from lowvram_db.memory.size import parse_size
 from lowvram_db.plan.choose import choose
 from lowvram_db.train.strategy import Strategy
 
-MODELS = {
-    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
-}
 _FIGURES = ("step_s", "low_s", "high_s", "allocated_gib", "reserved_gib", "process_gib", "startup_s", "written_mib")
 
 

@@ -27,7 +27,7 @@ part 100 bench/compare.py --model sd15 --checkpointed 0,5,9 --steps 10
 part 60 bench/plan_accuracy.py --only accuracy
 part 50 bench/adam8.py --model sd15
 part 10 bench/noise_loss.py
-part 150 bench/compare.py --model sd15 --vram 4,6,8,12GiB --steps 5
+part 130 bench/compare.py --model sd15 --vram 4,6,8,12GiB --steps 5
 part 40 bench/profile_step.py --model sd15
 part 50 bench/compare.py --model sdxl --resolution 1024 --no-prior --recipes ours --checkpointed 7 --steps 5
 

@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from adam8 import copy_speed, timed
+from adam8 import MODELS, copy_speed, timed
 from cache_damage import build, write_noise
-from compare import MODELS
 from machine import add_row
 from recipes import Ours, Work, everywhere, measured, peaks, reset_peaks
 
