@@ -97,4 +97,4 @@ class Family(Architecture):
 
     @abstractmethod
     def save(self, folder: Path, dtype: torch.dtype, **trained: nn.Module) -> None:
-        """Write a whole diffusers model into an existing folder: the trained parts by name, the rest as they were."""
+        """Write a whole diffusers model into an empty folder: the trained parts by name, the rest as they were."""

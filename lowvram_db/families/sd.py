@@ -1,5 +1,7 @@
 """Stable Diffusion 1.x and 2.x: a UNet over 4-channel latents, one CLIP text encoder, a KL autoencoder."""
 
+import json
+import shutil
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -152,6 +154,15 @@ class StableDiffusion(StableDiffusionConfigs, Family):
         return pipeline
 
     def save(self, folder: Path, dtype: torch.dtype, **trained: nn.Module) -> None:
-        parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False, **trained}
-        pipeline = StableDiffusionPipeline.from_pretrained(self.folder, dtype=dtype, **parts)
-        pipeline.to(dtype=dtype).save_pretrained(folder, safe_serialization=True)
+        # Part by part: a whole pipeline beside the trained denoiser would be the most that a run ever holds.
+        without = {part: [None, None] for part in ("safety_checker", "feature_extractor")}
+        index = read_json(self.folder / "model_index.json", "it names the parts") | without
+        text = json.dumps(index | {"requires_safety_checker": False}, indent=2)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "model_index.json").write_text(text + "\n", encoding="utf-8")
+        for part in ("scheduler", "tokenizer"):
+            shutil.copytree(self.folder / part, folder / part)
+        load = {"vae": self.load_vae, "text_encoder": self.load_text_encoder}
+        for part in ("unet", "text_encoder", "vae"):
+            module: Any = trained[part] if part in trained else load[part](dtype)
+            module.to(dtype=dtype).save_pretrained(folder / part, safe_serialization=True)
