@@ -87,9 +87,10 @@ def growth(runs: list[Row], what: str, machine: str) -> None:
     if all(row["floor_s"] for row in runs):
         left.plot(values, [float(row["floor_s"]) for row in runs], marker=".", linestyle=":", label="floor")
     memory = "allocated_gib" if any(float(row["allocated_gib"] or 0) for row in runs) else "process_gib"
-    right.plot(values, [float(row[memory]) for row in runs], marker="o")
+    scale, unit = (1024, "MiB that reading adds") if what == "photos" else (1, "GiB")
+    right.plot(values, [scale * float(row[memory]) for row in runs], marker="o")
     left.set(xlabel=what, ylabel="seconds a batch" if what == "photos" else "seconds a step", ylim=(0, None))
-    right.set(xlabel=what, ylabel="GiB", ylim=(0, None))
+    right.set(xlabel=what, ylabel=unit, ylim=(0, None))
     if what == "photos":
         left.set_xscale("log"), right.set_xscale("log")
     left.legend()
