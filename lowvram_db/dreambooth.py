@@ -15,7 +15,7 @@ from lowvram_db.cache import Cached, Framing, Store, precompute, remembers
 from lowvram_db.concept import Concept, describe, subject_photos
 from lowvram_db.config import Config
 from lowvram_db.errors import LESS_MEMORY, DoesNotFit, Interrupted, UserError
-from lowvram_db.families import open_model
+from lowvram_db.families import check_trainable, open_model
 from lowvram_db.families.base import Family
 from lowvram_db.memory.budget import budget_for, cap
 from lowvram_db.memory.device import DTYPES, compute_dtype, encoder_dtype, pick_device, release_memory
@@ -86,6 +86,7 @@ def _run(config: Config, resume: str) -> Run:
         if _finished(config, start, run):
             say(f"{run.folder}: already trained for {config.train.steps} steps")
             return run
+        check_trainable(config.model.name, config.model.revision)
         with Store(_cache_folder(config, run)) as store:
             plan = _plan(config, device)  # from the config files alone: nothing large is downloaded before it fits
             family = _open_family(config)

@@ -21,6 +21,11 @@ _BLANKS = {
 }
 
 
+def check_trainable(name: str, revision: str | None = None) -> None:
+    """Raise UserError for a model that cannot be trained here, from its config files alone."""
+    _class_for(find_configs(name, revision), _FAMILIES, "trained")
+
+
 def open_model(name: str, revision: str | None = None) -> Family:
     """Find a model and check what it is, from its config files alone. Raises UserError naming what does not fit."""
     family = _class_for(find_configs(name, revision), _FAMILIES, "trained")  # before gigabytes are downloaded in vain
