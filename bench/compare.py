@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 import torch
@@ -35,6 +35,7 @@ from lowvram_db.memory.size import parse_size
 from lowvram_db.plan.choose import choose
 from lowvram_db.train.strategy import Strategy
 
+_RECIPES = "ours", "ours-residual", "classic"
 _FIGURES = ("step_s", "low_s", "high_s", "allocated_gib", "reserved_gib", "process_gib", "startup_s", "written_mib")
 
 
@@ -57,13 +58,17 @@ def main() -> None:
         except UserError as error:
             _refuse(f"--vram: {error}")
     peers = [_peer(text) for text in given.peer]
+    recipes = given.recipes.split(",")
+    if unknown := set(recipes) - set(_RECIPES):
+        _refuse(f"--recipes: no {unknown.pop()!r}; there are {', '.join(_RECIPES)}")
     model = MODELS.get(given.model, given.model)
     resolution = given.resolution or (512 if device == "cuda" else 256)
     work = Work(model, resolution, given.batch, not given.no_prior, given.compute, given.attention)
     steps = given.steps or (10 if device == "cuda" else 2)
+    checkpointed = _counts(given.checkpointed, work, given.vram)
     for budget in budgets:
-        for recipe in given.recipes.split(","):
-            for result in _run(recipe, work, device, steps, budget, given.checkpointed):
+        for recipe in recipes:
+            for result in _run(recipe, work, device, steps, budget, checkpointed):
                 _report(work, device, budget, steps, result)
         for kind, script in peers:
             _report(work, device, budget, steps, run_peer(kind, script, given.model, work, device, steps, budget))
@@ -79,14 +84,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--attention", default="auto", choices=["auto", "sdpa", "xformers"])
     parser.add_argument("--steps", type=int, help="that count, after one that does not; default 10, on a CPU 2")
     parser.add_argument("--device", choices=["cuda", "cpu"])
-    parser.add_argument("--recipes", default="ours,classic", help="of ours, ours-residual, classic")
+    parser.add_argument("--recipes", default="ours,classic", help=f"of {', '.join(_RECIPES)}")
     parser.add_argument("--checkpointed", help="strategies of ours: how many blocks, such as 0,9; default all")
     parser.add_argument("--vram", help="budgets, such as 6,8,10,12,16GiB")
     parser.add_argument("--peer", action="append", default=[], metavar="KIND=SCRIPT", help=f"of {', '.join(KINDS)}")
     return parser.parse_args()
 
 
-def _refuse(problem: str) -> None:
+def _refuse(problem: str) -> NoReturn:
     print(f"error: {problem}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -98,12 +103,28 @@ def _peer(text: str) -> tuple[str, Path]:
     return kind, Path(script)
 
 
+def _counts(text: str | None, work: Work, vram: str | None) -> list[int]:
+    """How many blocks are checkpointed in each strategy that is asked for, smallest strategy first."""
+    try:
+        blocks = work.family().checkpoint_steps
+        counts = [int(count) for count in text.split(",")] if text else list(range(blocks + 1))
+    except ValueError:
+        _refuse(f"--checkpointed {text}: numbers of blocks are wanted, such as 0,9")
+    except UserError as error:
+        _refuse(str(error))
+    if text and vram:
+        _refuse("--checkpointed: under --vram the plan chooses; leave one of them out")
+    if not all(0 <= count <= blocks for count in counts):
+        _refuse(f"--checkpointed {text}: {work.model} has {blocks} blocks")
+    return sorted(counts, reverse=True)
+
+
 def _run(
-    recipe: str, work: Work, device: str, steps: int, budget: int | None, checkpointed: str | None
+    recipe: str, work: Work, device: str, steps: int, budget: int | None, checkpointed: list[int]
 ) -> list[dict[str, Any]]:
     """What a process of its own says of a recipe: a result a strategy."""
     job = {"recipe": recipe, "work": asdict(work), "device": device, "steps": steps, "budget": budget}
-    job["checkpointed"] = [int(count) for count in checkpointed.split(",")] if checkpointed else None
+    job["checkpointed"] = checkpointed
     done = subprocess.run([sys.executable, __file__, "--child", json.dumps(job)], capture_output=True, text=True)
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode:
@@ -113,7 +134,7 @@ def _run(
 
 
 def _child(
-    recipe: str, work: dict[str, Any], device: str, steps: int, budget: int | None, checkpointed: list[int] | None
+    recipe: str, work: dict[str, Any], device: str, steps: int, budget: int | None, checkpointed: list[int]
 ) -> Iterator[dict[str, Any]]:
     """Runs in a process of its own: one recipe, under each of its strategies."""
     where, task = torch.device(device), Work(**work)
@@ -143,16 +164,14 @@ def _sections(recipe: str) -> dict[str, Any]:
     return {"precision": {"weights": "bf16+residual"}} if recipe == "ours-residual" else {}
 
 
-def _strategies(work: Work, recipe: str, budget: int | None, checkpointed: list[int] | None) -> Iterator[Strategy]:
-    """Smallest first: the plan's choice under a budget, else those asked for, else all of the ladder."""
+def _strategies(work: Work, recipe: str, budget: int | None, checkpointed: list[int]) -> Iterator[Strategy]:
+    """The plan's choice under a budget, else those asked for."""
     family = work.family()
-    blocks = family.checkpoint_steps
     if budget is not None:
-        config = work.config(**_sections(recipe))
-        yield choose(config, family, budget).strategy
+        yield choose(work.config(**_sections(recipe)), family, budget).strategy
         return
-    for count in sorted(checkpointed or range(blocks + 1), reverse=True):
-        yield Strategy(count, blocks)
+    for count in checkpointed:
+        yield Strategy(count, family.checkpoint_steps)
 
 
 def _report(work: Work, device: str, budget: int | None, steps: int, result: dict[str, Any]) -> None:

@@ -18,16 +18,13 @@ from unittest.mock import patch
 
 import torch
 from machine import add_row
+from recipes import Ours, Work
 
-from lowvram_db.config import Config
-from lowvram_db.families import open_blank
-from lowvram_db.families.known import known_configs
-from lowvram_db.kernels.launch import runs_triton
 from lowvram_db.memory import trace
 from lowvram_db.memory.device import release_memory
 from lowvram_db.memory.overheads import CONTEXT, CUBLAS_WORKSPACES
 from lowvram_db.plan import predict
-from lowvram_db.plan.reference import allocated_bytes, tracked_bytes
+from lowvram_db.plan.reference import tracked_bytes
 from lowvram_db.train.strategy import Strategy
 
 SD1, SDXL = "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-xl-base-1.0"
@@ -50,24 +47,20 @@ _ROOT = Path(__file__).parents[1]
 
 
 def compare(model: str, resolution: int, batch: int, prior: bool, optimizer: str, weights: str, blocks: int) -> None:
-    config = Config.model_validate(
-        {
-            "model": {"name": model},
-            "subject": {"photos": "photos", "identifier": "ohwx", "class": "dog"},
-            "prior": {"enabled": prior},
-            "train": {"resolution": resolution, "batch": batch},
-            "optimizer": {"name": optimizer},
-            "precision": {"weights": weights},
-        }
-    )
-    configs = known_configs(model)
-    assert configs is not None
-    family = open_blank(configs)
+    work = Work(model, resolution, batch, prior)
+    sections = {"optimizer": {"name": optimizer}, "precision": {"weights": weights}}
+    config, family = work.config(**sections), work.family()
     strategy = Strategy(blocks, family.checkpoint_steps)
     if torch.cuda.is_available():
         witness = "max_memory_allocated"
         predicted = max(phase.allocated_bytes for phase in predict.training(config, family, strategy)[:2])
-        measured = allocated_bytes(config, family, strategy, runs_triton("auto", torch.device("cuda")))
+        device = torch.device("cuda")
+        recipe = Ours(work, device, strategy, **sections)
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(2):
+            recipe.step()
+        measured = torch.cuda.max_memory_allocated(device)
+        del recipe
         release_memory()
     else:  # MemTracker neither rounds on a CPU nor knows what is inside an operation
         witness = "MemTracker"

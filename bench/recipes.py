@@ -51,19 +51,18 @@ class Work:
     def rows(self) -> int:
         return self.batch * (2 if self.prior else 1)
 
-    def config(self, **sections: Any) -> Config:
-        """As a run's TOML would have it."""
-        return Config.model_validate(
-            {
-                "model": {"name": self.model},
-                "subject": {"photos": "photos", "identifier": "ohwx", "class": "dog"},
-                "prior": {"enabled": self.prior},
-                "train": {"resolution": self.resolution, "batch": self.batch, "lr": LR, "seed": self.seed},
-                "precision": {"compute": self.compute},
-                "attention": self.attention,
-                **sections,
-            }
-        )
+    def config(self, **sections: dict[str, Any]) -> Config:
+        """As a run's TOML would have it, with what `sections` add."""
+        own: dict[str, Any] = {
+            "model": {"name": self.model},
+            "subject": {"photos": "photos", "identifier": "ohwx", "class": "dog"},
+            "prior": {"enabled": self.prior},
+            "train": {"resolution": self.resolution, "batch": self.batch, "lr": LR, "seed": self.seed},
+            "precision": {"compute": self.compute},
+        }
+        for section, values in sections.items():
+            own[section] = own.get(section, {}) | values
+        return Config.model_validate({**own, "attention": self.attention})
 
     def family(self) -> Blank:
         return open_blank(find_configs(self.model))

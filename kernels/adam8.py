@@ -203,6 +203,42 @@ def _narrow(w: Tensor, random: Tensor, weight: Tensor, residual: Tensor | None) 
     weight.copy_(short(w, random) if short else w)
 
 
+@jit
+def _decode_kernel(word, grid, LEVELS: tl.constexpr, SIDE: tl.constexpr, BENT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """As decode. word: int32 with 16 bits in use."""
+    levels = (word >> 6) + ((grid >> 4) - LEVELS)
+    bent = ((word & 63) - (SIDE + 1)).to(tl.float32) * (BENT / SIDE)
+    return bent / (1 - tl.abs(bent)), tl.exp2(levels.to(tl.float32) * bits.as_float((126 - (grid & 15)) << 23))
+
+
+@jit
+def _encode_kernel(  # type: ignore[no-untyped-def]
+    m, v, there, random, factor,
+    LEVELS: tl.constexpr, FINEST: tl.constexpr, SIDE: tl.constexpr, BENT: tl.constexpr, FAINTEST: tl.constexpr,
+):  # fmt: skip
+    """As encode; words come as int32."""
+    log = tl.log2(tl.maximum(v, FAINTEST))
+    present = there & (v > FAINTEST)
+    top = tl.max(tl.where(present, log, -126.0), 1, keep_dims=True)
+    spread = top - tl.min(tl.where(present, log, top), 1, keep_dims=True)
+    fineness = FINEST - (spread > (LEVELS - 2) / 128).to(tl.int32) - (spread > (LEVELS - 2) / 64).to(tl.int32)
+    fineness -= (spread > (LEVELS - 2) / 32).to(tl.int32) + (spread > (LEVELS - 2) / 16).to(tl.int32)
+    top = tl.ceil(top * bits.as_float((127 + fineness) << 23))
+    exact = log * bits.as_float((127 + fineness) << 23)
+    below = tl.floor(exact)
+    up = (exact - below) * 65536 > bits.other_bits_kernel(random).to(tl.float32)
+    levels = tl.minimum(tl.maximum(below + up.to(tl.float32), top - LEVELS), top)
+    root = tl.exp2(levels * bits.as_float((126 - fineness) << 23))
+
+    u = m * factor / root
+    places = tl.floor(u / (tl.abs(u) + 1) * (SIDE / BENT) + 0.5)
+    places = tl.minimum(tl.maximum(places, -SIDE), SIDE)
+    bent = places * (BENT / SIDE)
+    kept = bent / (1 - tl.abs(bent)) * root / factor
+    words = ((levels - (top - LEVELS)).to(tl.int32) << 6) | (places.to(tl.int32) + (SIDE + 1))
+    return words, (top.to(tl.int32) << 4) | fineness, kept
+
+
 @jit(do_not_specialize=["seed", "counter", "tensor", "stream"])  # or 1 and every 16th would be kernels of their own
 def _kernel(  # type: ignore[no-untyped-def]
     weight, residual, grad, words, grids, skipped, unscale, n,
@@ -222,35 +258,10 @@ def _kernel(  # type: ignore[no-untyped-def]
     groups = row * (BLOCK // 8) + tl.arange(0, BLOCK // 8)[None, :]
     random = bits.lanes_kernel(groups, seed, counter, tensor, stream)
 
-    # decode
-    levels = ((word.to(tl.int32) & 0xFFFF) >> 6) + ((grid >> 4) - LEVELS)
-    root = tl.exp2(levels.to(tl.float32) * bits.as_float((126 - (grid & 15)) << 23))
-    bent = ((word.to(tl.int32) & 63) - (SIDE + 1)).to(tl.float32) * (BENT / SIDE)
-    m = bent / (1 - tl.abs(bent)) * root * (keep_m * decode) + g * add_m
+    u, root = _decode_kernel(word.to(tl.int32) & 0xFFFF, grid, LEVELS, SIDE, BENT)
+    m = u * root * (keep_m * decode) + g * add_m
     v = root * root * keep_v + g * g * add_v
-
-    # encode v
-    log = tl.log2(tl.maximum(v, FAINTEST))
-    present = there & (v > FAINTEST)
-    top = tl.max(tl.where(present, log, -126.0), 1, keep_dims=True)
-    spread = top - tl.min(tl.where(present, log, top), 1, keep_dims=True)
-    fineness = FINEST - (spread > (LEVELS - 2) / 128).to(tl.int32) - (spread > (LEVELS - 2) / 64).to(tl.int32)
-    fineness -= (spread > (LEVELS - 2) / 32).to(tl.int32) + (spread > (LEVELS - 2) / 16).to(tl.int32)
-    top = tl.ceil(top * bits.as_float((127 + fineness) << 23))
-    exact = log * bits.as_float((127 + fineness) << 23)
-    below = tl.floor(exact)
-    up = (exact - below) * 65536 > bits.other_bits_kernel(random).to(tl.float32)
-    new_levels = tl.minimum(tl.maximum(below + up.to(tl.float32), top - LEVELS), top)
-    new_root = tl.exp2(new_levels * bits.as_float((126 - fineness) << 23))
-
-    # encode m
-    u = m * encode / new_root
-    places = tl.floor(u / (tl.abs(u) + 1) * (SIDE / BENT) + 0.5)
-    places = tl.minimum(tl.maximum(places, -SIDE), SIDE)
-    new_bent = places * (BENT / SIDE)
-    kept = new_bent / (1 - tl.abs(new_bent)) * new_root / encode
-    new_word = ((new_levels - (top - LEVELS)).to(tl.int32) << 6) | (places.to(tl.int32) + (SIDE + 1))
-    new_grid = (top.to(tl.int32) << 4) | fineness
+    new_word, new_grid, kept = _encode_kernel(m, v, there, random, encode, LEVELS, FINEST, SIDE, BENT, FAINTEST)
 
     # update
     if MODE == "residual":

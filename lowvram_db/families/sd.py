@@ -161,7 +161,7 @@ class StableDiffusion(StableDiffusionConfigs, Family):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "model_index.json").write_text(text + "\n", encoding="utf-8")
         for part in ("scheduler", "tokenizer"):
-            shutil.copytree(self.folder / part, folder / part)
+            shutil.copytree(self.folder / part, folder / part, copy_function=shutil.copyfile)
         load = {"vae": self.load_vae, "text_encoder": self.load_text_encoder}
         for part in ("unet", "text_encoder", "vae"):
             module: Any = trained[part] if part in trained else load[part](dtype)

@@ -44,8 +44,10 @@ def preflight(backend: str, device: torch.device, dtype: torch.dtype) -> str | N
                     return f"gives wrong results on {device} at head width {width} (relative error {error:.2g})"
     except ImportError:
         return f"is not installed (pip install {backend})"
+    except torch.OutOfMemoryError:  # a full card is not the backend's fault
+        raise
     except (RuntimeError, NotImplementedError, ValueError) as error:
-        return f"does not run on {device}: {str(error).strip().splitlines()[0]}"
+        return f"does not run on {device}: {str(error).strip().partition(chr(10))[0] or type(error).__name__}"
     return None
 
 

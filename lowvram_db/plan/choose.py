@@ -1,6 +1,7 @@
 """Walk the ladder from the fastest strategy down to the first that fits."""
 
 import multiprocessing
+import signal
 import sys
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
@@ -8,6 +9,8 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+
+import torch
 
 from lowvram_db.config import Config
 from lowvram_db.errors import UserError
@@ -111,11 +114,17 @@ def _others(config: Config, family: Blank, limit: int | None) -> tuple[list[Phas
 def _another_process() -> Iterator[Callable[..., Callable[[], Any]]]:
     """Gives a function that calls another one, in a process of its own where forking is safe, and gives a function
     that waits for the result."""
-    if sys.platform != "linux":  # a fresh process would import torch and diffusers first, which takes as long
+    # Elsewhere a fresh process would import torch and diffusers first, which takes as long as the work.
+    if sys.platform != "linux" or torch.cuda.is_initialized():
         yield lambda function, *args: partial(function, *args)
         return
-    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork"), initializer=_ignore_ctrl_c) as pool:
         yield lambda function, *args: pool.submit(function, *args).result
+
+
+def _ignore_ctrl_c() -> None:
+    """It reaches both processes: the fork's little work ends by itself, and only one of them should speak."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _pictures(config: Config, family: Blank, limit: int | None) -> tuple[list[Phase], Phase, int]:

@@ -1,14 +1,13 @@
-"""Two training steps measured by others, to hold the prediction against: torch's tracker, and a GPU's allocator."""
+"""Two training steps as torch's own tracker sees them, to hold the prediction against."""
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from lowvram_db.config import Config
 from lowvram_db.families.blank import Blank
-from lowvram_db.optim.storage import narrowing
 from lowvram_db.plan import predict
 from lowvram_db.train.batches import Batch
 from lowvram_db.train.strategy import Strategy
@@ -32,28 +31,3 @@ def tracked_bytes(config: Config, family: Blank, strategy: Strategy) -> int:
                 learner.backward(batch)
                 learner.update()
     return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
-
-
-class _OnCard(predict.BlankLearner):
-    """With weights of zero, on a GPU."""
-
-    def _move_to_device(self) -> None:
-        for module in self.modules.values():
-            module.to(self.device)
-
-    def conditioning(self, prompts: list[str]) -> Tensor:
-        return super().conditioning(prompts).to(self.device)
-
-
-def allocated_bytes(config: Config, family: Blank, strategy: Strategy, triton: bool) -> int:
-    """The peak of two real steps on the GPU that is there: torch.cuda.max_memory_allocated."""
-    network = family.load_denoiser(narrowing(config.weights))
-    for parameter in network.parameters():
-        nn.init.zeros_(parameter)
-    device = torch.device("cuda")
-    learner = _OnCard(config, family, {family.denoiser_part: network}, device, strategy, triton)
-    torch.cuda.reset_peak_memory_stats()
-    for _ in range(2):
-        learner.backward(predict.blank_batch(config, family))
-        learner.update()
-    return torch.cuda.max_memory_allocated()

@@ -49,6 +49,13 @@ def run_peer(compare, tmp_path):
         (["--device", "cuda"], "error: --device cuda: no GPU answers here"),
         (["--vram", "8"], "error: --vram: caps a GPU's allocator, and this runs on a CPU"),
         (["--peer", "nobody"], "error: --peer nobody: give KIND=SCRIPT"),
+        (["--recipes", "classci"], "error: --recipes: no 'classci'; there are ours, ours-residual, classic"),
+        (
+            ["--checkpointed", "10"],
+            "error: --checkpointed 10: stable-diffusion-v1-5/stable-diffusion-v1-5 has 9 blocks",
+        ),
+        (["--checkpointed", "all"], "error: --checkpointed all: numbers of blocks are wanted"),
+        (["--model", "nowhere/at all"], "error: model.name: "),
     ],
 )
 def test_what_cannot_be_measured_is_refused(compare, monkeypatch, capsys, words, said):

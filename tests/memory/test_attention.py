@@ -31,6 +31,23 @@ def test_an_unscaled_output_is_found(monkeypatch):
     assert "wrong results" in str(preflight("sdpa", CPU, torch.float32))
 
 
+def test_what_does_not_run_says_why(monkeypatch):
+    def broken(*qkv):
+        raise ValueError
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", broken)
+    assert preflight("sdpa", CPU, torch.float32) == "does not run on cpu: ValueError"
+
+
+def test_a_full_card_is_not_taken_for_a_broken_backend(monkeypatch):
+    def full(*qkv):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        preflight("sdpa", CPU, torch.float32)
+
+
 def test_auto_takes_sdpa(family):
     assert use_attention(family.load_denoiser(), "auto", CPU, torch.float32) == "sdpa"
 

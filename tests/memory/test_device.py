@@ -8,7 +8,7 @@ from lowvram_db.memory.device import compute_dtype, free_bytes, peak_bytes
 def test_peak_memory_of_the_process_grows_with_use():
     before = peak_bytes(torch.device("cpu"))
     block = torch.ones(before, dtype=torch.uint8)
-    assert before + 1.1 * block.numel() >= peak_bytes(torch.device("cpu")) >= block.numel()
+    assert before + 1.1 * block.numel() >= peak_bytes(torch.device("cpu")) > before
 
 
 def test_a_card_without_bf16_is_told_of_fp16(monkeypatch):

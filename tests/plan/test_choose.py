@@ -68,6 +68,14 @@ def test_class_images_come_fewer_at_once_unless_the_user_says_how_many(planned, 
     assert (fixed.prior_batch, fixed.fits) == (4, False)
 
 
+def test_without_another_process_the_plan_is_the_same(planned, blank, monkeypatch):
+    config = planned(**SMALL)
+    beside = choose(config, blank, 2**40)
+    monkeypatch.setattr("lowvram_db.plan.choose.ProcessPoolExecutor", None)
+    monkeypatch.setattr("sys.platform", "darwin")
+    assert choose(config, blank, 2**40) == beside
+
+
 def test_phases_are_all_there_in_order(planned, blank):
     config = planned(train={"resolution": 64}, sample={"every": 1})
     assert [phase.name for phase in choose(config, blank, None).phases] == [
