@@ -118,13 +118,13 @@ def _another_process() -> Iterator[Callable[..., Callable[[], Any]]]:
     if sys.platform != "linux" or torch.cuda.is_initialized():
         yield lambda function, *args: partial(function, *args)
         return
-    with ProcessPoolExecutor(1, multiprocessing.get_context("fork"), initializer=_ignore_ctrl_c) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork"), initializer=_end_at_ctrl_c) as pool:
         yield lambda function, *args: pool.submit(function, *args).result
 
 
-def _ignore_ctrl_c() -> None:
-    """It reaches both processes: the fork's little work ends by itself, and only one of them should speak."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _end_at_ctrl_c() -> None:
+    """At once and without a word: it reaches both processes, and one of them speaks."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _pictures(config: Config, family: Blank, limit: int | None) -> tuple[list[Phase], Phase, int]:
