@@ -42,6 +42,11 @@ def config_of(make_config):
     return make
 
 
+def step_of(run):
+    latest = run.latest_checkpoint()
+    return int(latest.name.removeprefix("step-")) if latest else 0
+
+
 def assert_same_result(straight, resumed):
     files = sorted(path.relative_to(straight.model) for path in straight.model.rglob("*.safetensors"))
     files_of_state = [straight.checkpoint(STEPS) / name for name in ("unet.safetensors", "optimizer.safetensors")]
@@ -62,25 +67,23 @@ def assert_same_result(straight, resumed):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_kill_9_anywhere(config_of, processes, optimizer):
-    """Killed at random instants, from class images to saving, until it has got to the end."""
+    """Killed at a random instant of each stage: class images and caches, early and late steps, the last pictures."""
     straight = run_dreambooth(config_of("straight", optimizer))
     config = config_of("killed", optimizer)
-    killed, chance, patience = Run.of(config), random.Random(1), 1.0
-    stages = set()
-    while True:
+    killed, chance = Run.of(config), random.Random(1)
+    stages = []
+    for step in (0, 0, 1, 5, STEPS):
         process = processes.Process(target=run_dreambooth, args=(config,))
         process.start()
-        process.join(patience * chance.uniform(0.3, 2.5))
-        if process.exitcode == 0:
-            break
+        while step_of(killed) < step:
+            assert process.is_alive()
+            time.sleep(0.005)
+        process.join(chance.uniform(0, 0.3 if step else 1.0))
         process.kill()
         process.join()
-        latest = killed.latest_checkpoint()
-        stage = latest.name if latest else "before the first checkpoint"
-        if stage in stages:
-            patience *= 1.3  # on a busy machine a start alone can take longer than it is given
-        stages.add(stage)
-    assert len(stages) >= 2, f"only killed in {stages}"
+        stages.append(step_of(killed))
+    assert stages == sorted(stages), "a kill cost a finished checkpoint"
+    assert stages[0] < 5 <= stages[3], f"only killed after the steps {stages}"
     assert_same_result(straight, run_dreambooth(config))
 
 
