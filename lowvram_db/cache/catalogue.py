@@ -1,24 +1,26 @@
 """What is known of files from before, so that an unchanged one is neither decoded nor read: a memory, never the truth.
 
-Three facts are kept, in SQLite: the SHA-256 of the file at a path, as long as its status is the same; the size and the
-pixel digest of a photo with that SHA-256; and how many entries each shard of the store has. Every row carries a
-checksum. A row, or the whole file, may be lost at any time: it costs a second look at the files.
+Three facts are kept, in a JSON Lines file: the SHA-256 of the file at a path, as long as its status is the same; the
+size and the pixel digest of a photo with that SHA-256; and how many entries each shard of the store has. Its first line
+is the SHA-256 of the others. It may be lost at any time: that costs a second look at the files.
 """
 
 import contextlib
 import hashlib
 import json
 import os
-import sqlite3
 import threading
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from filelock import FileLock
 from PIL import Image
 
+from lowvram_db.atomic import replacing_file
 from lowvram_db.cache.framing import Size
 from lowvram_db.cache.key import pixels_digest
+from lowvram_db.errors import UserError
 from lowvram_db.photos import DECODER, decode_photo, read_photo
 from lowvram_db.progress import say
 
@@ -26,7 +28,8 @@ _BUSY_SECONDS = 30.0  # how long to wait for another process that is writing
 # A file that changed this shortly before it was read may change once more without its times showing it: two seconds is
 # the coarsest clock of a file system (FAT). Git calls such an entry racily clean.
 _SETTLED_SECONDS = 2.0
-_CREATE = "CREATE TABLE IF NOT EXISTS facts (kind TEXT, name TEXT, fact TEXT, seal TEXT, PRIMARY KEY (kind, name))"
+
+Facts = dict[tuple[str, str], Any]  # by kind and name
 
 
 class Seen(NamedTuple):
@@ -37,12 +40,12 @@ class Seen(NamedTuple):
 
 
 class Catalogue:
-    """The facts in one SQLite file, which is made when there is something to save. For one thread or many."""
+    """The facts in one file, which is made when there is something to save. For one thread or many."""
 
     def __init__(self, path: Path):
         self._path, self._lock = path, threading.RLock()
-        self._database: sqlite3.Connection | None = None
-        self._unsaved: dict[tuple[str, str], Any] = {}
+        self._saved: Facts | None = None  # what the file says, from the first question until the next save
+        self._unsaved: Facts = {}
 
     def file_digest(self, path: Path) -> str:
         """SHA-256 of a file, remembered as long as its size, times and inode stay. Raises OSError."""
@@ -74,11 +77,8 @@ class Catalogue:
     def shards(self) -> dict[str, int]:
         """Names and numbers of entries of the shards that are said to be in the store."""
         with self._lock:
-            saved = self._query("SELECT name FROM facts WHERE kind = 'shard'")
-            names = {name for (name,) in saved if isinstance(name, str)}  # anything, where the file is damaged
-            names |= {name for kind, name in self._unsaved if kind == "shard"}
-            counts = {name: self._recall("shard", name) for name in sorted(names)}
-            return {name: count for name, count in counts.items() if count}
+            facts = self._known() | self._unsaved
+        return {name: count for (kind, name), count in sorted(facts.items()) if kind == "shard" and count}
 
     def remember_shard(self, name: str, entries: int) -> None:
         """Say that a shard is in the store; with 0 entries, that it is not any more."""
@@ -87,39 +87,21 @@ class Catalogue:
     def save(self) -> None:
         """Write what was learned since the last time; where that cannot be, it has to be learned again."""
         with self._lock:
-            rows = [(kind, name, text := json.dumps(fact), _seal(kind, name, text))
-                    for (kind, name), fact in self._unsaved.items()]  # fmt: skip
-            try:
-                self._write(rows)
+            self._saved = None  # memory does not grow with the file, and others' facts are taken up
+            if not self._unsaved:
+                return
+            # A full or read-only disk, or another process that holds the file, is no reason to stop.
+            with contextlib.suppress(OSError, UserError), self._file_lock():
+                facts = _read(self._path)
+                if facts is None:
+                    say(f"{self._path}: damaged; made anew, for which files are looked at once more")
+                with replacing_file(self._path) as temporary:
+                    temporary.write_bytes(_sealed((facts or {}) | self._unsaved))
                 self._unsaved.clear()
-            except sqlite3.OperationalError:
-                pass  # a full or read-only disk, or another process that holds it: no reason to stop
-            except sqlite3.DatabaseError:
-                self._start_anew()  # for the next save
 
     def check(self) -> list[str]:
         """What is wrong with the file, a line each."""
-        if not self._path.exists():
-            return []
-        try:
-            database = self._connect()
-            wrong = [str(line) for (line,) in database.execute("PRAGMA integrity_check") if line != "ok"]
-            # A process that was killed before its first save leaves a file without a table.
-            tables = database.execute("SELECT name FROM sqlite_master").fetchall()
-            rows = database.execute("SELECT kind, name, fact, seal FROM facts").fetchall() if tables else []
-            wrong += [
-                f"damaged row {kind} {name}" for kind, name, fact, seal in rows if seal != _seal(kind, name, fact)
-            ]
-        except sqlite3.Error as error:
-            wrong = [str(error)]
-        return [f"{self._path.name}: {line}" for line in wrong]
-
-    def close(self) -> None:
-        """Let go of the file. What was not saved is forgotten."""
-        with self._lock:
-            if self._database is not None:
-                self._database.close()
-            self._database = None
+        return [] if _read(self._path) is not None else [f"{self._path.name}: damaged"]
 
     def _remember_file(self, path: Path, before: os.stat_result, now: int, digest: str) -> None:
         """`before` is the file's status as it was at `now` (ns), before it was read."""
@@ -133,36 +115,38 @@ class Catalogue:
 
     def _recall(self, kind: str, name: str) -> Any:
         with self._lock:
-            if (kind, name) in self._unsaved:
-                return self._unsaved[kind, name]
-            rows = self._query("SELECT fact, seal FROM facts WHERE kind = ? AND name = ?", kind, name)
-            return next((json.loads(fact) for fact, seal in rows if seal == _seal(kind, name, fact)), None)
+            return self._unsaved.get((kind, name)) or self._known().get((kind, name))
 
-    def _query(self, sql: str, *values: str) -> list[tuple[Any, ...]]:
-        if self._database is None and not self._path.exists():
-            return []
-        try:
-            return self._connect().execute(sql, values).fetchall()
-        except sqlite3.DatabaseError:
-            return []  # no table yet, another process that holds it, or damage, which the next save mends
+    def _known(self) -> Facts:
+        if self._saved is None:
+            self._saved = _read(self._path) or {}
+        return self._saved
 
-    def _write(self, rows: list[tuple[str, str, str, str]]) -> None:
-        if rows:
-            with self._connect() as transaction:
-                transaction.execute("BEGIN IMMEDIATE")
-                transaction.execute(_CREATE)
-                transaction.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?, ?, ?)", rows)
+    def _file_lock(self) -> FileLock:
+        return FileLock(self._path.with_name(f".{self._path.name}.lock"), timeout=_BUSY_SECONDS)
 
-    def _connect(self) -> sqlite3.Connection:
-        if self._database is None:
-            self._database = sqlite3.connect(self._path, timeout=_BUSY_SECONDS, check_same_thread=False)
-        return self._database
 
-    def _start_anew(self) -> None:
-        say(f"{self._path}: damaged; made anew, for which files are looked at once more")
-        self.close()
-        with contextlib.suppress(OSError):
-            self._path.unlink()
+def _read(path: Path) -> Facts | None:
+    """The facts in a file, none where there is none; None where a single bit of it is not as it was written."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return {}
+    lines = content.partition(b"\n")[2]
+    if content != _seal(lines) + lines:
+        return None
+    return {(kind, name): fact for kind, name, fact in map(json.loads, lines.splitlines())}
+
+
+def _sealed(facts: Facts) -> bytes:
+    """A file's content. A shard with 0 entries is as good as never mentioned."""
+    lines = "".join(json.dumps([kind, name, fact]) + "\n" for (kind, name), fact in facts.items() if fact).encode()
+    return _seal(lines) + lines
+
+
+def _seal(lines: bytes) -> bytes:
+    """The line before the others."""
+    return f'"{hashlib.sha256(lines).hexdigest()}"\n'.encode()
 
 
 def _file_name(path: Path) -> str:
@@ -172,11 +156,6 @@ def _file_name(path: Path) -> str:
 
 def _photo_name(file_digest: str) -> str:
     return f"{file_digest} {DECODER}"
-
-
-def _seal(kind: object, name: object, fact: object) -> str:
-    """A row's checksum. In a damaged file anything can stand where a text was."""
-    return hashlib.sha256(f"{kind}\0{name}\0{fact}".encode()).hexdigest()
 
 
 def _status(status: os.stat_result) -> str:

@@ -7,12 +7,12 @@ from lowvram_db.atomic import replacing_file
 from lowvram_db.cache.key import FORMAT_VERSION
 from lowvram_db.errors import UserError
 
-CATALOGUE = "files.sqlite"
+CATALOGUE = "files.jsonl"
 TAG = "CACHEDIR.TAG"
 # The first line is the standard's, https://bford.info/cachedir/
 _TAG_TEXT = "Signature: 8a477f597d28d172789f06886e5d4b4c\n# Latents and text embeddings, made by lowvram-db.\n"
 _VERSION_1_FILE = re.compile(r"\.?[0-9a-f]{64}\.safetensors(\.partial-\w+)?")
-_STORE_FILE = re.compile(rf"\.?[0-9a-f]{{32}}\.safetensors(\.partial-\w+)?|{re.escape(CATALOGUE)}(-journal)?")
+_STORE_FILE = re.compile(rf"\.?([0-9a-f]{{32}}\.safetensors|{re.escape(CATALOGUE)})(\.partial-\w+|\.lock)?")
 
 
 def home(folder: Path) -> Path:
