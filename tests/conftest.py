@@ -1,5 +1,6 @@
 """What every room's tests build on: a miniature model, a few photos, and a config that trains in a second."""
 
+import gc
 import os
 import shutil
 import subprocess
@@ -33,6 +34,13 @@ SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _libraries_are_no_garbage(miniature: Path) -> None:
+    """A run looks for garbage before it loads the next network; all that came with the libraries lives on anyway."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

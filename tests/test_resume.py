@@ -72,7 +72,7 @@ def test_kill_9_anywhere(config_of, processes, optimizer):
     config = config_of("killed", optimizer)
     killed, chance = Run.of(config), random.Random(1)
     stages = []
-    for step in (0, 0, 1, 5, STEPS):
+    for step in (0, 1, 5, STEPS):
         process = processes.Process(target=run_dreambooth, args=(config,))
         process.start()
         while step_of(killed) < step:
@@ -83,7 +83,7 @@ def test_kill_9_anywhere(config_of, processes, optimizer):
         process.join()
         stages.append(step_of(killed))
     assert stages == sorted(stages), "a kill cost a finished checkpoint"
-    assert stages[0] < 5 <= stages[3], f"only killed after the steps {stages}"
+    assert stages[0] < 5 <= stages[2], f"only killed after the steps {stages}"
     assert_same_result(straight, run_dreambooth(config))
 
 
