@@ -29,6 +29,7 @@ from lowvram_db.demo.miniature import write_pipeline
 from lowvram_db.families import open_model
 from lowvram_db.families.base import Family
 from lowvram_db.families.known import known_config
+from lowvram_db.memory.device import release_memory
 from lowvram_db.photos import load_photo
 from lowvram_db.quiet import hide_loading_bars, quiet_libraries
 from lowvram_db.train.batches import Batches
@@ -163,6 +164,7 @@ def reading(place: Path) -> None:
                "processor time; train.batch = 4, one prompt, one variant")  # fmt: skip
         report(f"resident memory that reading adds, {count} entries", grown[count], "MiB", "flat",
                f"10,000 batches of {count * 128 / 1024:.0f} MiB of entries")  # fmt: skip
+        release_memory()  # else the store finds room in what the one before has left
         before = process.memory_info().rss
         with Store(place / str(count)) as opened:
             report(f"resident memory of an open store, {count} entries", (process.memory_info().rss - before) / 2**20,

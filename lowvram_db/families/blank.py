@@ -33,12 +33,13 @@ def blank(
     dtype: torch.dtype = torch.float32,
     narrow: Callable[[Tensor], Tensor] = lambda weight: weight,
 ) -> Any:
-    """The network that `build` makes, in eval mode, with empty tensors: of `dtype`, then narrowed one by one."""
+    """The network that `build` makes, in eval mode, with empty tensors: of `dtype`, or of what `narrow` makes of it."""
     with _disable_current_modes(), torch.device("meta"):  # no initialisation, and nothing for a trace to count
         network = build().eval()
+        dtypes = {id(weight): narrow(weight.detach().to(dtype)).dtype for weight in network.parameters()}
     for module in network.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(narrow(torch.empty(parameter.shape, dtype=dtype))))
+        for name, weight in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.empty(weight.shape, dtype=dtypes[id(weight)])))
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
     return network
