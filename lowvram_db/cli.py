@@ -193,7 +193,7 @@ def verify(folder: CacheFolder, debug: Debug = False) -> None:
     for line in wrong:
         print(line)
     if wrong:
-        raise UserError(f"{folder}: {len(wrong)} things are damaged; the next run that needs them encodes them again")
+        raise UserError(f"{folder}: damaged ({len(wrong)} found); the next run that uses it makes anew what it needs")
     print(f"{report}\nall whole")
 
 

@@ -102,7 +102,7 @@ def test_the_cache_is_built_looked_at_and_checked(lowvram_db, toml, tmp_path, ph
     code, out, err = lowvram_db("cache", "verify", tmp_path / "shared")
     assert code == 2
     assert out.startswith(f"{shard.name}: entry ")
-    assert err.startswith(f"error: {tmp_path / 'shared'}: 1 things are damaged") and err.count("\n") == 1
+    assert err.startswith(f"error: {tmp_path / 'shared'}: damaged (1 found)") and err.count("\n") == 1
     code, _, err = lowvram_db("train", toml, *shared)
     assert code == 0 and "an entry is damaged; it is encoded again" in err
     assert lowvram_db("cache", "verify", tmp_path / "shared")[0] == 0
