@@ -49,6 +49,26 @@ def test_gradients_that_are_freed_inside_backward_never_add_up():
     assert peak(free=True) <= one
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("frozen", [(), ("weight",), ("bias",)])
+def test_gradients_look_as_those_that_are_really_computed(dtype: torch.dtype, affine: bool, frozen: tuple[str, ...]):
+    def gradients() -> list[tuple[torch.Size, torch.dtype] | None]:
+        norms = nn.GroupNorm(2, 8, affine=affine, dtype=dtype), nn.LayerNorm(5, 1e-5, affine, dtype=dtype)
+        network = nn.Sequential(nn.Conv2d(3, 8, 1, dtype=dtype), norms[0], nn.SiLU(), norms[1], nn.GELU())
+        for norm in norms:
+            for name in frozen if affine else ():
+                getattr(norm, name).requires_grad_(False)
+        x = torch.zeros(2, 3, 4, 5, dtype=dtype, requires_grad=True)
+        network(x).sum().backward()
+        wanted = [x.grad, *(weight.grad for weight in network.parameters())]
+        return [None if gradient is None else (gradient.shape, gradient.dtype) for gradient in wanted]
+
+    with FakeTensorMode(), Trace():
+        traced = gradients()
+    assert traced == gradients()
+
+
 def test_the_limit_stops_the_work():
     with FakeTensorMode(), Trace() as trace:
         trace.limit = 8192
