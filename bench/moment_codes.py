@@ -5,8 +5,8 @@ bench/results/moment_codes.csv how far the sum of all updates ends from fp32's, 
 largest single update. Made-up gradients: each element has a scale of its own, lognormal with `sigma` over the tensor,
 noise, and a drift of 0.3 of it. --real: gradients of a run, recorded while fp32 AdamW trains:
 
-    python bench/moment_codes.py --real configs/demo.toml --steps 250
-    python bench/moment_codes.py --real runs/sd15-random/full_size.toml --steps 40 --set train.resolution=64
+    python bench/moment_codes.py --real configs/demo.toml --steps 10 40 250
+    python bench/moment_codes.py --real runs/sd15-random/full_size.toml --steps 10 20 40 100 --set train.resolution=64
 """
 
 import argparse
@@ -14,6 +14,7 @@ import math
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from itertools import product
 from pathlib import Path
 from statistics import mean, median
 
@@ -49,7 +50,7 @@ class Code(ABC):
 
 
 class Ours(Code):
-    """10 bits of log2 v on an anchored grid, 6 of the companded ratio; blocks of 256."""
+    """9 or 10 bits of log2 v on an anchored grid, 7 or 6 of the companded ratio; blocks of 256."""
 
     bytes_a_weight, foresight = 2 + 4 / 256, True
 
@@ -65,7 +66,7 @@ class Ours(Code):
 
 
 class OursBlind(Ours):
-    """The same without foresight: what rounding m to 6 bits costs."""
+    """The same without foresight: what rounding m costs."""
 
     foresight = False
 
@@ -213,14 +214,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--real", type=Path, metavar="CONFIG", help="gradients of this config's run")
     parser.add_argument("--set", dest="overrides", action="append", default=[], help="as lowvram-db train --set")
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--steps", type=int, nargs="+", default=[STEPS], help="a row for each of these numbers")
     given = parser.parse_args()
     if given.real:
-        compare_on(given.real.stem, recorded(given.real, given.overrides, given.steps), given.steps)
+        real = recorded(given.real, given.overrides, max(given.steps))
+        for steps in given.steps:
+            compare_on(given.real.stem, {name: gradients[:steps] for name, gradients in real.items()}, steps)
         return
     for name, code in CODES.items():
-        for sigma in (0.5, 1.0, 2.0, 3.0):
-            report(name, code(), "made up", sigma, *compare(code(), made_up(sigma, steps=given.steps)))
+        for sigma, steps in product((0.5, 1.0, 2.0, 3.0), given.steps):
+            figures = compare(code(), made_up(sigma, steps=steps))
+            report(name, code(), f"made up, {steps} steps", sigma, *figures)
 
 
 def compare_on(source: str, real: dict[str, list[Tensor]], steps: int) -> None:

@@ -2,11 +2,12 @@
 
 What the state holds, and why, is derived in docs/adam8.md. In short, for every weight one 16-bit word:
 
-    v   10 bits: log2 v on a grid of 2^-e, hung from the largest v of its block of 256; rounded stochastically
-    m    6 bits: the bias-corrected ratio u = m_hat / sqrt(v_hat), companded as u / (|u| + 1); rounded to nearest
+    v   9 or 10 bits: log2 v on a grid of 2^-e, hung from the largest v of its block of 256; rounded stochastically
+    m   7 or 6 bits: the bias-corrected ratio u = m_hat / sqrt(v_hat), companded as u / (|u| + 1/2); rounded to nearest
 
-and for every block one 32-bit word, the grid: its upper end and e. An error made in rounding m would go on moving the
-weight for 1 / (1 - beta1) steps; its whole future effect is known at once and is taken off the update at once.
+and for every block one 32-bit word, the grid: its upper end and its kind, which tells e and who has the odd bit: m where
+the block's v lie close together, v where they do not. An error made in rounding m would go on moving the weight for
+1 / (1 - beta1) steps; its whole future effect is known at once and is taken off the update at once.
 """
 
 from __future__ import annotations
@@ -23,12 +24,17 @@ from .adam8_step import Step, on_device
 from .launch import compiled_for_cpu, jit, tl
 
 BLOCK = 256
-LEVELS = 1023  # steps of the v grid below its upper end
-FINEST = 7  # the grid's step is 2^-7 octaves, and twice as long for every time the block's spread asks for more reach
-SIDE = 31  # levels of m on each side of zero
-BENT = SIDE / 34  # |u| / (|u| + 1) of the last level, u = 10.3: Adam's ends at 7.27. u = 1, as in step 1, is a level
+# Kinds of a block 0 ... 4: v in steps of 2^-3, 2^-4 and 2^-5 octaves with 10 bits, in 2^-5 and 2^-6 with 9.
+NARROW = 3  # the first kind with 9 bits of v and 7 of m; a factor of two below stands for that bit
+COARSEST = 3  # e of kind 0, with which v's bits reach over all floats
+LEVELS = 1023  # steps of the v grid below its upper end, with 10 bits
+HALF = 32  # half of m's 64 places with 6 bits; the lowest stays free, so that there are as many on each side of zero
+FULL = 33  # |u| / (|u| + MIDDLE) = 1 in levels of m. The last one is u = 7.75 at least, Adam's ends at 7.27
+MIDDLE = 0.5  # the u that is bent to a half: the smaller, the finer the levels around zero, where most m are
+REACHES = 1021 / 16, 1021 / 32, 509 / 32, 509 / 64  # octaves that kinds 1 to 4 have room for, two steps to spare
 FAINTEST = 2.0**-126  # v below this counts as zero
-LIMIT = 1.5  # no correction makes an update larger than this
+LIMIT = 1.5  # an update is no larger than this, or than
+TRUST = 0.9  # of what the moments say: so large ones are rare in Adam, and of those here most are a code's error
 ROWS = 4  # blocks a program of the kernel: one for every warp
 CHUNK = 2**16  # elements the twin works on at once: they stay in a core's cache
 
@@ -42,18 +48,32 @@ class Address(NamedTuple):
     stream: int
 
 
-def _unbend(places: Tensor) -> Tensor:
+class Format(NamedTuple):
+    """How a block's words are to be read: each int32 [blocks, 1]."""
+
+    steps: Tensor  # of v an octave
+    levels: Tensor  # of v
+    m_bits: Tensor
+    half: Tensor  # m's places below zero, one more than above
+    full: Tensor
+
+
+def _format(kinds: Tensor) -> Format:
+    narrow = (kinds >= NARROW).int()
+    return Format(1 << (kinds + COARSEST - narrow), LEVELS >> narrow, 6 + narrow, HALF << narrow, FULL << narrow)
+
+
+def _unbend(places: Tensor, full: Tensor) -> Tensor:
     """Levels of m -> u."""
-    bent = places.float() * (BENT / SIDE)
-    return bent / (1 - bent.abs())
+    return MIDDLE * places / (full - places.abs())
 
 
 def decode(words: Tensor, grids: Tensor) -> tuple[Tensor, Tensor]:
     """State -> (u, sqrt(v)). words: int16 or int32 [blocks, 256]; grids: int32 [blocks, 1]. Both results float32."""
-    word = words.int() & 0xFFFF
-    steps, top = (1 << (grids & 15)).float(), grids >> 4
-    levels = (word >> 6) + (top - LEVELS)
-    return _unbend((word & 63) - SIDE - 1), torch.exp2(levels.float() * (0.5 / steps))
+    word, form = words.int() & 0xFFFF, _format(grids & 15)
+    levels = (word >> form.m_bits) + ((grids >> 4) - form.levels)
+    places = (word & (2 * form.half - 1)) - form.half
+    return _unbend(places.float(), form.full), torch.exp2(levels.float() * (0.5 / form.steps))
 
 
 def encode(
@@ -68,25 +88,26 @@ def encode(
     present = present & (v > FAINTEST)
     top = log.masked_fill(~present, math.log2(FAINTEST)).amax(1, keepdim=True)
     spread = top - log.where(present, top).amin(1, keepdim=True)
-    fineness = FINEST - sum((spread > (LEVELS - 2) / 2**e).int() for e in range(FINEST, FINEST - 4, -1))
-    steps = (1 << fineness).float()
-    top = torch.ceil(top * steps)
-    exact = log * steps
+    kinds = sum((spread <= reach).int() for reach in REACHES)
+    form = _format(kinds)
+    top = torch.ceil(top * form.steps)
+    exact = log * form.steps
     below = torch.floor(exact)
     levels = below + ((exact - below) * 65536 > random)
-    levels = torch.minimum(torch.maximum(levels, top - LEVELS), top)
-    root = torch.exp2(levels * (0.5 / steps))
+    levels = torch.minimum(torch.maximum(levels, top - form.levels), top)
+    root = torch.exp2(levels * (0.5 / form.steps))
     u = m * factor / root
-    places = torch.floor(u / (u.abs() + 1) * (SIDE / BENT) + 0.5).clamp(-SIDE, SIDE)
-    words = (levels - (top - LEVELS)).int() << 6 | (places.int() + SIDE + 1)
-    return words, top.int() << 4 | fineness, _unbend(places) * root / factor
+    places = torch.floor(u / (u.abs() + MIDDLE) * form.full + 0.5)
+    places = torch.minimum(torch.maximum(places, 1 - form.half), form.half - 1)
+    words = (levels - (top - form.levels)).int() << form.m_bits | (places.int() + form.half)
+    return words, top.int() << 4 | kinds, _unbend(places, form.full) * root / factor
 
 
 def new_weights(w: Tensor, m: Tensor, v: Tensor, kept: Tensor, step: Step) -> Tensor:
     """The AdamW update, from the exact moments and what the state will hold of m. All float32, any shape."""
     root = torch.sqrt(v) * step.unbias_root + step.eps
     plain = m * step.unbias_m / root
-    reach = plain.abs().clamp(min=LIMIT)
+    reach = (plain.abs() * TRUST).clamp(min=LIMIT)
     update = plain - (kept - m) * step.foresee / root
     update = torch.minimum(torch.maximum(update, -reach), reach).clamp(-step.clamp, step.clamp)
     return w * step.decay - update * step.lr
@@ -204,39 +225,55 @@ def _narrow(w: Tensor, random: Tensor, weight: Tensor, residual: Tensor | None) 
 
 
 @jit
-def _decode_kernel(word, grid, LEVELS: tl.constexpr, SIDE: tl.constexpr, BENT: tl.constexpr):  # type: ignore[no-untyped-def]
+def _format_kernel(  # type: ignore[no-untyped-def]
+    kinds, NARROW: tl.constexpr, COARSEST: tl.constexpr, LEVELS: tl.constexpr, HALF: tl.constexpr, FULL: tl.constexpr
+):
+    """As _format, but v's steps as e."""
+    narrow = (kinds >= NARROW).to(tl.int32)
+    return kinds + COARSEST - narrow, LEVELS >> narrow, 6 + narrow, HALF << narrow, FULL << narrow
+
+
+@jit
+def _decode_kernel(  # type: ignore[no-untyped-def]
+    word, grid, MIDDLE: tl.constexpr,
+    NARROW: tl.constexpr, COARSEST: tl.constexpr, LEVELS: tl.constexpr, HALF: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
     """As decode. word: int32 with 16 bits in use."""
-    levels = (word >> 6) + ((grid >> 4) - LEVELS)
-    bent = ((word & 63) - (SIDE + 1)).to(tl.float32) * (BENT / SIDE)
-    return bent / (1 - tl.abs(bent)), tl.exp2(levels.to(tl.float32) * bits.as_float((126 - (grid & 15)) << 23))
+    e, reach, m_bits, half, full = _format_kernel(grid & 15, NARROW, COARSEST, LEVELS, HALF, FULL)
+    levels = (word >> m_bits) + ((grid >> 4) - reach)
+    places = ((word & (2 * half - 1)) - half).to(tl.float32)
+    u = MIDDLE * places / (full.to(tl.float32) - tl.abs(places))
+    return u, tl.exp2(levels.to(tl.float32) * bits.as_float((126 - e) << 23))
 
 
 @jit
 def _encode_kernel(  # type: ignore[no-untyped-def]
-    m, v, there, random, factor,
-    LEVELS: tl.constexpr, FINEST: tl.constexpr, SIDE: tl.constexpr, BENT: tl.constexpr, FAINTEST: tl.constexpr,
+    m, v, there, random, factor, FAINTEST: tl.constexpr, REACHES: tl.constexpr, MIDDLE: tl.constexpr,
+    NARROW: tl.constexpr, COARSEST: tl.constexpr, LEVELS: tl.constexpr, HALF: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """As encode; words come as int32."""
     log = tl.log2(tl.maximum(v, FAINTEST))
     present = there & (v > FAINTEST)
     top = tl.max(tl.where(present, log, -126.0), 1, keep_dims=True)
     spread = top - tl.min(tl.where(present, log, top), 1, keep_dims=True)
-    fineness = FINEST - (spread > (LEVELS - 2) / 128).to(tl.int32) - (spread > (LEVELS - 2) / 64).to(tl.int32)
-    fineness -= (spread > (LEVELS - 2) / 32).to(tl.int32) + (spread > (LEVELS - 2) / 16).to(tl.int32)
-    top = tl.ceil(top * bits.as_float((127 + fineness) << 23))
-    exact = log * bits.as_float((127 + fineness) << 23)
+    kinds = (spread <= REACHES[0]).to(tl.int32) + (spread <= REACHES[1]).to(tl.int32)
+    kinds += (spread <= REACHES[2]).to(tl.int32) + (spread <= REACHES[3]).to(tl.int32)
+    e, reach, m_bits, half, full = _format_kernel(kinds, NARROW, COARSEST, LEVELS, HALF, FULL)
+    lowest, full = reach.to(tl.float32), full.to(tl.float32)
+    top = tl.ceil(top * bits.as_float((127 + e) << 23))
+    exact = log * bits.as_float((127 + e) << 23)
     below = tl.floor(exact)
     up = (exact - below) * 65536 > bits.other_bits_kernel(random).to(tl.float32)
-    levels = tl.minimum(tl.maximum(below + up.to(tl.float32), top - LEVELS), top)
-    root = tl.exp2(levels * bits.as_float((126 - fineness) << 23))
+    levels = tl.minimum(tl.maximum(below + up.to(tl.float32), top - lowest), top)
+    root = tl.exp2(levels * bits.as_float((126 - e) << 23))
 
     u = m * factor / root
-    places = tl.floor(u / (tl.abs(u) + 1) * (SIDE / BENT) + 0.5)
-    places = tl.minimum(tl.maximum(places, -SIDE), SIDE)
-    bent = places * (BENT / SIDE)
-    kept = bent / (1 - tl.abs(bent)) * root / factor
-    words = ((levels - (top - LEVELS)).to(tl.int32) << 6) | (places.to(tl.int32) + (SIDE + 1))
-    return words, (top.to(tl.int32) << 4) | fineness, kept
+    places = tl.floor(u / (tl.abs(u) + MIDDLE) * full + 0.5)
+    last = (half - 1).to(tl.float32)
+    places = tl.minimum(tl.maximum(places, -last), last)
+    kept = MIDDLE * places / (full - tl.abs(places)) * root / factor
+    words = ((levels - (top - lowest)).to(tl.int32) << m_bits) | (places.to(tl.int32) + half)
+    return words, (top.to(tl.int32) << 4) | kinds, kept
 
 
 @jit(do_not_specialize=["seed", "counter", "tensor", "stream"])  # or 1 and every 16th would be kernels of their own
@@ -244,8 +281,9 @@ def _kernel(  # type: ignore[no-untyped-def]
     weight, residual, grad, words, grids, skipped, unscale, n,
     seed, counter, tensor, stream,
     lr, decay, eps, keep_m, add_m, keep_v, add_v, decode, encode, unbias_m, unbias_root, foresee, clamp,
-    MODE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr, FINEST: tl.constexpr,
-    SIDE: tl.constexpr, BENT: tl.constexpr, FAINTEST: tl.constexpr, LIMIT: tl.constexpr,
+    MODE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, FAINTEST: tl.constexpr, REACHES: tl.constexpr,
+    MIDDLE: tl.constexpr, NARROW: tl.constexpr, COARSEST: tl.constexpr, LEVELS: tl.constexpr, HALF: tl.constexpr,
+    FULL: tl.constexpr, LIMIT: tl.constexpr, TRUST: tl.constexpr,
 ):  # fmt: skip
     """As _twin, ROWS blocks a program. MODE: the storage of weights, a key of _MODES."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -258,10 +296,12 @@ def _kernel(  # type: ignore[no-untyped-def]
     groups = row * (BLOCK // 8) + tl.arange(0, BLOCK // 8)[None, :]
     random = bits.lanes_kernel(groups, seed, counter, tensor, stream)
 
-    u, root = _decode_kernel(word.to(tl.int32) & 0xFFFF, grid, LEVELS, SIDE, BENT)
+    u, root = _decode_kernel(word.to(tl.int32) & 0xFFFF, grid, MIDDLE, NARROW, COARSEST, LEVELS, HALF, FULL)
     m = u * root * (keep_m * decode) + g * add_m
     v = root * root * keep_v + g * g * add_v
-    new_word, new_grid, kept = _encode_kernel(m, v, there, random, encode, LEVELS, FINEST, SIDE, BENT, FAINTEST)
+    new_word, new_grid, kept = _encode_kernel(
+        m, v, there, random, encode, FAINTEST, REACHES, MIDDLE, NARROW, COARSEST, LEVELS, HALF, FULL
+    )
 
     # update
     if MODE == "residual":
@@ -273,7 +313,7 @@ def _kernel(  # type: ignore[no-untyped-def]
         w = tl.load(weight + place, there, 0.0).to(tl.float32)
     denominator = tl.sqrt(v) * unbias_root + eps
     plain = m * unbias_m / denominator
-    reach = tl.maximum(tl.abs(plain), LIMIT)
+    reach = tl.maximum(tl.abs(plain) * TRUST, LIMIT)
     update = plain - (kept - m) * foresee / denominator
     update = tl.minimum(tl.maximum(update, -reach), reach)
     w = w * decay - tl.minimum(tl.maximum(update, -clamp), clamp) * lr
@@ -298,8 +338,8 @@ def _kernel(  # type: ignore[no-untyped-def]
 
 _MODES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 CONSTANTS = {
-    "BLOCK": BLOCK, "LEVELS": LEVELS, "FINEST": FINEST, "SIDE": SIDE,
-    "BENT": BENT, "FAINTEST": FAINTEST, "LIMIT": LIMIT,
+    "BLOCK": BLOCK, "FAINTEST": FAINTEST, "REACHES": REACHES, "MIDDLE": MIDDLE, "NARROW": NARROW,
+    "COARSEST": COARSEST, "LEVELS": LEVELS, "HALF": HALF, "FULL": FULL, "LIMIT": LIMIT, "TRUST": TRUST,
 }  # fmt: skip
 
 

@@ -24,7 +24,7 @@ class Step(NamedTuple):
     encode: float  # u = encode * m / sqrt(v), of what it will hold
     unbias_m: float  # m_hat = unbias_m * m; 0: the weights do not move yet
     unbias_root: float  # sqrt(v_hat) = unbias_root * sqrt(v)
-    foresee: float  # what an error of 1 in m adds to the sum of all later m_hat
+    foresee: float  # what an error of 1 in m adds to the sum of later m_hat
     clamp: float  # largest |m_hat| / (sqrt(v_hat) + eps)
 
 
@@ -50,8 +50,10 @@ def step_numbers(
     if micro_batch == 0:
         keep_m, keep_v = (beta1, beta2) if step > 1 else (0.0, 0.0)  # before step 1 the state means nothing
         decode = (1 - beta1 ** (step - 1)) / math.sqrt(1 - beta2 ** (step - 1)) if step > 1 else 0.0
-    # until beta1^k is below a millionth
-    foresee = sum(beta1**k / (1 - beta1 ** (step + k)) for k in range(1, math.ceil(14 / (1 - beta1))))
+    # Until beta1^k is below a millionth; but never further ahead than the run has come, or what was paid in advance and
+    # is not back yet would be much of a short run's way.
+    ahead = min(step, math.ceil(14 / (1 - beta1)))
+    foresee = sum(beta1**k / (1 - beta1 ** (step + k)) for k in range(1, ahead + 1))
     last = micro_batch == micro_batches - 1
     return Step(
         lr=lr,
