@@ -114,7 +114,8 @@ def measure(name: str, shapes: list[torch.Size], device: torch.device, repeats: 
     seconds = timed(optimizer.step, device, repeats)
     weights = sum(shape.numel() for shape in shapes)
     held = sum(p.nbytes for p in parameters)
-    tensors = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    tensors = [part for value in values if isinstance(value, torch.Tensor) for part in parts(value)]
     held += sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
     return {
         "million_weights": f"{weights / 1e6:.1f}",
@@ -122,6 +123,13 @@ def measure(name: str, shapes: list[torch.Size], device: torch.device, repeats: 
         "gb_s": f"{moved * weights / seconds / 1e9:.1f}",
         "bytes_held_a_weight": f"{held / weights:.3f}",
     }
+
+
+def parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The plain tensors that a tensor is made of: torchao's state is a class of its own, of codes and scales."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    return [part for name in tensor.__tensor_flatten__()[0] for part in parts(getattr(tensor, name))]
 
 
 def main() -> None:

@@ -5,9 +5,9 @@ What the state holds, and why, is derived in docs/adam8.md. In short, for every 
     v   9 or 10 bits: log2 v on a grid of 2^-e, hung from the largest v of its block of 256; rounded stochastically
     m   7 or 6 bits: the bias-corrected ratio u = m_hat / sqrt(v_hat), companded as u / (|u| + 1/2); rounded to nearest
 
-and for every block one 32-bit word, the grid: its upper end and its kind, which tells e and who has the odd bit: m where
-the block's v lie close together, v where they do not. An error made in rounding m would go on moving the weight for
-1 / (1 - beta1) steps; its whole future effect is known at once and is taken off the update at once.
+and for every block one 32-bit word, the grid: its upper end and its kind, which tells e and who has the odd bit: m
+where the block's v lie close together, v where they do not. An error made in rounding m would go on moving the weight
+for 1 / (1 - beta1) steps; its whole future effect is known at once and is taken off the update at once.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def encode(
     present = present & (v > FAINTEST)
     top = log.masked_fill(~present, math.log2(FAINTEST)).amax(1, keepdim=True)
     spread = top - log.where(present, top).amin(1, keepdim=True)
-    kinds = sum((spread <= reach).int() for reach in REACHES)
+    kinds = torch.stack([spread <= reach for reach in REACHES]).sum(0, dtype=torch.int32)
     form = _format(kinds)
     top = torch.ceil(top * form.steps)
     exact = log * form.steps
