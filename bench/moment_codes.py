@@ -46,13 +46,15 @@ class Code(ABC):
     @abstractmethod
     def load(self, step: Step) -> tuple[Tensor, Tensor]: ...
 
-    foresight = False  # take what rounding m would go on to add off the update at once
+    def update(self, m: Tensor, v: Tensor, step: Step) -> Tensor:
+        """What is taken off the weights, in units of lr, once m and v are stored."""
+        return adam_update(m, v, step)
 
 
 class Ours(Code):
     """9 or 10 bits of log2 v on an anchored grid, 7 or 6 of the companded ratio; blocks of 256."""
 
-    bytes_a_weight, foresight = 2 + 4 / 256, True
+    bytes_a_weight = 2 + 4 / 256
 
     def store(self, m: Tensor, v: Tensor, step: Step) -> None:
         blocks = [x.view(-1, adam8.BLOCK) for x in (m, v)]
@@ -64,11 +66,15 @@ class Ours(Code):
         u, root = adam8.decode(self.words, self.grids)
         return (u * root / step.encode).flatten(), root.square().flatten()
 
+    def update(self, m: Tensor, v: Tensor, step: Step) -> Tensor:
+        return -adam8.new_weights(torch.zeros_like(m), m, v, self.load(step)[0], step)
+
 
 class OursBlind(Ours):
     """The same without foresight: what rounding m costs."""
 
-    foresight = False
+    def update(self, m: Tensor, v: Tensor, step: Step) -> Tensor:
+        return adam_update(m, v, step)
 
 
 class RatioLog(Code):
@@ -158,16 +164,20 @@ def compare(code: Code, gradients: Iterable[Tensor]) -> tuple[float, float]:
     for t, g in enumerate(_chain(first, gradients), 1):
         step = step_numbers(t, lr=1.0, betas=(BETA1, BETA2), eps=EPS, weight_decay=0.0)
         exact_m, exact_v = BETA1 * exact_m + (1 - BETA1) * g, BETA2 * exact_v + (1 - BETA2) * g * g
-        exact = adam8.new_weights(exact, exact_m, exact_v, exact_m, step)
+        exact = exact - adam_update(exact_m, exact_v, step)
         before = step_numbers(max(1, t - 1), lr=1.0, betas=(BETA1, BETA2), eps=EPS, weight_decay=0.0)
         m, v = code.load(before) if t > 1 else (zero, zero)
         m, v = BETA1 * m + (1 - BETA1) * g, BETA2 * v + (1 - BETA2) * g * g
         code.store(m, v, step)
-        kept = code.load(step)[0] if code.foresight else m
-        moved = adam8.new_weights(ours, m, v, kept, step)
-        largest = max(largest, (moved - ours).abs().max().item())
-        ours = moved
+        update = code.update(m, v, step)
+        largest = max(largest, update.abs().max().item())
+        ours = ours - update
     return ((ours - exact).norm() / exact.norm()).item(), largest
+
+
+def adam_update(m: Tensor, v: Tensor, step: Step) -> Tensor:
+    """Adam's, in units of lr."""
+    return m * step.unbias_m / (v.sqrt() * step.unbias_root + step.eps)
 
 
 def _chain(first: Tensor, rest: Iterator[Tensor]) -> Iterator[Tensor]:
