@@ -33,8 +33,8 @@ FULL = 33  # |u| / (|u| + MIDDLE) = 1 in levels of m. The last one is u = 7.75 a
 MIDDLE = 0.5  # the u that is bent to a half: the smaller, the finer the levels around zero, where most m are
 REACHES = 1021 / 16, 1021 / 32, 509 / 32, 509 / 64  # octaves that kinds 1 to 4 have room for, two steps to spare
 FAINTEST = 2.0**-126  # v below this counts as zero
-LIMIT = 1.5  # an update is no larger than this, or than
-TRUST = 0.9  # of what the moments say: so large ones are rare in Adam, and of those here most are a code's error
+LIMIT = 1.5  # an update is no larger than this or, where that is more, than
+TRUST = 0.9  # of what the moments say: such updates are rare in Adam, and most of them here are a code's error
 ROWS = 4  # blocks a program of the kernel: one for every warp
 CHUNK = 2**16  # elements the twin works on at once: they stay in a core's cache
 
