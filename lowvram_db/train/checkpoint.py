@@ -18,7 +18,7 @@ from lowvram_db.atomic import creating_folder, remove_folder
 from lowvram_db.config import Config
 from lowvram_db.errors import UserError
 
-_FORMAT = 2
+_FORMAT = 3  # and another one whenever what is stored changes its meaning, as adam8's words do with their code
 
 
 @dataclass(frozen=True)
