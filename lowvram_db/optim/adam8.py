@@ -46,7 +46,8 @@ class Adam8(torch.optim.Optimizer):
         "bf16+residual" keeps 8 more bits of every weight beside it. Tensors under 4,096 elements keep a float32 copy of
         themselves and float32 moments.
     lr, betas, eps, weight_decay, clamp: may differ by group, and change between steps. clamp: largest update of an
-        element, in units of lr.
+        element, in units of lr. Adam's updates of more than 1.5 lr, which are rare, count nine tenths, but no less than
+        1.5 lr: most of them here are an error of the 16 bits (docs/adam8.md).
     seed: of the rounding.
     micro_batches: how many backwards, each followed by step(), make one step of the weights. m gathers the mean of
         their gradients and v the mean of their squares (AdamA, Zhang et al. 2023, takes v smaller by their number):
