@@ -24,7 +24,7 @@ from .launch import jit, tl
 
 POSTERIOR, NOISE = 0, 1  # streams
 COLUMNS = 5  # of the table
-SIZE = 512  # elements a program: more spill registers on sm_75
+SIZE = 256  # elements a program: more spill registers on sm_75 with Triton 3.7, on sm_86 to 90 with 3.6
 
 
 @torch.library.custom_op("lowvram_db::noisy_latents", mutates_args=())
