@@ -14,6 +14,7 @@ from transformers import CLIPTokenizer
 
 from lowvram_db.demo.critic import Critic
 from lowvram_db.demo.denoiser import Base, pipeline_of
+from lowvram_db.demo.miniature import write_classic_tokenizer
 
 BASE_FOLDER = Path(__file__).parent / "base"
 
@@ -24,7 +25,7 @@ def export(base: Base, vae: AutoencoderKL, critic: Critic, tokenizer: CLIPTokeni
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     pipeline_of(copy.deepcopy(base), copy.deepcopy(vae), tokenizer).to(dtype=torch.float16).save_pretrained(folder)
-    _write_classic_tokenizer(folder / "tokenizer")
+    write_classic_tokenizer(folder / "tokenizer")
     _load_in_full_precision(folder / "text_encoder" / "config.json")
     weights = {key: value.half().contiguous() for key, value in critic.state_dict().items()}
     save_file(weights, out / "critic.safetensors")
@@ -34,11 +35,3 @@ def _load_in_full_precision(config: Path) -> None:
     """Without a dtype asked for, diffusers loads its networks in fp32, but transformers in the dtype named here."""
     settings = json.loads(config.read_text(encoding="utf-8"))
     config.write_text(json.dumps({**settings, "dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_classic_tokenizer(folder: Path) -> None:
-    """vocab.json and merges.txt beside tokenizer.json, for tools that read CLIP's original files."""
-    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
-    (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")

@@ -4,6 +4,7 @@ It has every part of a real one, from diffusers' and transformers' own classes, 
 works from end to end, not what DreamBooth can do.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,15 @@ def write_pipeline(
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(folder)
+    write_classic_tokenizer(folder / "tokenizer")
+
+
+def write_classic_tokenizer(folder: Path) -> None:
+    """vocab.json and merges.txt beside tokenizer.json, as models on the hub have them, for tools that read those."""
+    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
 
 
 def _letter_tokenizer() -> CLIPTokenizer:
