@@ -27,7 +27,8 @@ import torch
 from adam8 import MODELS
 from machine import add_row
 from peers import KINDS, run_peer
-from recipes import Classic, Ours, Work, bytes_written, measured
+from recipes import Classic, Ours, Work, measured
+from usage import bytes_written
 
 from lowvram_db.errors import UserError
 from lowvram_db.memory.budget import cap

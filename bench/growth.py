@@ -23,7 +23,8 @@ import torch
 from adam8 import MODELS, copy_speed, timed
 from cache_damage import build, write_noise
 from machine import add_row
-from recipes import Ours, Work, everywhere, measured, peaks, reset_peaks
+from recipes import Ours, Work, everywhere, measured
+from usage import peaks, reset_peaks
 
 from lowvram_db.concept import Concept
 from lowvram_db.demo.miniature import write_pipeline

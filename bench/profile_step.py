@@ -28,9 +28,10 @@ from unittest.mock import patch
 import torch
 from adam8 import MODELS, timed
 from machine import add_row
-from recipes import Ours, Work, everywhere, settle
+from recipes import Ours, Work, everywhere
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from usage import settle
 
 from lowvram_db.cache import Cached, Store
 from lowvram_db.optim.adam8 import Adam8

@@ -5,12 +5,9 @@ bitsandbytes' AdamW8bit, gradient checkpointing, SDPA, gradients set to None, as
 the same latents and conditioning, and neither holds a VAE or a text encoder.
 """
 
-import re
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import quantiles
 from typing import Any, Protocol
 
@@ -18,6 +15,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 from torch.nn import functional as F
+from usage import peaks, reset_peaks, settle
 
 from lowvram_db.config import Config
 from lowvram_db.families import open_blank
@@ -189,36 +187,3 @@ def measured(recipe: Recipe, steps: int, device: torch.device) -> dict[str, floa
         seconds.append(time.perf_counter() - began)
     low, middle, high = quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
     return {"first_done": first_done, "step_s": middle, "low_s": low, "high_s": high, **peaks(device)}
-
-
-def settle(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def reset_peaks(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM counts from here on
-
-
-def peaks(device: torch.device) -> dict[str, float]:
-    """GiB since reset_peaks: what the allocator gave out and held, and the whole of what the process has (of a GPU,
-    context and libraries with it, if nobody else is on the card)."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        figures = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device), total - free
-    else:
-        status = Path("/proc/self/status").read_text() if sys.platform == "linux" else ""
-        found = re.search(r"VmHWM:\s+(\d+)", status)
-        figures = 0, 0, int(found[1]) * 1024 if found else 0
-    return dict(zip(("allocated_gib", "reserved_gib", "process_gib"), (x / 2**30 for x in figures), strict=True))
-
-
-def bytes_written() -> int:
-    """To disks, by this process so far."""
-    if sys.platform != "linux":
-        return 0
-    found = re.search(r"^write_bytes: (\d+)", Path("/proc/self/io").read_text(), re.MULTILINE)
-    return int(found[1]) if found else 0

@@ -1,5 +1,6 @@
 """What bench/compare.py makes of bad input, and of peers that are missing or fail. Speed is not tested."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -28,6 +29,11 @@ def compare(monkeypatch):
     for name in set(sys.modules) - before:
         if (BENCH / f"{name}.py").exists():
             del sys.modules[name]
+
+
+@pytest.fixture
+def peers(compare):
+    return sys.modules["peers"]
 
 
 @pytest.fixture
@@ -68,6 +74,37 @@ def test_what_cannot_be_measured_is_refused(compare, monkeypatch, capsys, words,
 def test_a_peers_steps_are_timed_by_its_optimizer(run_peer):
     result = run_peer(TRAINER)
     assert result["outcome"] == "ok" and result["step_s"] >= 0.25 and result["process_gib"] > 0.05
+
+
+def test_a_peer_runs_by_the_python_of_its_own_checkout(run_peer, tmp_path):
+    """Which here is a shell script: it says that it was called, and calls the one that runs the test."""
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\ntouch "{tmp_path}/called"\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    assert run_peer(TRAINER)["outcome"] == "ok" and (tmp_path / "called").exists()
+
+
+def test_a_checkout_is_named_by_its_commit_and_searched_up_to_its_root(peers, tmp_path):
+    script = tmp_path / "checkout" / "examples" / "train.py"
+    script.parent.mkdir(parents=True)
+    script.write_text("")
+    git = ["git", "-C", str(tmp_path / "checkout"), "-c", "user.name=n", "-c", "user.email=e"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
+        subprocess.run([*git, *words], check=True)
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "bin" / "python").write_text("of somebody else")
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
+    assert len(peers._commit(script)) >= 7 and head.startswith(peers._commit(script))
+    assert peers._python(script) == sys.executable
+    own = tmp_path / "checkout" / ".venv" / "bin" / "python"
+    own.parent.mkdir(parents=True)
+    own.write_text("")
+    assert peers._python(script) == str(own)
+
+
+def test_a_peer_that_stops_early_is_no_measurement(run_peer):
+    assert run_peer(TRAINER.replace("range(4)", "range(3)"))["outcome"].startswith("failed (0): ")
 
 
 def test_a_peer_that_is_not_there_is_a_result(compare, tmp_path):
