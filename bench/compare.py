@@ -193,6 +193,7 @@ def _report(work: Work, device: str, budget: int | None, steps: int, result: dic
         **{name: f"{result[name]:.3f}" if ok else "" for name in _FIGURES},
         "photos_s": f"{work.rows / result['step_s']:.3f}" if ok else "",
         "noisy": "yes" if spread > 0.2 or crowded else "",
+        **result.get("made_with", {}),  # a peer's own versions
     }
     add_row("compare", row)
     print("  ".join(str(value) for value in row.values() if value != ""), flush=True)

@@ -14,6 +14,7 @@ part() { # SECONDS WORDS...
     timeout "$1" "$python" "${@:2}" || failed+=("${*:2} (exit $?)")
 }
 
+part 30 -m lowvram_db doctor
 part 120 -m pytest -q -p no:cacheprovider tests/kernels
 part 420 bench/compare.py --model sd15 --resolution 256 --checkpointed 9 --steps 3
 part 180 bench/plan_accuracy.py

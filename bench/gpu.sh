@@ -22,6 +22,7 @@ part() { # SECONDS WORDS...
     timeout "$1" "$python" "${@:2}" || failed+=("${*:2} (exit $?)")
 }
 
+part 20 -m lowvram_db doctor
 part 80 -m pytest -q -p no:cacheprovider tests/kernels tests/optim tests/memory
 part 100 bench/compare.py --model sd15 --checkpointed 0,5,9 --steps 10
 part 60 bench/plan_accuracy.py --only accuracy

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from usage import versions
 
 RESULTS = Path(__file__).parent / "results"
 _ROOT = Path(__file__).parents[1]
@@ -22,8 +23,7 @@ def stamp() -> dict[str, str]:
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
         "commit": commit,
         "machine": machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        **versions(),
     }
 
 
@@ -38,7 +38,8 @@ def machine() -> str:
 
 
 def add_row(name: str, row: Mapping[str, object]) -> Path:
-    """Append a row, stamped, to bench/results/NAME.csv; the columns of an existing file must be the same."""
+    """Append a row, stamped, to bench/results/NAME.csv; the columns of an existing file must be the same. A row that
+    tells of other versions than this process has is believed."""
     path = RESULTS / f"{name}.csv"
     stamped = {**stamp(), **row}
     exists = path.exists()

@@ -26,7 +26,7 @@ from lowvram_db.cache import Framing, Store, precompute
 from lowvram_db.concept import describe, subject_photos
 from lowvram_db.config import load
 from lowvram_db.families import open_model
-from lowvram_db.kernels import adam8
+from lowvram_db.kernels import adam8, moment_code
 from lowvram_db.kernels.adam8_step import Step, step_numbers
 from lowvram_db.train.batches import Batches
 from lowvram_db.train.loop import Trainer
@@ -57,13 +57,13 @@ class Ours(Code):
     bytes_a_weight = 2 + 4 / 256
 
     def store(self, m: Tensor, v: Tensor, step: Step) -> None:
-        blocks = [x.view(-1, adam8.BLOCK) for x in (m, v)]
+        blocks = [x.view(-1, moment_code.BLOCK) for x in (m, v)]
         present = torch.ones_like(blocks[0], dtype=torch.bool)
         random = torch.randint(0, 2**16, present.shape, dtype=torch.int32)
-        self.words, self.grids, self.kept = adam8.encode(*blocks, present, random, step.encode)
+        self.words, self.grids, self.kept = moment_code.encode(*blocks, present, random, step.encode)
 
     def load(self, step: Step) -> tuple[Tensor, Tensor]:
-        u, root = adam8.decode(self.words, self.grids)
+        u, root = moment_code.decode(self.words, self.grids)
         return (u * root / step.encode).flatten(), root.square().flatten()
 
     def update(self, m: Tensor, v: Tensor, step: Step) -> Tensor:

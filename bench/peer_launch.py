@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from usage import bytes_written, peaks, reset_peaks, settle
+from usage import bytes_written, peaks, reset_peaks, settle, versions
 
 
 def main(job: dict[str, Any], script: str, words: list[str]) -> None:
@@ -28,7 +28,7 @@ def main(job: dict[str, Any], script: str, words: list[str]) -> None:
         total = torch.cuda.mem_get_info(device)[1]
         torch.cuda.set_per_process_memory_fraction(min(1.0, job["limit"] / total), device)
     times: list[float] = []
-    figures: dict[str, float] = {}
+    figures: dict[str, Any] = {}
 
     def after_step(*_: Any) -> None:
         settle(device)
@@ -39,7 +39,7 @@ def main(job: dict[str, Any], script: str, words: list[str]) -> None:
             figures.update(_figures(times), **peaks(device), written_mib=bytes_written() / 2**20)
 
     register_optimizer_step_post_hook(after_step)
-    atexit.register(lambda: Path(job["result"]).write_text(json.dumps(figures)))
+    atexit.register(lambda: Path(job["result"]).write_text(json.dumps({**figures, "made_with": versions()})))
     sys.argv = [script, *words]
     runpy.run_path(script, run_name="__main__")
 

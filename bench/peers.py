@@ -51,13 +51,14 @@ def run_peer(
         began = time.time()
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=place)
         figures = json.loads(result.read_text()) if result.exists() else {}
+    said = {"recipe": recipe, "made_with": figures.pop("made_with", {})}
     if "OutOfMemoryError" in done.stderr or "out of memory" in done.stderr:
-        return {"recipe": recipe, "outcome": "out of memory"}
+        return {**said, "outcome": "out of memory"}
     if done.returncode or figures.get("steps") != steps:
         last = (done.stderr.strip().splitlines() or ["no word"])[-1]
-        return {"recipe": recipe, "outcome": f"failed ({done.returncode}): {last}"}
+        return {**said, "outcome": f"failed ({done.returncode}): {last}"}
     figures["startup_s"] = figures.pop("first_done") - began
-    return {"recipe": recipe, "outcome": "ok", **figures}
+    return {**said, "outcome": "ok", **figures}
 
 
 def _checkout(script: Path) -> list[Path]:

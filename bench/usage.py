@@ -1,10 +1,35 @@
-"""What this process has used: memory at its peak, bytes written. Wants nothing but torch: peers run it too."""
+"""What this process uses: which versions, how much memory at its peak, how many bytes written.
 
+Wants nothing but torch: peers run it too, by their own Python.
+"""
+
+import platform
 import re
+import shutil
+import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+
+_OTHERS = "triton", "diffusers", "transformers", "accelerate", "bitsandbytes", "xformers"  # beside Python and torch
+
+
+def versions() -> dict[str, str]:
+    """python, torch, and in one line the GPU's driver and what else there is of _OTHERS."""
+    found = []
+    if torch.cuda.is_available() and shutil.which("nvidia-smi"):
+        words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        lines = subprocess.run(words, capture_output=True, text=True).stdout.split()
+        found += [f"driver {lines[0]}"] if lines else []
+    for package in _OTHERS:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            pass
+    return {"python": platform.python_version(), "torch": torch.__version__, "versions": ", ".join(found)}
 
 
 def settle(device: torch.device) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lowvram_db.kernels import adam8, bits
+from lowvram_db.kernels import bits, moment_code
 from lowvram_db.optim.bucket import Bucket
 
 Weights = Literal["bf16", "bf16+residual", "fp16", "fp32"]
@@ -39,7 +39,7 @@ def narrowing(weights: Weights) -> Callable[[Tensor], Tensor]:
 
 def store(p: nn.Parameter, weights: Weights, device: torch.device) -> dict[str, Any]:
     """Bring p to its device and dtype; returns its state before the first step."""
-    blocks = math.ceil(p.numel() / adam8.BLOCK)
+    blocks = math.ceil(p.numel() / moment_code.BLOCK)
     state: dict[str, Any] = {
         "words": torch.zeros(p.numel(), dtype=torch.int16, device=device),
         "grids": torch.zeros(blocks, dtype=torch.int32, device=device),
