@@ -3,6 +3,7 @@
 Wants nothing but torch: peers run it too, by their own Python.
 """
 
+import contextlib
 import platform
 import re
 import shutil
@@ -12,7 +13,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-
 
 _OTHERS = "triton", "diffusers", "transformers", "accelerate", "bitsandbytes", "xformers"  # beside Python and torch
 
@@ -25,10 +25,8 @@ def versions() -> dict[str, str]:
         lines = subprocess.run(words, capture_output=True, text=True).stdout.split()
         found += [f"driver {lines[0]}"] if lines else []
     for package in _OTHERS:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            pass
     return {"python": platform.python_version(), "torch": torch.__version__, "versions": ", ".join(found)}
 
 

@@ -148,6 +148,11 @@ def test_help_answers_without_the_heavy_libraries():
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 
 
+def test_the_package_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "lowvram_db", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "DreamBooth" in done.stdout
+
+
 def test_the_repositorys_root_on_the_path_breaks_nobody(request):
     """`python -m ...` puts it there, and then `import kernels` finds our folder instead of Hugging Face's package."""
     script = "import transformers, diffusers; from diffusers import StableDiffusionPipeline"

@@ -74,6 +74,7 @@ def test_what_cannot_be_measured_is_refused(compare, monkeypatch, capsys, words,
 def test_a_peers_steps_are_timed_by_its_optimizer(run_peer):
     result = run_peer(TRAINER)
     assert result["outcome"] == "ok" and result["step_s"] >= 0.25 and result["process_gib"] > 0.05
+    assert result["made_with"]["torch"] == torch.__version__ and "diffusers " in result["made_with"]["versions"]
 
 
 def test_a_peer_runs_by_the_python_of_its_own_checkout(run_peer, tmp_path):
