@@ -26,7 +26,7 @@ def main(job: dict[str, Any], script: str, words: list[str]) -> None:
     device = torch.device(job["device"])
     if job["limit"] is not None and device.type == "cuda":
         total = torch.cuda.mem_get_info(device)[1]
-        torch.cuda.set_per_process_memory_fraction(min(1.0, job["limit"] / total), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, job["limit"] / total), device.index)
     times: list[float] = []
     figures: dict[str, Any] = {}
 

@@ -45,11 +45,12 @@ def latest(given: list[Row], same: tuple[str, ...]) -> list[Row]:
 
 
 def write_table(runs: list[Row]) -> None:
-    """Recipes beside each other, without budgets."""
+    """Recipes beside each other, without budgets; of one recipe's strategies the smallest and the fastest."""
     free = [row for row in runs if not row["budget_gib"]]
+    free = [row for row in free if row in _extremes(free, row)]
     lines = ["| on | recipe | peak memory, GiB | a step, s | photos a second |", "| --- | --- | --- | --- | --- |"]
     for row in free:
-        memory = row["allocated_gib"] if row["device"] == "cuda" else row["process_gib"]
+        memory = _memory(row)
         work = f"{row['machine'].partition(',')[0]}, {row['model']} at {row['resolution']} px, {row['batch']}"
         figures = [f"{float(row[key]):.2f}" for key in ("step_s", "photos_s")] if row["outcome"] == "ok" else ["", ""]
         said = f"{float(memory):.2f}" if row["outcome"] == "ok" else row["outcome"]
@@ -66,11 +67,30 @@ def write_table(runs: list[Row]) -> None:
     README.write_text(re.sub(pattern, lambda _: begin + "\n" + body + "\n" + end, text, flags=re.S), encoding="utf-8")
 
 
+def _memory(row: Row) -> str:
+    """Peak, GiB: on a GPU what the allocator gave out, else the whole process."""
+    return row["allocated_gib"] if row["device"] == "cuda" else row["process_gib"]
+
+
+def _extremes(runs: list[Row], row: Row) -> list[Row]:
+    """Of the rows for the same work and recipe the one with least memory and the one with the fastest step; all that
+    failed."""
+    same = ("machine", "device", "model", "resolution", "batch", "compute")
+    own = [r for r in runs if all(r[key] == row[key] for key in same) and _recipe(r) == _recipe(row)]
+    ran = [r for r in own if r["outcome"] == "ok"]
+    ends = [min(ran, key=lambda r: float(_memory(r))), min(ran, key=lambda r: float(r["step_s"]))] if ran else []
+    return ends + [r for r in own if r["outcome"] != "ok"]
+
+
+def _recipe(row: Row) -> str:
+    return row["recipe"].partition(",")[0]
+
+
 def survivors(runs: list[Row], machine: str) -> None:
     """Photos a second of each recipe by budget; what ran out of memory stands on the floor."""
     figure, axes = pyplot.subplots(figsize=(7, 4))
-    for recipe in dict.fromkeys(row["recipe"].partition(",")[0] for row in runs):
-        own = [row for row in runs if row["recipe"].partition(",")[0] == recipe]
+    for recipe in dict.fromkeys(_recipe(row) for row in runs):
+        own = [row for row in runs if _recipe(row) == recipe]
         own.sort(key=lambda row: float(row["budget_gib"]))
         speed = [float(row["photos_s"]) if row["outcome"] == "ok" else 0.0 for row in own]
         axes.plot([float(row["budget_gib"]) for row in own], speed, marker="o", label=recipe)

@@ -155,7 +155,8 @@ def _narrow(w: Tensor, random: Tensor, weight: Tensor, residual: Tensor | None) 
     weight.copy_(short(w, random) if short else w)
 
 
-@jit(do_not_specialize=["seed", "counter", "tensor", "stream"])  # or 1 and every 16th would be kernels of their own
+# Or 1 and every 16th, and every fourth tensor's count of what it skipped, would be kernels of their own.
+@jit(do_not_specialize=["seed", "counter", "tensor", "stream"], do_not_specialize_on_alignment=["skipped"])
 def _kernel(  # type: ignore[no-untyped-def]
     weight, residual, grad, words, grids, skipped, unscale, n,
     seed, counter, tensor, stream,

@@ -40,4 +40,5 @@ def cap(budget: int | None, device: torch.device) -> None:
     """Let the allocator refuse what would go over the budget, instead of taking it from others or spilling."""
     if budget is not None and device.type == "cuda":
         total = torch.cuda.mem_get_info(device)[1]
-        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, budget - CONTEXT) / total), device)
+        # By number: this one takes no device without an index.
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, budget - CONTEXT) / total), device.index)

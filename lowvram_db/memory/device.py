@@ -55,7 +55,7 @@ def peak_bytes(device: torch.device) -> int:
 def free_bytes(device: torch.device) -> int:
     """What a GPU has left for this process, with what PyTorch holds for reuse, under the allocator's cap. Bytes."""
     free, total = torch.cuda.mem_get_info(device)
-    most = int(total * torch.cuda.get_per_process_memory_fraction(device))
+    most = int(total * torch.cuda.get_per_process_memory_fraction(device.index))  # takes none without
     return min(free + torch.cuda.memory_reserved(device), most) - torch.cuda.memory_allocated(device)
 
 

@@ -48,13 +48,10 @@ def test_a_plan_for_another_card_can_be_made_and_says_so(card, monkeypatch, make
     assert cli._budget(make_config()) == free_bytes(CARD)
 
 
-def test_the_allocator_is_capped_at_the_budget_less_the_context(card, monkeypatch):
-    fractions = []
-    monkeypatch.setattr(
-        torch.cuda, "set_per_process_memory_fraction", lambda fraction, device: fractions.append(fraction)
-    )
-    cap(6 * GIB + CONTEXT, CARD)
-    assert fractions == [0.5]
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_the_allocator_is_capped_at_the_budget_less_the_context(card, below_torch_cuda, device):
+    cap(6 * GIB + CONTEXT, torch.device(device))
+    assert below_torch_cuda == {0: 0.5}
 
 
 @pytest.mark.parametrize(

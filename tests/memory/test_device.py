@@ -20,12 +20,13 @@ def test_a_card_without_bf16_is_told_of_fp16(monkeypatch):
     assert compute_dtype("bf16", torch.device("cpu")) == torch.bfloat16
 
 
-def test_what_is_free_ends_at_the_allocators_cap(monkeypatch):
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_what_is_free_ends_at_the_allocators_cap(monkeypatch, below_torch_cuda, device):
     """A card of 16,000 bytes: 10,000 free, 2,000 held by the allocator, 500 of them in use."""
-    card, answers = torch.device("cuda"), {"memory_reserved": 2000, "memory_allocated": 500}
+    card, answers = torch.device(device), {"memory_reserved": 2000, "memory_allocated": 500}
     for name, answer in answers.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, answer=answer: answer)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10_000, 16_000))
     for fraction, free in ((1.0, 11_500), (0.5, 7_500)):
-        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device, f=fraction: f)
+        below_torch_cuda[0] = fraction
         assert free_bytes(card) == free
