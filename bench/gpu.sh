@@ -20,11 +20,11 @@ nvidia-smi || { echo "no GPU answers here" >&2; exit 1; }
 
 part doctor 15 -m lowvram_db doctor
 part kernels 90 -m pytest -q -p no:cacheprovider tests/kernels tests/optim tests/memory
-part step 80 bench/compare.py --model sd15 --checkpointed 0,5,9 --steps 10
-part plan 90 bench/plan_accuracy.py --only accuracy
-part adam8 40 bench/adam8.py --model sd15
-part noise 35 bench/noise_loss.py
-part caps 95 bench/compare.py --model sd15 --vram 4,6,8,12GiB --steps 5
-part profile 30 bench/profile_step.py --model sd15
-part sdxl 45 bench/compare.py --model sdxl --resolution 1024 --no-prior --recipes ours --checkpointed 7 --steps 5
+part step 60 bench/compare.py --model sd15 --checkpointed 0,5,9 --steps 10
+part plan 130 bench/plan_accuracy.py --only accuracy
+part adam8 25 bench/adam8.py --model sd15
+part noise 30 bench/noise_loss.py
+part caps 115 bench/compare.py --model sd15 --vram 4,6,8,12GiB --steps 5
+part profile 25 bench/profile_step.py --model sd15
+part sdxl 35 bench/compare.py --model sdxl --resolution 1024 --no-prior --recipes ours --checkpointed 7 --steps 5
 report

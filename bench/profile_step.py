@@ -187,6 +187,10 @@ def main() -> None:
         with profile(activities=activities) as profiler:
             whole, processor = clocked(ours, given.steps, device)
     times, calls = (on_gpu if on_device else on_cpu)(profiler.events())
+    if not sum(times.values()):
+        raise SystemExit(
+            "error: the profiler saw no kernel; NVIDIA lets only root see them unless told otherwise (ERR_NVGPUCTRPERM)"
+        )
     seconds = {kind: times[kind] / 1e6 / given.steps for kind in [*_WORK, OTHER]}
     seconds[REST[device.type]] = whole - sum(seconds.values())
     seconds[READING] = read

@@ -45,7 +45,8 @@ class Meter:
         if not first:
             return
         if self._device.type == "cuda":
-            say(f"{phase.name}: predicted {gib(phase.allocated_bytes)}, measured {gib(measured)}")
+            predicted, more = gib(phase.allocated_bytes), " (it makes batches of what is free)" if phase.least else ""
+            say(f"{phase.name}: predicted {'at least ' * phase.least}{predicted}, measured {gib(measured)}{more}")
         else:
             tensors = phase.components["weights"] + phase.components["optimizer"]
             tensors += phase.components["gradients"] + phase.components["activations"]

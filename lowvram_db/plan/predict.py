@@ -45,7 +45,7 @@ def encoding(config: Config, family: Blank) -> Iterator[Phase]:
         vae: Any = family.load_vae()
         trace.label("weights", _tensors([vae]))
         vae.encode(torch.empty(1, 3, side, side))
-    yield _phase("latent encoding", trace)
+    yield replace(_phase("latent encoding", trace), least=True)  # cache/encoder.py makes batches of what is free
 
 
 @contextmanager

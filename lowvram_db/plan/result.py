@@ -17,6 +17,7 @@ class Phase:
     name: str
     components: dict[str, int]  # bytes, by COMPONENTS
     flops: int = 0
+    least: bool = False  # where more is free, it takes more
     measured_bytes: int | None = None  # of the run it was made for: the allocator's, or a CPU's whole process
 
     @property

@@ -14,7 +14,7 @@ from lowvram_db.errors import LESS_MEMORY, DoesNotFit, Interrupted, UserError
 from lowvram_db.families.base import Family
 from lowvram_db.kernels.launch import runs_triton
 from lowvram_db.memory.attention import use_attention
-from lowvram_db.memory.device import peak_bytes, release_memory
+from lowvram_db.memory.device import full, peak_bytes, release_memory
 from lowvram_db.optim.adam8 import Adam8
 from lowvram_db.optim.choices import FirstStepCheck
 from lowvram_db.optim.schedule import learning_rate
@@ -80,7 +80,7 @@ class Trainer(Learner):
             try:
                 return self.backward(self.batches[self.step])
             except torch.OutOfMemoryError as error:
-                reason = str(error).splitlines()[0]
+                reason = full(error)
             # Only here, outside the handler, has the failed pass let go of what it held.
             self._step_down(reason)
 

@@ -1,10 +1,15 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from lowvram_db.dreambooth import run_dreambooth
 from lowvram_db.errors import DoesNotFit
+from lowvram_db.plan import make_plan
+from lowvram_db.plan.meter import Meter
+from lowvram_db.run import Run
 
 
 def test_every_phase_of_a_run_is_measured_beside_its_prediction(make_config, capfd):
@@ -19,6 +24,22 @@ def test_every_phase_of_a_run_is_measured_beside_its_prediction(make_config, cap
         assert phase["measured_bytes"] > 2**20 and phase["peak_bytes"] > 0, phase["name"]
         assert err.count(f"\n{phase['name']}: predicted ") == 1
     assert "the whole process has reached" in err, "on a CPU nothing else can be measured, and it says so"
+
+
+def test_on_a_card_a_prediction_stands_beside_what_the_allocator_gave_out(make_config, monkeypatch, capfd):
+    """Encoding is predicted for one photo; the encoder takes as many as there is room for, and that is no mistake."""
+    monkeypatch.setattr("lowvram_db.plan.meter.reset_peak", lambda device: None)
+    monkeypatch.setattr("lowvram_db.plan.meter.peak_bytes", lambda device: 5 * 2**30)
+    config = make_config()
+    with Meter(make_plan(config, None), Run.of(config), torch.device("cuda")) as meter:
+        for phase in ("latent encoding", "first step"):
+            meter.begins(phase)
+    said = capfd.readouterr().err
+    for words in (
+        r"\nlatent encoding: predicted at least 0\.\d\d GiB, measured 5\.00 GiB \(it makes batches of what is free\)\n",
+        r"\nfirst step: predicted 0\.\d\d GiB, measured 5\.00 GiB\n",
+    ):
+        assert re.search(words, f"\n{said}"), said
 
 
 def test_a_run_that_does_not_fit_ends_before_it_draws_or_trains(make_config):
