@@ -19,6 +19,7 @@ from machine import add_row
 from torch import nn
 
 from lowvram_db.families.known import known_config
+from lowvram_db.memory.device import pick_device
 from lowvram_db.optim.adam8 import Adam8
 
 MODELS = {
@@ -138,7 +139,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, help="of the model's weights; default: all on a GPU, 0.1 on a CPU")
     parser.add_argument("--repeats", type=int, default=10)
     given = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device()
     shapes = parameter_shapes(given.model, given.share or (1.0 if device.type == "cuda" else 0.1))
     copy = copy_speed(device)
     for name, (module, *_) in CONTENDERS.items():

@@ -32,6 +32,7 @@ from usage import bytes_written
 
 from lowvram_db.errors import UserError
 from lowvram_db.memory.budget import cap
+from lowvram_db.memory.device import pick_device
 from lowvram_db.memory.size import parse_size
 from lowvram_db.plan.choose import choose
 from lowvram_db.train.strategy import Strategy
@@ -46,7 +47,7 @@ def main() -> None:
             print(json.dumps(result), flush=True)
         return
     given = _arguments()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device().type
     if given.device == "cuda" and device == "cpu":
         _refuse("--device cuda: no GPU answers here; leave --device out to run on the CPU")
     device = given.device or device

@@ -29,6 +29,7 @@ from usage import peaks, reset_peaks
 from lowvram_db.concept import Concept
 from lowvram_db.demo.miniature import write_pipeline
 from lowvram_db.families import open_model
+from lowvram_db.memory.device import pick_device
 from lowvram_db.plan import predict
 from lowvram_db.quiet import hide_loading_bars
 from lowvram_db.train.batches import Batches
@@ -54,7 +55,7 @@ def main() -> None:
         for count in values:
             _report("photos", count, "miniature, 64 px", photos(count))
         return
-    rates = matmul_rate(), copy_speed(_device())
+    rates = matmul_rate(), copy_speed(pick_device())
     for value in values:
         size = {"batch": value, "resolution": given.resolution} if given.what == "batch" else {"resolution": value}
         work = Work(MODELS.get(given.model, given.model), **size)
@@ -80,16 +81,16 @@ def _step(work: Work, steps: int) -> dict[str, float]:
     hide_loading_bars()
     family = work.family()
     bare = predict.training(work.config(), family, Strategy(0, family.checkpoint_steps))[0].flops
-    recipe = Ours(work, _device(), everywhere(family))
+    recipe = Ours(work, pick_device(), everywhere(family))
     weights = sum(parameter.numel() for parameter in recipe.learner.parameters)
-    figures = measured(recipe, steps, _device())
+    figures = measured(recipe, steps, pick_device())
     figures.pop("first_done")
     return {**figures, "operations": float(bare), "moved_gb": _ADAM8_BYTES * weights / 1e9}
 
 
 def matmul_rate() -> float:
     """Operations a second in a product of two large bf16 matrices."""
-    device = _device()
+    device = pick_device()
     side = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     return 2 * side**3 / timed(lambda: a @ b, device, 5)
@@ -114,10 +115,6 @@ def photos(count: int) -> dict[str, float | str]:
         seconds = timed(lambda: [batches[number] for number in range(count, count + 100)], torch.device("cpu"), 3) / 100
         grown = peaks(torch.device("cpu"))["process_gib"] - before
         return {"outcome": "ok", "encode_s": first, "start_s": again, "step_s": seconds, "process_gib": grown}
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 _COLUMNS = ("step_s", "low_s", "high_s", "allocated_gib", "reserved_gib", "process_gib", "floor_s", "times_floor")

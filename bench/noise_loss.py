@@ -18,6 +18,7 @@ from torch import Tensor
 from lowvram_db.families.base import NoiseSchedule
 from lowvram_db.kernels.launch import runs_triton
 from lowvram_db.kernels.noise_loss import noise_loss, noisy_latents
+from lowvram_db.memory.device import pick_device
 from lowvram_db.train import objective
 
 SCHEDULER = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--latents", type=int, default=64, help="a side, of 4 channels")
     parser.add_argument("--repeats", type=int, default=50)
     given = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device()
     triton = runs_triton("auto", device)
     mean, logvar = torch.randn(2, given.rows, 4, given.latents, given.latents, device=device)
     prediction = torch.randn_like(mean, dtype=torch.bfloat16)

@@ -21,7 +21,7 @@ from machine import add_row
 from recipes import Ours, Work
 
 from lowvram_db.memory import trace
-from lowvram_db.memory.device import release_memory
+from lowvram_db.memory.device import pick_device, release_memory
 from lowvram_db.memory.overheads import CONTEXT, CUBLAS_WORKSPACES
 from lowvram_db.plan import predict
 from lowvram_db.plan.reference import tracked_bytes
@@ -51,10 +51,10 @@ def compare(model: str, resolution: int, batch: int, prior: bool, optimizer: str
     sections = {"optimizer": {"name": optimizer}, "precision": {"weights": weights}}
     config, family = work.config(**sections), work.family()
     strategy = Strategy(blocks, family.checkpoint_steps)
-    if torch.cuda.is_available():
+    device = pick_device()
+    if device.type == "cuda":
         witness = "max_memory_allocated"
         predicted = max(phase.allocated_bytes for phase in predict.training(config, family, strategy)[:2])
-        device = torch.device("cuda")
         recipe = Ours(work, device, strategy, **sections)
         torch.cuda.reset_peak_memory_stats()
         for _ in range(2):

@@ -34,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from usage import settle
 
 from lowvram_db.cache import Cached, Store
+from lowvram_db.memory.device import pick_device
 from lowvram_db.optim.adam8 import Adam8
 from lowvram_db.plan import predict
 from lowvram_db.quiet import quiet_libraries
@@ -171,7 +172,7 @@ def main() -> None:
     given = parser.parse_args()
     quiet_libraries()
     torch.set_num_threads(given.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device()
     work = Work(MODELS.get(given.model, given.model), given.resolution, given.batch, compute=given.compute)
     family = work.family()
     strategy = everywhere(family)

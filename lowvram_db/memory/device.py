@@ -7,12 +7,14 @@ import sys
 import torch
 
 from lowvram_db.errors import UserError
+from lowvram_db.memory import segments
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device() -> torch.device:
-    """The GPU where there is one, else the CPU."""
+    """The GPU where there is one, else the CPU. Its allocator will take memory in segments that grow."""
+    segments.grow()
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

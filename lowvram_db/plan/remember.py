@@ -10,6 +10,7 @@ from typing import Any
 
 from lowvram_db.atomic import replacing_file
 from lowvram_db.config import Config
+from lowvram_db.memory import segments
 from lowvram_db.plan.result import Plan
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "bitsandbytes")
@@ -24,11 +25,11 @@ def folder() -> Path:
 
 
 def key(config: Config, configs: Path, budget: int | None, explain: bool) -> str:
-    """A digest of the settings that matter (and which of them are the user's), the model's config files, our code and
-    the versions of the libraries."""
+    """A digest of the settings that matter (and which of them are the user's), the model's config files, our code, the
+    versions of the libraries, and how memory is taken."""
     settings = [config.model_dump_json(exclude=_NO_MATTER, exclude_unset=unset) for unset in (False, True)]
     digest = hashlib.sha256("".join(settings).encode())
-    digest.update(f"{budget} {explain} {[version(library) for library in _LIBRARIES]}".encode())
+    digest.update(f"{budget} {explain} {segments.growing()} {[version(library) for library in _LIBRARIES]}".encode())
     kernels = _PACKAGE.parent / "kernels" if (_PACKAGE.parent / "kernels").is_dir() else _PACKAGE / "kernels"
     code = [*_PACKAGE.rglob("*.py"), *kernels.glob("*.py")]
     for file in sorted([*configs.glob("*.json"), *configs.glob("*/*config.json"), *code]):

@@ -1,0 +1,70 @@
+"""Whether segments grow is said to PyTorch by its environment, once, and never against the user."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lowvram_db.memory import segments
+from lowvram_db.memory.device import pick_device
+
+NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+@pytest.fixture(autouse=True)
+def nothing_set(monkeypatch):
+    """On Linux, where the user has set nothing."""
+    monkeypatch.setattr(sys, "platform", "linux")
+    for name in NAMES:
+        monkeypatch.setenv(name, "")  # so that it is put back, whoever sets it
+        monkeypatch.delenv(name)
+
+
+def environment():
+    return {name: os.environ[name] for name in NAMES if name in os.environ}
+
+
+def test_on_the_way_to_a_device_segments_are_made_to_grow():
+    assert segments.growing()
+    pick_device()
+    assert environment() == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} and segments.growing()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("own", "growing"),
+    [("max_split_size_mb:128", False), ("expandable_segments: True", True), ("expandable_segments:False", False)],
+)
+def test_the_users_own_setting_stays(monkeypatch, name, own, growing):
+    monkeypatch.setenv(name, own)
+    segments.grow()
+    assert environment() == {name: own} and segments.growing() == growing
+
+
+def test_where_pytorch_has_none_nothing_is_asked_for(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    segments.grow()
+    assert not environment() and not segments.growing()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no segment grows")
+def test_a_plan_leaves_more_room_where_segments_do_not_grow():
+    """MARGIN is fixed at import, so in a process of its own for each."""
+    program = "from lowvram_db.memory.overheads import MARGIN; print(MARGIN)"
+    margins = []
+    for setting in ("expandable_segments:True", "expandable_segments:False"):
+        command = [sys.executable, "-c", f"import os; os.environ[{NAMES[0]!r}] = {setting!r}; {program}"]
+        margins.append(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    assert margins[0] < 0.055 < margins[1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a GPU")
+def test_the_allocator_has_heard():
+    program = (
+        "import torch; from lowvram_db.memory.device import pick_device; torch.ones(2**24, device=pick_device());"
+        "print(all(segment['is_expandable'] for segment in torch.cuda.memory_snapshot()))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True" or not segments.growing()
