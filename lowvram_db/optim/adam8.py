@@ -39,7 +39,7 @@ class Handle:
 
 
 class Adam8(torch.optim.Optimizer):
-    """AdamW (Loshchilov & Hutter 2019) on the 16-bit state of kernels/adam8.py: 4.02 bytes a bf16 weight in all.
+    """AdamW (Loshchilov & Hutter 2019) on the 16-bit state of kernels/moment_code.py: 4.02 bytes a bf16 weight in all.
 
     params: parameters, (name, parameter) pairs, or groups of them, all on one device, as precise as there are.
     weights, device: how and where the parameters are stored from now on; they change in place, one after the other.
