@@ -1,6 +1,7 @@
 """Whether segments grow is said to PyTorch by its environment, once, and never against the user."""
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 def nothing_set(monkeypatch):
     """On Linux, where the user has set nothing."""
     monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(platform, "release", lambda: "6.1.0-49-amd64")
     for name in NAMES:
         monkeypatch.setenv(name, "")  # so that it is put back, whoever sets it
         monkeypatch.delenv(name)
@@ -43,10 +45,18 @@ def test_the_users_own_setting_stays(monkeypatch, name, own, growing):
     assert environment() == {name: own} and segments.growing() == growing
 
 
-def test_where_pytorch_has_none_nothing_is_asked_for(monkeypatch):
-    monkeypatch.setattr(sys, "platform", "win32")
+@pytest.mark.parametrize(("system", "release"), [("win32", "11"), ("linux", "6.6.87.2-microsoft-standard-WSL2")])
+def test_where_pytorch_has_none_or_fails_with_them_nothing_is_asked_for(monkeypatch, system, release):
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(platform, "release", lambda: release)
     segments.grow()
     assert not environment() and not segments.growing()
+
+
+def test_under_wsl_the_user_may_ask_for_them(monkeypatch):
+    monkeypatch.setattr(platform, "release", lambda: "6.6.87.2-microsoft-standard-WSL2")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    assert segments.growing()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no segment grows")
