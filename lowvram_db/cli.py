@@ -15,6 +15,7 @@ import typer
 
 from lowvram_db.config import DEFAULT_IDENTIFIER, Config, load
 from lowvram_db.errors import DoesNotFit, Interrupted, UserError
+from lowvram_db.memory import segments
 from lowvram_db.memory.size import parse_size
 from lowvram_db.quiet import hide_loading_bars, quiet_libraries, skip_unneeded
 
@@ -219,6 +220,7 @@ def doctor(
 def main() -> None:
     """Entry point of `lowvram-db`: run a command and turn the user's errors into one line and an exit code."""
     quiet_libraries()
+    segments.grow()
     try:
         app(standalone_mode=True)
     except UserError as error:

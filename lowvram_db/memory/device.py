@@ -15,7 +15,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def pick_device() -> torch.device:
     """The GPU where there is one, else the CPU. Its allocator will take memory in segments that grow."""
     segments.grow()
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if (
+        segments.asked()
+    ):  # again: importing bitsandbytes, as diffusers does, has made the allocator read its environment
+        torch._C._accelerator_setAllocatorSettings(segments.GROWING)
+    return torch.device("cuda")
 
 
 def compute_dtype(compute: str, device: torch.device) -> torch.dtype:

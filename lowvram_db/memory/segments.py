@@ -10,21 +10,30 @@ import platform
 import sys
 
 _NAMES = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"  # the second is the older one, still read
-_GROWING = "expandable_segments:True"
+GROWING = "expandable_segments:True"
 
 
 def grow() -> None:
-    """Ask for segments that grow: to be called before the card is first used. The user's own setting stays."""
+    """Ask for segments that grow. The user's own setting stays.
+
+    In time before torch or bitsandbytes is imported, which may read the environment there and then; memory/device.py
+    tells torch again.
+    """
     if _users_own() is None and growing():
-        os.environ[_NAMES[0]] = _GROWING
+        os.environ[_NAMES[0]] = GROWING
 
 
 def growing() -> bool:
     """Whether segments grow here, or will after grow()."""
     own = _users_own()
     if own is not None:
-        return sys.platform == "linux" and _GROWING in own.replace(" ", "")
+        return sys.platform == "linux" and GROWING in own.replace(" ", "")
     return sys.platform == "linux" and "microsoft" not in platform.release().lower()
+
+
+def asked() -> bool:
+    """Whether the environment asks for segments that grow, and for nothing else."""
+    return os.environ.get(_NAMES[0]) == GROWING
 
 
 def _users_own() -> str | None:

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from lowvram_db import cli
 from lowvram_db.memory import segments
 from lowvram_db.memory.device import pick_device
 
@@ -32,6 +33,25 @@ def test_on_the_way_to_a_device_segments_are_made_to_grow():
     assert segments.growing()
     pick_device()
     assert environment() == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} and segments.growing()
+
+
+def test_an_allocator_that_has_read_its_environment_is_told_again(monkeypatch):
+    """As it has when bitsandbytes is imported: seen with torch 2.11."""
+    told: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", told.append)
+    assert pick_device() == torch.device("cuda")
+    assert told == ["expandable_segments:True"]
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True,max_split_size_mb:512")
+    pick_device()
+    assert len(told) == 1, "what the user has set was read already, and would be forgotten"
+
+
+def test_the_command_line_asks_before_a_library_is_imported(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lowvram-db", "--help"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert environment() == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -73,7 +93,8 @@ def test_a_plan_leaves_more_room_where_segments_do_not_grow():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a GPU")
 def test_the_allocator_has_heard():
     program = (
-        "import torch; from lowvram_db.memory.device import pick_device; torch.ones(2**24, device=pick_device());"
+        "import torch, bitsandbytes; from lowvram_db.memory.device import pick_device;"
+        "torch.ones(2**24, device=pick_device());"
         "print(all(segment['is_expandable'] for segment in torch.cuda.memory_snapshot()))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
