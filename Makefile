@@ -1,4 +1,4 @@
-# make demo   DreamBooth on a miniature model and this machine's CPU, from a bare clone: under 3 minutes
+# make demo   DreamBooth on a miniature model and this machine's CPU, from a bare clone: about 3 minutes
 # make test   lint, types and the fast tests
 # make test-slow   the tests that take minutes
 
