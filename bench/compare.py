@@ -5,7 +5,8 @@
 
 Every recipe runs in a process of its own. With --vram each runs once under every budget: the GPU's allocator refuses
 what goes over it, `ours` takes the strategy that the plan chooses, and running out of memory is a result like any
-other. Without it `ours` runs under every strategy of its ladder. A row a run goes to bench/results/compare.csv;
+other. Without it `ours` runs under every strategy of its ladder. All of them, peers too, take memory in segments that
+grow where PyTorch has them (lowvram_db/memory/segments.py). A row a run goes to bench/results/compare.csv;
 bench/plots.py makes plots and table of them.
 
 `noisy` marks a run whose steps differed by more than a fifth, or that shared a CPU with other work.

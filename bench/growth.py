@@ -81,9 +81,10 @@ def _step(work: Work, steps: int) -> dict[str, float]:
     hide_loading_bars()
     family = work.family()
     bare = predict.training(work.config(), family, Strategy(0, family.checkpoint_steps))[0].flops
-    recipe = Ours(work, pick_device(), everywhere(family))
+    device = pick_device()
+    recipe = Ours(work, device, everywhere(family))
     weights = sum(parameter.numel() for parameter in recipe.learner.parameters)
-    figures = measured(recipe, steps, pick_device())
+    figures = measured(recipe, steps, device)
     figures.pop("first_done")
     return {**figures, "operations": float(bare), "moved_gb": _ADAM8_BYTES * weights / 1e9}
 

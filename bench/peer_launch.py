@@ -41,6 +41,7 @@ def main(job: dict[str, Any], script: str, words: list[str]) -> None:
     register_optimizer_step_post_hook(after_step)
     atexit.register(lambda: Path(job["result"]).write_text(json.dumps({**figures, "made_with": versions()})))
     sys.argv = [script, *words]
+    sys.path[0] = str(Path(script).parent)  # as if it had been called: its modules, not ours of the same name
     runpy.run_path(script, run_name="__main__")
 
 

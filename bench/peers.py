@@ -47,7 +47,7 @@ def run_peer(
         limit = None if budget is None else max(0, budget - CONTEXT)
         job = {"limit": limit, "device": device, "result": str(result)}
         command = [_python(script), str(_LAUNCHER), json.dumps(job), str(script.absolute()), *words]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": _python_path(script)}
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
         began = time.time()
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=place)
         figures = json.loads(result.read_text()) if result.exists() else {}
@@ -78,10 +78,6 @@ def _commit(script: Path) -> str:
 def _python(script: Path) -> str:
     places = [folder / name / "bin" / "python" for folder in _checkout(script) for name in ("venv", ".venv")]
     return next((str(place) for place in places if place.exists()), sys.executable)
-
-
-def _python_path(script: Path) -> str:
-    return os.pathsep.join([str(script.absolute().parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def _pictures(place: Path) -> tuple[Path, Path]:

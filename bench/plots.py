@@ -16,13 +16,13 @@ from matplotlib import pyplot
 
 README = Path(__file__).parents[1] / "README.md"
 _MARKS = "<!-- bench/plots.py: compare -->", "<!-- end -->"
+_WORK = "machine", "device", "model", "resolution", "batch", "compute"  # what runs must share to be compared
 Row = dict[str, str]
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    same = ("machine", "device", "model", "resolution", "batch", "compute", "recipe", "budget_gib")
-    runs = latest(rows("compare"), same)
+    runs = latest(rows("compare"), (*_WORK, "recipe", "budget_gib"))
     write_table(runs)
     for machine in {row["machine"] for row in runs if row["budget_gib"]}:
         survivors([row for row in runs if row["machine"] == machine and row["budget_gib"]], machine)
@@ -49,8 +49,7 @@ def write_table(runs: list[Row]) -> None:
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in runs:
         if not row["budget_gib"]:
-            same = ("machine", "device", "model", "resolution", "batch", "compute")
-            groups.setdefault((*(row[key] for key in same), _recipe(row)), []).append(row)
+            groups.setdefault((*(row[key] for key in _WORK), _recipe(row)), []).append(row)
     free = [row for group in groups.values() for row in _extremes(group)]
     lines = ["| on | recipe | peak memory, GiB | a step, s | photos a second |", "| --- | --- | --- | --- | --- |"]
     for row in free:

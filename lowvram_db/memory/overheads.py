@@ -20,8 +20,8 @@ CONTEXT = 512 * 2**20
 # PyTorch asks for on Hopper and later; 8.1 MiB on older cards (CUBLAS_WORKSPACE_CONFIG in PyTorch's CUDA notes).
 CUBLAS_WORKSPACES = 2 * 32 * 2**20
 
-# Of the peak: what a fragmented allocator cannot hand out again, most of it where segments do not grow (SDXL at 1,024
-# px needs 5.5% more than its trace then, with torch 2.11's allocator), and what the above gets wrong.
+# Of the peak: what the above gets wrong, and what a fragmented allocator cannot hand out again. Where segments do not
+# grow SDXL at 1,024 px needed 5.5% more than its trace, with torch 2.11's allocator over a stand-in for the driver.
 MARGIN = 0.02 if segments.growing() else 0.06
 
 _aten = torch.ops.aten

@@ -1,8 +1,9 @@
 """How PyTorch's allocator takes memory from the card: in segments that grow, wherever it can.
 
 By default it takes segments of 20 MiB and more, and what does not fit into the rest of one stays unused: half a GiB of
-the card beside SDXL's weights and their state. Segments that grow leave next to nothing. PyTorch has them on Linux;
-under WSL 2 some of its versions fail in their first allocation with them (pytorch/pytorch issue 192330).
+the card beside SDXL's weights and their state (torch 2.11's allocator over a stand-in for the driver; not seen on a
+card). Segments that grow leave next to nothing. PyTorch has them on Linux; under WSL 2 some of its versions fail in
+their first allocation with them (pytorch/pytorch issue 192330).
 """
 
 import os

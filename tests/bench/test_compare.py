@@ -104,6 +104,11 @@ def test_a_checkout_is_named_by_its_commit_and_searched_up_to_its_root(peers, tm
     assert peers._python(script) == str(own)
 
 
+def test_a_peer_imports_its_own_modules_also_where_ours_have_the_same_name(run_peer, tmp_path):
+    (tmp_path / "machine.py").write_text("MINE = True")
+    assert run_peer(f"import machine\nassert machine.MINE\n{TRAINER}")["outcome"] == "ok"
+
+
 def test_a_peer_that_stops_early_is_no_measurement(run_peer):
     assert run_peer(TRAINER.replace("range(4)", "range(3)"))["outcome"].startswith("failed (0): ")
 
