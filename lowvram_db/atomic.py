@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import shutil
 import time
 import uuid
@@ -35,10 +36,13 @@ def replacing_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def creating_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `path`, which must not exist yet, on leaving.
+    """Yield a temporary folder that becomes `path` on leaving.
 
-    Raises UserError when the disk is full or the folder cannot be written; no part of it is left then.
+    Raises UserError when there is something called `path`, the disk is full or the folder cannot be written; no part of
+    it is left then.
     """
+    if path.exists():
+        raise UserError(f"{path}: is in the way; move it elsewhere")
     temporary = _beside(path)
     try:
         with _disk_errors_named(path):
@@ -60,12 +64,24 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def remove_leftovers(folder: Path, older_than: float = 0.0) -> None:
-    """Delete what a killed process left half-written in `folder`, so many seconds ago at least.
+def free_name(path: Path) -> Path:
+    """`path`, or, where there is such a thing already, the first of path-2, path-3, ... that is free."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free
+
+
+def remove_leftovers(folder: Path, names: str, older_than: float = 0.0) -> None:
+    """Delete what a killed process left half-written in `folder` of files that are called so (a regular expression), so
+    many seconds ago at least.
 
     Where other processes may be writing at the same time, younger files can be theirs.
     """
     for leftover in folder.glob(".*.partial-*"):
+        if not re.fullmatch(rf"\.({names})\.partial-[0-9a-f]{{8}}", leftover.name):
+            continue
         with contextlib.suppress(FileNotFoundError):
             if older_than and time.time() - leftover.stat().st_mtime < older_than:
                 continue

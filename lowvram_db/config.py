@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from lowvram_db.atomic import replacing_file
 from lowvram_db.errors import UserError
 from lowvram_db.memory.size import parse_size
 
@@ -211,10 +210,9 @@ class Config(_Section):
         """A prompt template with this subject's identifier and class noun in it."""
         return template.format_map({"identifier": self.subject.identifier, "class": self.subject.class_noun})
 
-    def save(self, path: Path) -> None:
-        """Write the resolved settings as TOML, whole or not at all."""
-        with replacing_file(path) as temporary:
-            temporary.write_text(tomli_w.dumps(self.model_dump(exclude_none=True)), encoding="utf-8")
+    def to_toml(self) -> str:
+        """The resolved settings as TOML."""
+        return tomli_w.dumps(self.model_dump(exclude_none=True))
 
     @model_validator(mode="after")
     def _weights_can_be_stepped(self) -> "Config":

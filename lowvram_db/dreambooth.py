@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from PIL import Image
 
-from lowvram_db import prior
-from lowvram_db.atomic import creating_folder, replacing_file
-from lowvram_db.cache import Cached, Framing, Store, precompute, remembers
-from lowvram_db.concept import Concept, describe, subject_photos
+from lowvram_db.atomic import creating_folder, free_name, replacing_file
+from lowvram_db.cache import Cached, Framing, Store, catalogue_of, model_digest, precompute
+from lowvram_db.concept import Concept, check_folders, describe, subject_photos
+from lowvram_db.concept.class_images import class_images
 from lowvram_db.config import Config
 from lowvram_db.errors import LESS_MEMORY, DoesNotFit, Interrupted, UserError
 from lowvram_db.families import check_trainable, open_model
@@ -24,11 +24,12 @@ from lowvram_db.plan.meter import Meter
 from lowvram_db.plan.result import Plan
 from lowvram_db.plan.show import does_not_fit, summary
 from lowvram_db.progress import say
-from lowvram_db.run import Run, check_resumable
+from lowvram_db.run import Run
 from lowvram_db.sampling import sample_grid
 from lowvram_db.train import checkpoint
 from lowvram_db.train.batches import Batches
-from lowvram_db.train.loop import Trainer, train
+from lowvram_db.train.loop import Trainer, optional, train
+from lowvram_db.train.resume import check_content, check_settings, choose, whole
 from lowvram_db.train.strategy import Strategy
 
 _NO_PROMPT = ""  # what classifier-free guidance steers away from
@@ -55,7 +56,7 @@ def build_cache(config: Config) -> Path:
         budget = budget_for(config.memory.vram, device)
         at_once = None if budget is None else make_plan(config, budget).prior_batch
         cap(budget, device)
-        photos = subject_photos(config, remembers(_cache_folder(config, run)))
+        photos = _photos(config, run)
         with run.locked(), Store(_cache_folder(config, run)) as store:
             family = _open_family(config)
             concept = _concept(config, family, run, photos, store, device, at_once)
@@ -78,19 +79,20 @@ def _problems_named() -> Iterator[None]:
 def _run(config: Config, resume: str) -> Run:
     run, device = Run.of(config), pick_device()
     dtype = compute_dtype(config.precision.compute, device)
-    photos = subject_photos(config, remembers(_cache_folder(config, run)))
+    photos = _photos(config, run)
     with run.locked():
-        start = run.choose_checkpoint(resume)
+        start = choose(run, resume)
         if start is not None:
-            _check_start(config, start)
-        if _finished(config, start, run):
+            check_settings(checkpoint.read_state(start), config, start)
+        if _finished(config, start, run, photos):
             say(f"{run.folder}: already trained for {config.train.steps} steps")
             return run
+        start = whole(run, start)
         check_trainable(config.model.name, config.model.revision)
         with Store(_cache_folder(config, run)) as store:
             plan = _plan(config, device)  # from the config files alone: nothing large is downloaded before it fits
             family = _open_family(config)
-            config.save(run.config)
+            run.save_config(config)
             with Meter(plan, run, device) as meter:
                 meter.begins("class images")
                 concept = _concept(config, family, run, photos, store, device, plan.prior_batch)
@@ -99,7 +101,7 @@ def _run(config: Config, resume: str) -> Run:
                 _train(config, family, run, concept, cached, device, start, plan.strategy, meter)
                 release_memory()
                 meter.begins("sampling")
-                _sample_result(config, run, device, dtype)
+                optional(partial(_sample_result, config, run, device, dtype), "pictures of the result")
     return run
 
 
@@ -114,6 +116,13 @@ def _plan(config: Config, device: torch.device) -> Plan:
     return plan
 
 
+def _photos(config: Config, run: Run) -> list[Path]:
+    """The subject's photos, found good, in a folder of their own."""
+    named = Path(config.prior.images).expanduser() if config.prior.enabled and config.prior.images else None
+    check_folders(Path(config.subject.photos).expanduser(), named, run.folder)
+    return subject_photos(config, catalogue_of(_cache_folder(config, run)).is_good)
+
+
 def _cache_folder(config: Config, run: Run) -> Path:
     return Path(config.cache.dir).expanduser() if config.cache.dir else run.cache
 
@@ -126,17 +135,20 @@ def _open_family(config: Config) -> Family:
     return family
 
 
-def _check_start(config: Config, start: Path) -> None:
-    state = checkpoint.read_state(start)
-    check_resumable(state.config, config, start)
-    if state.step > config.train.steps:
-        raise UserError(f"train.steps: is {config.train.steps}, but {start} has been trained for {state.step} already")
-
-
-def _finished(config: Config, start: Path | None, run: Run) -> bool:
-    if start is None or checkpoint.read_state(start).step < config.train.steps:
+def _finished(config: Config, start: Path | None, run: Run, photos: list[Path]) -> bool:
+    """Whether there is nothing left to do. Raises UserError where it was done with another model or other photos."""
+    if start is None or not run.model.is_dir() or not run.sample_grid(config.train.steps).exists():
         return False
-    return run.model.is_dir() and run.sample_grid(config.train.steps).exists()
+    state = checkpoint.read_state(start)
+    if state.step < config.train.steps:
+        return False
+    catalogue = catalogue_of(_cache_folder(config, run))
+    present = {"photos": [catalogue.look(photo).digest for photo in photos]}
+    with contextlib.suppress(UserError):  # the model may have gone since: nothing needs it any more
+        family = open_model(config.model.name, config.model.revision)
+        present["model"] = [model_digest(family, catalogue)]
+    check_content(state, present, start)
+    return True
 
 
 def _concept(
@@ -152,8 +164,10 @@ def _concept(
     if not config.prior.enabled:
         return describe(config, photos, [])
     folder = Path(config.prior.images).expanduser() if config.prior.images else run.class_images
-    dtype, is_good = compute_dtype(config.precision.compute, device), remembers(store.folder)
-    return describe(config, photos, prior.class_images(config, family, folder, device, dtype, at_once, is_good))
+    base = model_digest(family, store.catalogue)
+    dtype = compute_dtype(config.precision.compute, device)
+    made = class_images(config, family, folder, base, device, dtype, at_once, store.catalogue.is_good)
+    return describe(config, photos, made)
 
 
 def _cache(
@@ -216,7 +230,7 @@ def _save_model(trainer: Trainer, run: Run, began_at: int) -> None:
     if run.model.exists():
         if began_at == trainer.step:
             return  # it is this step's own: only its pictures are missing
-        run.model.rename(run.folder / f"model-before-step-{trainer.step:06d}")
+        run.model.rename(free_name(run.folder / f"model-before-step-{trainer.step:06d}"))
     dtype = DTYPES[trainer.config.output.dtype]
     release_memory()
     trainer.finish(dtype)

@@ -40,6 +40,11 @@ def list_photos(folder: Path) -> list[Path]:
     return [file for file in files if file.suffix.lower() in readable]
 
 
+def folders_below(folder: Path) -> list[Path]:
+    """Folders in a folder that hold photos."""
+    return [below for below in sorted(folder.glob("*/")) if list_photos(below)] if folder.is_dir() else []
+
+
 def load_photo(path: Path) -> Image.Image:
     """One photo as upright RGB, 8 bits a channel: the first frame, EXIF orientation applied, alpha over white.
 

@@ -1,4 +1,4 @@
-"""The folder of one run: where everything is, who may write to it, and whether it fits the config at hand."""
+"""The folder of one run: where everything is, and who may write to it."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,13 +6,12 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from lowvram_db.atomic import remove_leftovers
-from lowvram_db.config import Config, differences
+from lowvram_db.atomic import remove_leftovers, replacing_file
+from lowvram_db.config import Config
 from lowvram_db.errors import UserError
 
-# Settings that do not change what has been trained so far; keys, or sections ending in a dot.
-MAY_CHANGE = ("train.steps", "sample.", "checkpoint.", "output.", "attention", "kernels",
-              "train.gradient_checkpointing", "memory.", "prior.batch", "cache.dir")  # fmt: skip
+_HEADER = "# The settings of this run as they were resolved, written by lowvram-db.\n"
+_STEP = r"step-\d{6,}"  # names of checkpoints
 
 
 class Run:
@@ -46,8 +45,9 @@ class Run:
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be used as a folder ({error}); change output.dir") from error
         try:
-            for place in (self.folder, self.checkpoints, self.samples):
-                remove_leftovers(place)
+            remove_leftovers(self.folder, r"config\.toml|plan\.json|metrics\.jsonl|model")
+            remove_leftovers(self.checkpoints, _STEP)
+            remove_leftovers(self.samples, rf"{_STEP}\.png")
             yield
         finally:
             lock.release()
@@ -58,40 +58,15 @@ class Run:
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:06d}"
 
-    def latest_checkpoint(self) -> Path | None:
-        return max(self.checkpoints.glob("step-*"), default=None, key=lambda path: path.name)
-
-    def choose_checkpoint(self, resume: str) -> Path | None:
-        """The checkpoint that `--resume auto|never|PATH` names. Raises UserError where work would be lost."""
-        latest = self.latest_checkpoint()
-        if resume == "auto":
-            return latest
-        if resume == "never":
-            if latest:
-                raise UserError(
-                    f"{self.folder}: has {latest.name} already, which --resume never would overwrite; "
-                    "choose another output.name, or --resume auto to go on"
-                )
-            return None
-        chosen = Path(resume)
-        if not (chosen / "state.json").is_file():
-            raise UserError(f"--resume {resume}: not a checkpoint folder (runs/NAME/checkpoints/step-NNNNNN)")
-        if latest and latest.resolve() != chosen.resolve():
-            raise UserError(
-                f"--resume {resume}: {self.folder} already has {latest.name}, which would be overwritten; "
-                "choose another output.name to branch off"
-            )
-        return chosen
+    def save_config(self, config: Config) -> None:
+        """Write down the resolved settings. Raises UserError where a file of the user's is called so."""
+        if self.config.exists() and not _is_ours(self.config):
+            raise UserError(f"{self.config}: is not of a run; move it elsewhere, or choose another output.name")
+        with replacing_file(self.config) as temporary:
+            temporary.write_text(_HEADER + config.to_toml(), encoding="utf-8")
 
 
-def check_resumable(saved: Config, config: Config, checkpoint: Path) -> None:
-    """Raise UserError naming the settings that differ from the checkpoint's and must not."""
-    changed = differences(saved, config)
-    fixed = {key: values for key, values in changed.items() if not key.startswith(MAY_CHANGE)}
-    if fixed:
-        listed = ", ".join(f"{key} ({old!r} -> {new!r})" for key, (old, new) in fixed.items())
-        allowed = ", ".join(key + "*" if key.endswith(".") else key for key in MAY_CHANGE)
-        raise UserError(
-            f"{checkpoint} was trained with other settings: {listed}. Change them back, or start a new run with "
-            f"another output.name. These may change on resume: {allowed}"
-        )
+def _is_ours(config: Path) -> bool:
+    """Whether we wrote this file, or a power cut has left nothing in it."""
+    content = config.read_bytes()
+    return content.startswith(_HEADER.strip().encode()) or not content.strip(b"\0")

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from lowvram_db.atomic import replacing_file
 from lowvram_db.errors import UserError
 from lowvram_db.families import open_model
+from lowvram_db.families.draw import draw
 from lowvram_db.memory.device import compute_dtype, pick_device
 from lowvram_db.progress import Bar
 
@@ -39,7 +40,8 @@ def sample_grid(
         for prompt in prompts:
             rows.append([])
             for scale, seed in columns:
-                result = pipeline(
+                rows[-1] += draw(
+                    pipeline,
                     **inputs(prompt),
                     guidance_scale=scale,
                     num_inference_steps=steps,
@@ -47,7 +49,6 @@ def sample_grid(
                     width=resolution,
                     generator=torch.Generator().manual_seed(seed),
                 )
-                rows[-1].append(result.images[0])
                 bar.advance()
     return draw_grid(rows, prompts, [f"guidance {scale:g}, seed {seed}" for scale, seed in columns])
 

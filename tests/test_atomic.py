@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lowvram_db.atomic import creating_folder, remove_folder, remove_leftovers, replacing_file
+from lowvram_db.atomic import creating_folder, free_name, remove_folder, remove_leftovers, replacing_file
 from lowvram_db.errors import UserError
 
 
@@ -56,9 +56,25 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
 def test_leftovers_of_a_killed_process_go_and_all_else_stays(tmp_path):
     (tmp_path / ".file.partial-01234567").write_text("half")
     (tmp_path / ".folder.partial-01234567").mkdir()
-    (tmp_path / ".config").write_text("mine")
-    remove_leftovers(tmp_path)
-    assert names(tmp_path) == [".config"]
+    theirs = [".config", ".file.partial-mine", ".file.partial-0123456789", ".notes.partial-01234567"]
+    for name in theirs:
+        (tmp_path / name).write_text("mine")
+    remove_leftovers(tmp_path, "file|folder")
+    assert names(tmp_path) == sorted(theirs)
+
+
+def test_what_is_in_the_way_of_a_folder_stays(tmp_path):
+    (tmp_path / "step").mkdir()
+    with pytest.raises(UserError, match="step: is in the way"), creating_folder(tmp_path / "step"):
+        pytest.fail("there is nothing to be written")
+    assert names(tmp_path) == ["step"]
+
+
+def test_a_free_name_is_one_that_nothing_has(tmp_path):
+    assert free_name(tmp_path / "model") == tmp_path / "model"
+    (tmp_path / "model").touch()
+    (tmp_path / "model-2").mkdir()
+    assert free_name(tmp_path / "model") == tmp_path / "model-3"
 
 
 def test_a_folder_is_removed(tmp_path):

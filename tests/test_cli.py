@@ -26,7 +26,7 @@ def lowvram_db(monkeypatch, capfd, tmp_path):
 @pytest.fixture
 def toml(make_config, tmp_path):
     path = tmp_path / "ball.toml"
-    make_config().save(path)
+    path.write_text(make_config().to_toml(), encoding="utf-8")
     return path
 
 

@@ -12,6 +12,7 @@ from lowvram_db.config import load
 from lowvram_db.dreambooth import build_cache, run_dreambooth
 from lowvram_db.errors import DoesNotFit, UserError
 from lowvram_db.families.sd import StableDiffusion
+from lowvram_db.train import checkpoint
 
 
 def unet_of(run):
@@ -21,7 +22,7 @@ def unet_of(run):
 def test_a_run_on_real_photos_from_start_to_picture(make_config, dog_photos):
     run = run_dreambooth(make_config(subject={"photos": str(dog_photos), "class": "dog"}))
     assert len(list(run.class_images.glob("*.png"))) == 3
-    assert run.latest_checkpoint() == run.checkpoint(4)
+    assert checkpoint.latest(run.checkpoints) == run.checkpoint(4)
     assert load(run.config).subject.class_noun == "dog"
     assert Image.open(run.sample_grid(4)).height > 3 * 64
     pipeline = StableDiffusionPipeline.from_pretrained(run.model)
@@ -83,7 +84,7 @@ def test_a_second_start_decodes_no_photo_and_loads_no_encoder(make_config, monke
     def fail(*_):
         pytest.fail("decoded or loaded again")
 
-    for where in ("concept.load_photo", "prior.load_photo", "cache.catalogue.decode_photo"):
+    for where in ("concept.load_photo", "concept.class_images.load_photo", "cache.catalogue.decode_photo"):
         monkeypatch.setattr(f"lowvram_db.{where}", fail)
     for method in ("load_vae", "load_text_encoder", "pipeline"):
         monkeypatch.setattr(StableDiffusion, method, fail)

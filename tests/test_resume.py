@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from lowvram_db.dreambooth import run_dreambooth
 from lowvram_db.errors import UserError
 from lowvram_db.run import Run
+from lowvram_db.train.checkpoint import latest
 
 OPTIMIZERS = ["adamw", "bnb-adam8", "adam8"]
 STEPS = 12
@@ -43,8 +44,8 @@ def config_of(make_config):
 
 
 def step_of(run):
-    latest = run.latest_checkpoint()
-    return int(latest.name.removeprefix("step-")) if latest else 0
+    last = latest(run.checkpoints)
+    return int(last.name.removeprefix("step-")) if last else 0
 
 
 def assert_same_result(straight, resumed):
@@ -93,7 +94,7 @@ def test_kill_9_in_the_middle_of_saving(config_of, processes):
     killed = Run.of(config)
     process = processes.Process(target=run_dreambooth, args=(config,))
     process.start()
-    while not (killed.latest_checkpoint() and list(killed.checkpoints.glob(".step-*.partial-*"))):
+    while not (latest(killed.checkpoints) and list(killed.checkpoints.glob(".step-*.partial-*"))):
         assert process.is_alive()
         time.sleep(0.0005)
     process.kill()
@@ -108,7 +109,7 @@ def test_ctrl_c_saves_says_where_and_goes_on_exactly(config_of, tmp_path):
     config = config_of("stopped", "adamw")
     config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"every": 0})})
     stopped, toml = Run.of(config), tmp_path / "stopped.toml"
-    config.save(toml)
+    toml.write_text(config.to_toml(), encoding="utf-8")
     command = [sys.executable, "-c", "from lowvram_db.cli import main; main()", "train", str(toml)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         while not (stopped.metrics.exists() and stopped.metrics.read_text()):
@@ -117,7 +118,7 @@ def test_ctrl_c_saves_says_where_and_goes_on_exactly(config_of, tmp_path):
         process.send_signal(signal.SIGINT)
         message = process.communicate()[1].splitlines()[-1]
     assert process.returncode == 130
-    saved = stopped.latest_checkpoint()
+    saved = latest(stopped.checkpoints)
     assert message.endswith(f"saved {saved}; the same command goes on from there")
     assert "Traceback" not in message
     assert_same_result(straight, run_dreambooth(config))
@@ -162,7 +163,7 @@ def test_the_text_encoder_resumes_too(config_of, processes):
     killed = Run.of(config)
     process = processes.Process(target=run_dreambooth, args=(config,))
     process.start()
-    while not killed.latest_checkpoint():
+    while not latest(killed.checkpoints):
         time.sleep(0.005)
         assert process.is_alive()
     process.kill()

@@ -1,5 +1,6 @@
 import pytest
 
+from lowvram_db.config import load
 from lowvram_db.errors import UserError
 from lowvram_db.run import Run
 
@@ -7,38 +8,6 @@ from lowvram_db.run import Run
 @pytest.fixture
 def run(make_config):
     return Run.of(make_config())
-
-
-def with_checkpoints(run, *steps):
-    for step in steps:
-        run.checkpoint(step).mkdir(parents=True)
-        (run.checkpoint(step) / "state.json").touch()
-
-
-def test_auto_takes_the_latest(run):
-    assert run.choose_checkpoint("auto") is None
-    with_checkpoints(run, 2, 10, 9)
-    (run.checkpoints / ".step-000011.partial-01234567").mkdir()
-    assert run.choose_checkpoint("auto") == run.checkpoint(10)
-
-
-def test_never_refuses_to_overwrite(run):
-    assert run.choose_checkpoint("never") is None
-    with_checkpoints(run, 2)
-    with pytest.raises(UserError, match="has step-000002 already, which --resume never would overwrite"):
-        run.choose_checkpoint("never")
-
-
-def test_a_path_must_be_a_checkpoint_and_the_last_of_its_run(run, tmp_path):
-    with pytest.raises(UserError, match="--resume nowhere: not a checkpoint folder"):
-        run.choose_checkpoint("nowhere")
-    other = Run(tmp_path / "other")
-    with_checkpoints(other, 5)
-    assert run.choose_checkpoint(str(other.checkpoint(5))) == other.checkpoint(5)
-    with_checkpoints(run, 2, 4)
-    assert run.choose_checkpoint(str(run.checkpoint(4))) == run.checkpoint(4)
-    with pytest.raises(UserError, match="already has step-000004, which would be overwritten"):
-        run.choose_checkpoint(str(run.checkpoint(2)))
 
 
 def test_one_process_at_a_time(run):
@@ -59,3 +28,25 @@ def test_a_place_that_is_a_file_is_named(make_config, tmp_path):
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(UserError, match=r"runs/test: cannot be used as a folder"), Run.of(make_config()).locked():
         pass
+
+
+def test_the_settings_are_written_down_and_a_config_of_the_users_stays(run, make_config, tmp_path):
+    for steps in (4, 5):
+        run.save_config(make_config(train={"steps": steps}))
+        assert load(run.config).train.steps == steps
+    run.config.write_bytes(b"\0" * 500)  # a power cut
+    run.save_config(make_config())
+    run.config.write_text("# my own notes\n" + make_config().to_toml())
+    before = run.config.read_bytes()
+    with pytest.raises(UserError, match=r"config\.toml: is not of a run"):
+        run.save_config(make_config())
+    assert run.config.read_bytes() == before
+
+
+def test_half_written_files_of_ours_go_and_all_else_stays(run):
+    theirs = [run.folder / ".model.partial-old", run.checkpoints / ".best.partial-01234567"]
+    ours = [run.folder / ".plan.json.partial-01234567", run.checkpoints / ".step-000002.partial-89abcdef"]
+    for path in theirs + ours:
+        path.mkdir(parents=True)
+    with run.locked():
+        assert [path.exists() for path in theirs + ours] == [True, True, False, False]

@@ -11,7 +11,18 @@ it; docs/cache_example.py trains a UNet of diffusers from a cache.
 """
 
 from lowvram_db.cache.framing import Framing, View
-from lowvram_db.cache.precompute import Cached, Frame, precompute
-from lowvram_db.cache.store import Report, Store, remembers
+from lowvram_db.cache.precompute import Cached, ClassFrame, Frame, model_digest, precompute
+from lowvram_db.cache.store import Report, Store, catalogue_of
 
-__all__ = ["Cached", "Frame", "Framing", "Report", "Store", "View", "precompute", "remembers"]
+__all__ = [
+    "Cached",
+    "ClassFrame",
+    "Frame",
+    "Framing",
+    "Report",
+    "Store",
+    "View",
+    "catalogue_of",
+    "model_digest",
+    "precompute",
+]

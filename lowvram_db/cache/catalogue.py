@@ -63,6 +63,20 @@ class Catalogue:
         known = self._recall("photo", _photo_name(self.file_digest(path)))
         return known and Seen(known[0], (known[1], known[2]))
 
+    def is_good(self, path: Path) -> bool:
+        """Whether this photo is known to be one, so that it need not be decoded."""
+        try:
+            return self.known_photo(path) is not None
+        except OSError:
+            return False
+
+    def look(self, path: Path) -> Seen:
+        """What a photo is, decoded where that is not known. Raises UserError as load_photo does."""
+        try:
+            return self.known_photo(path) or self.decode(path)[0]
+        except OSError:
+            return self.decode(path)[0]  # which says what is wrong
+
     def decode(self, path: Path) -> tuple[Seen, Image.Image]:
         """Read and decode a photo, and remember it. Raises UserError as load_photo does."""
         now, before = time.time_ns(), path.stat() if path.exists() else None

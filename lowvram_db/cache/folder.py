@@ -12,7 +12,8 @@ TAG = "CACHEDIR.TAG"
 # The first line is the standard's, https://bford.info/cachedir/
 _TAG_TEXT = "Signature: 8a477f597d28d172789f06886e5d4b4c\n# Latents and text embeddings, made by lowvram-db.\n"
 _VERSION_1_FILE = re.compile(r"\.?[0-9a-f]{64}\.safetensors(\.partial-\w+)?")
-_STORE_FILE = re.compile(rf"\.?([0-9a-f]{{32}}\.safetensors|{re.escape(CATALOGUE)})(\.partial-\w+|\.lock)?")
+STORE_FILES = rf"[0-9a-f]{{32}}\.safetensors|{re.escape(CATALOGUE)}"  # names, a regular expression
+_STORE_FILE = re.compile(rf"\.?({STORE_FILES})(\.partial-\w+|\.lock)?")
 
 
 def home(folder: Path) -> Path:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lowvram_db.cache.catalogue import Seen
+from lowvram_db.cache.catalogue import Catalogue, Seen
 from lowvram_db.cache.encoder import ImageEncoder
 from lowvram_db.cache.framing import Framing, Size, View
 from lowvram_db.cache.key import encoder_digest, latent_key, text_key
@@ -30,8 +30,16 @@ _MOST_OVERFLOWED = 64  # photos kept back for the float32 VAE before it takes a 
 class Frame(NamedTuple):
     """One photo of the subject in the cache."""
 
+    digest: str  # of its pixels
     size: Size  # pixels; what all rows of a batch have in common
     keys: list[str]  # its views, the plain one first
+
+
+class ClassFrame(NamedTuple):
+    """One class image in the cache."""
+
+    digest: str  # of its pixels
+    keys: dict[Size, str]  # the plain view, cut to every size that photos have
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,7 @@ class Cached:
 
     store: Store
     photos: dict[Path, Frame]
-    class_photos: dict[Path, dict[Size, str]]  # the plain view, cut to every size that photos have
+    class_photos: dict[Path, ClassFrame]
     prompts: dict[str, str]
 
     def moments(self, keys: Sequence[str]) -> Moments:
@@ -94,8 +102,14 @@ def precompute(
         store.flush()
     return Cached(
         store,
-        {photo: Frame(found.views[0].size, encoding.keys(found)) for photo, found in subject.items()},
-        {photo: dict(zip(sizes, encoding.keys(found), strict=True)) for photo, found in others.items()},
+        {
+            photo: Frame(found.seen.digest, found.views[0].size, encoding.keys(found))
+            for photo, found in subject.items()
+        },
+        {
+            photo: ClassFrame(found.seen.digest, dict(zip(sizes, encoding.keys(found), strict=True)))
+            for photo, found in others.items()
+        },
         text_keys,
     )
 
@@ -104,7 +118,7 @@ def precompute(
 def _encode_prompts(
     family: Family, prompts: Iterable[str], store: Store, device: torch.device, dtype: torch.dtype
 ) -> dict[str, str]:
-    encoder = _digest(family.text_files, store) if prompts else ""
+    encoder = _digest(family.text_files, store.catalogue) if prompts else ""
     keys = {prompt: text_key(prompt, encoder, _name(dtype)) for prompt in prompts}
     missing = [prompt for prompt, key in keys.items() if not store.holds(key)]
     for precision in dict.fromkeys((dtype, torch.float32)):
@@ -146,7 +160,7 @@ class _PhotoEncoding:
 
     def __init__(self, family: Family, store: Store, device: torch.device, dtype: torch.dtype, bar: Bar):
         self._family, self._store, self._device, self._dtype, self._bar = family, store, device, dtype, bar
-        self._digest = _digest(family.vae_files, store)
+        self._digest = _digest(family.vae_files, store.catalogue)
         self.encoder = ImageEncoder(family, device, dtype)
         self._waiting: dict[Size, list[_Row]] = {}
         self._overflowed: list[_Row] = []
@@ -265,8 +279,13 @@ def _ahead(function: Callable[[Path], _Found], photos: Sequence[Path]) -> Iterat
                 future.cancel()
 
 
-def _digest(files: Iterable[Path], store: Store) -> str:
-    return encoder_digest([(file.name, store.catalogue.file_digest(file)) for file in files])
+def model_digest(family: Family, catalogue: Catalogue) -> str:
+    """What a model is by the content of its files, wherever they are."""
+    return _digest(family.model_files, catalogue)
+
+
+def _digest(files: Iterable[Path], catalogue: Catalogue) -> str:
+    return encoder_digest([(file.name, catalogue.file_digest(file)) for file in files])
 
 
 def _name(dtype: torch.dtype) -> str:

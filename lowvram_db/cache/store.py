@@ -12,7 +12,7 @@ lost. Damage costs the entry it is in. A damaged shard's other entries move to a
 import contextlib
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lowvram_db.atomic import remove_leftovers
 from lowvram_db.cache.catalogue import Catalogue
-from lowvram_db.cache.folder import CATALOGUE, TAG, claim, home, is_tagged
+from lowvram_db.cache.folder import CATALOGUE, STORE_FILES, TAG, claim, home, is_tagged
 from lowvram_db.cache.shard import SUFFIX, Damaged, Entry, Shard, empty_batch, write_shard
 from lowvram_db.progress import say
 
@@ -72,7 +72,7 @@ class Store:
         self._pending_bytes, self._pending_since = 0, 0.0
         if writable:
             with contextlib.suppress(OSError):  # a read-only cache can still be read
-                remove_leftovers(self._home, older_than=_LEFTOVER_SECONDS)
+                remove_leftovers(self._home, STORE_FILES, older_than=_LEFTOVER_SECONDS)
         self.refresh()
         if writable:
             self._note_missing()
@@ -278,14 +278,6 @@ class Store:
             self.catalogue.remember_shard(name, 0)
 
 
-def remembers(folder: Path) -> Callable[[Path], bool]:
-    """A test whether the store in this folder, if there is one, knows a photo to be good without decoding it."""
-    catalogue = Catalogue(home(folder) / CATALOGUE)
-
-    def known(photo: Path) -> bool:
-        try:
-            return catalogue.known_photo(photo) is not None
-        except OSError:
-            return False
-
-    return known
+def catalogue_of(folder: Path) -> Catalogue:
+    """What the cache in this folder, if there is one, knows of files, to be asked without opening it."""
+    return Catalogue(home(folder) / CATALOGUE)

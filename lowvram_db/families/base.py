@@ -70,6 +70,7 @@ class Family(Architecture):
     """One model on disk."""
 
     vae_files: list[Path]  # files whose bytes decide what encode_images gives
+    model_files: list[Path]  # files whose bytes decide what the model is
     text_files: list[Path]  # files whose bytes decide what encode_prompts gives
 
     @abstractmethod

@@ -84,7 +84,9 @@ class StableDiffusion(StableDiffusionConfigs, Family):
         tokenizer_files = sorted(file for file in (folder / "tokenizer").iterdir() if file.is_file())
         text_files = [folder / "text_encoder" / "config.json", *weight_files(folder, "text_encoder")]
         self.text_files = text_files + tokenizer_files
-        weight_files(folder, "unet")
+        unet_files = [folder / "unet" / "config.json", *weight_files(folder, "unet")]
+        schedule = folder / "scheduler" / "scheduler_config.json"
+        self.model_files = [*unet_files, *self.vae_files, *self.text_files, schedule]
 
     def _load_tokenizer(self, text: dict[str, Any]) -> Any:
         folder = self.folder / "tokenizer"

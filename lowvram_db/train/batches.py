@@ -31,11 +31,12 @@ class Batches:
     seed: int
 
     @property
-    def identity(self) -> list[str]:
-        """What is trained on, by content, in order; conditioning that is not cached is left out."""
-        keys = [key for photo in self.concept.instance_photos for key in self.cached.photos[photo].keys]
-        keys += [key for photo in self.concept.class_photos for key in self.cached.class_photos[photo].values()]
-        return keys + [key for prompt in self.concept.prompts if (key := self.cached.prompts.get(prompt))]
+    def content(self) -> dict[str, list[str]]:
+        """The pictures that are trained on, by digests of their pixels, wherever they lie and whatever their names."""
+        return {
+            "photos": sorted(self.cached.photos[photo].digest for photo in self.concept.instance_photos),
+            "class images": sorted(self.cached.class_photos[photo].digest for photo in self.concept.class_photos),
+        }
 
     def __getitem__(self, step: int) -> Batch:
         size, visit = self._bucket(step)
@@ -49,10 +50,15 @@ class Batches:
         )
 
     @cached_property
+    def _instance_photos(self) -> list[Path]:
+        """In an order that stays when files are renamed."""
+        return sorted(self.concept.instance_photos, key=lambda photo: self.cached.photos[photo].digest)
+
+    @cached_property
     def _buckets(self) -> dict[Size, list[Path]]:
         """The subject's photos by size, as all rows of a step have one."""
         buckets: dict[Size, list[Path]] = {}
-        for photo in self.concept.instance_photos:
+        for photo in self._instance_photos:
             buckets.setdefault(self.cached.photos[photo].size, []).append(photo)
         return buckets
 
@@ -62,7 +68,7 @@ class Batches:
         In a round of as many steps as there are photos each size has as many as photos of its own, in an order that
         changes from round to round: so every photo is shown equally often.
         """
-        photos = self.concept.instance_photos
+        photos = self._instance_photos
         round_, place = divmod(step, len(photos))
         if len(self._buckets) == 1:
             return next(iter(self._buckets)), step
@@ -78,7 +84,7 @@ class Batches:
 
     def _prior(self, step: int, row: int, size: Size) -> tuple[str, str]:
         photo = self._pick(self.concept.class_photos, step * self.size + row, Stream.CLASS_ORDER)
-        return self.cached.class_photos[photo][size], self.concept.class_prompt
+        return self.cached.class_photos[photo].keys[size], self.concept.class_prompt
 
     def _pick(self, photos: list[Path], number: int, stream: Stream) -> Path:
         """The photo of the row with this number; each epoch shows every photo once, in an order of its own."""

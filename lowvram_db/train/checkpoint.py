@@ -5,7 +5,9 @@ all that an exact resume needs.
 """
 
 import json
-from dataclasses import dataclass
+import re
+import zlib
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from lowvram_db.atomic import creating_folder, remove_folder
 from lowvram_db.config import Config
 from lowvram_db.errors import UserError
 
-_FORMAT = 3  # and another one whenever what is stored changes its meaning, as adam8's words do with their code
+_FILES = ("state.json", "optimizer.safetensors")  # beside those of the trained networks
+_FORMAT = 4  # and another one whenever what is stored changes its meaning, as adam8's words do with their code
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,46 @@ class State:
 
     step: int  # optimizer steps done
     config: Config
-    data: list[str]  # cache keys of photos and prompts: what was trained on
+    content: dict[str, list[str]]  # what was trained, and on what: digests of files and of pictures
     scaler: dict[str, Any]  # torch.amp.GradScaler's state; empty where none is in use
     optimizer: dict[str, Any]  # the optimizer state's plain numbers, by flattened name
+    checksums: dict[str, int]  # CRC-32 of the other files
+
+
+class OtherVersion(UserError):
+    """A checkpoint that this version of the program cannot read, whole as it may be."""
+
+
+def steps(folder: Path) -> dict[int, Path]:
+    """The checkpoints in a folder by step, in order: what is called so, and says of itself that it is of that step."""
+    return {step: path for step, path in _named(folder).items() if _step_of(path) == step}
+
+
+def latest(folder: Path) -> Path | None:
+    """The checkpoint of the last step in a folder."""
+    return next(reversed(steps(folder).values()), None)
+
+
+def unreadable(folder: Path) -> list[Path]:
+    """What is called like a checkpoint, holds files of one, and does not say of which step."""
+    return [
+        path
+        for path in _named(folder).values()
+        if _step_of(path) is None and any((path / name).exists() for name in _FILES)
+    ]
+
+
+def _named(folder: Path) -> dict[int, Path]:
+    matches = {path: re.fullmatch(r"step-(\d{6,})", path.name) for path in folder.glob("step-*")}
+    return dict(sorted((int(match[1]), path) for path, match in matches.items() if match))
+
+
+def _step_of(checkpoint: Path) -> int | None:
+    """What state.json says, in whichever format; None where it cannot be read."""
+    try:
+        return int(json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def save(
@@ -38,14 +78,19 @@ def save(
     modules: dict[str, nn.Module],
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Write a checkpoint into `folder`, which must not exist. Raises UserError when the disk is full."""
+    """Write a checkpoint into `folder`; its state's numbers of the optimizer and checksums are found here.
+
+    Raises UserError when there is such a folder, or the disk is full.
+    """
     tensors, numbers = _flatten(optimizer.state_dict()["state"])
     tensors = _apart(tensors)
-    content = {"format": _FORMAT, **state.__dict__, "config": state.config.model_dump(), "optimizer": numbers}
     with creating_folder(folder) as temporary:
         for name, module in modules.items():
             save_file(module.state_dict(), temporary / f"{name}.safetensors")
         save_file(tensors, temporary / "optimizer.safetensors")
+        checksums = {file.name: _checksum(file) for file in temporary.iterdir()}
+        state = replace(state, optimizer=numbers, checksums=checksums)
+        content = {"format": _FORMAT, **state.__dict__, "config": state.config.model_dump()}
         (temporary / "state.json").write_text(json.dumps(content), encoding="utf-8")
 
 
@@ -54,22 +99,42 @@ def read_state(folder: Path) -> State:
     try:
         content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         if content.pop("format") != _FORMAT:
-            raise UserError(f"{folder}: written by another version of lowvram-db")
+            raise OtherVersion(
+                f"{folder}: written by another version of lowvram-db; go on with that, or choose another output.name"
+            )
         return State(**{**content, "config": Config.model_validate(content["config"])})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder}: not a readable checkpoint ({error}); delete it to go on from an older one"
-        ) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder}: damaged (state.json cannot be read: {error})") from error
+
+
+def check_files(folder: Path, state: State) -> None:
+    """Raise UserError where a file of a checkpoint is not as it was written."""
+    for name, checksum in state.checksums.items():
+        try:
+            whole = _checksum(folder / name) == checksum
+        except OSError as error:
+            raise UserError(f"{folder}: damaged ({name} cannot be read: {error})") from error
+        if not whole:
+            raise UserError(f"{folder}: damaged ({name} is not as it was written)")
+
+
+def _checksum(file: Path) -> int:
+    """CRC-32: enough against a disk's lies, and as fast as the disk."""
+    checksum = 0
+    with file.open("rb") as stream:
+        while part := stream.read(1 << 24):
+            checksum = zlib.crc32(part, checksum)
+    return checksum
 
 
 def restore(folder: Path, state: State, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
-    """Copy a checkpoint's tensors into live modules and optimizer. Raises UserError for a damaged file."""
+    """Copy a checkpoint's tensors into live modules and optimizer. Raises UserError for a file that does not fit."""
     try:
         for name, module in modules.items():
             _copy_weights(folder / f"{name}.safetensors", module)
         tensors = load_file(folder / "optimizer.safetensors")
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder}: damaged ({error}); delete it to go on from an older one") from error
+        raise UserError(f"{folder}: damaged ({error})") from error
     current = optimizer.state_dict()
     try:
         optimizer.load_state_dict({**current, "state": _unflatten(tensors, state.optimizer)})
@@ -79,7 +144,7 @@ def restore(folder: Path, state: State, modules: dict[str, nn.Module], optimizer
 
 def keep_last(folder: Path, count: int) -> None:
     """Delete all but the last `count` checkpoints in a folder."""
-    for old in sorted(folder.glob("step-*"))[:-count]:
+    for old in list(steps(folder).values())[:-count]:
         remove_folder(old)
 
 

@@ -3,12 +3,14 @@
 import math
 import time
 from collections.abc import Callable
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lowvram_db.cache import model_digest
 from lowvram_db.config import Config
 from lowvram_db.errors import LESS_MEMORY, DoesNotFit, Interrupted, UserError
 from lowvram_db.families.base import Family
@@ -20,8 +22,8 @@ from lowvram_db.optim.choices import FirstStepCheck
 from lowvram_db.optim.schedule import learning_rate
 from lowvram_db.optim.storage import narrowing
 from lowvram_db.progress import Bar, say
-from lowvram_db.run import Run, check_resumable
-from lowvram_db.train import checkpoint, objective
+from lowvram_db.run import Run
+from lowvram_db.train import checkpoint, objective, resume
 from lowvram_db.train.batches import Batches
 from lowvram_db.train.interrupt import stop_on_request
 from lowvram_db.train.learner import Learner
@@ -119,20 +121,22 @@ class Trainer(Learner):
         if isinstance(self.optimizer, Adam8):
             self.optimizer.finish(dtype)
 
+    @cached_property
+    def content(self) -> dict[str, list[str]]:
+        """What is trained, and on what: digests."""
+        model = model_digest(self.family, self.batches.cached.store.catalogue)
+        return {"model": [model], **self.batches.content}
+
     def save(self, folder: Path) -> None:
         """Write a checkpoint of the step just done into `folder`."""
-        state = checkpoint.State(self.step, self.config, self.batches.identity, self.scaler.state_dict(), {})
+        state = checkpoint.State(self.step, self.config, self.content, self.scaler.state_dict(), {}, {})
         checkpoint.save(folder, state, self.modules, self.optimizer)
 
     def restore(self, folder: Path) -> None:
         """Take up a checkpoint. Raises UserError where config or data are not the ones it was trained with."""
         state = checkpoint.read_state(folder)
-        check_resumable(state.config, self.config, folder)
-        if state.data != self.batches.identity:
-            raise UserError(
-                f"{folder} was trained on other photos or another model than are there now; "
-                "bring them back, or start a new run with another output.name"
-            )
+        resume.check_settings(state, self.config, folder)
+        resume.check_content(state, self.content, folder)
         checkpoint.restore(folder, state, self.modules, self.optimizer)
         self.scaler.load_state_dict(state.scaler)
         self.step = state.step
@@ -187,18 +191,28 @@ def train(
                 )
             if not last and _due(trainer.step, config.sample.every):
                 begins("sampling on the way")
-                sample(run.sample_grid(trainer.step))
+                optional(partial(sample, run.sample_grid(trainer.step)), f"step {trainer.step}: pictures")
                 begins("steady step")
 
 
 def save_checkpoint(trainer: Trainer, run: Run) -> None:
     """Save the step just done and let go of the oldest; a failure names the checkpoint that is still good."""
-    good = run.latest_checkpoint()
+    good = checkpoint.latest(run.checkpoints)
     try:
         trainer.save(run.checkpoint(trainer.step))
     except UserError as error:
         raise UserError(f"{error}; the last good checkpoint is {good}" if good else str(error)) from error
     checkpoint.keep_last(run.checkpoints, trainer.config.checkpoint.keep)
+
+
+def optional(work: Callable[[], None], what: str) -> None:
+    """Do what no training may end for; where it fails, say so and go on."""
+    try:
+        work()
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        say(f"{what} left out: {reason}")
+    release_memory()
 
 
 def _due(step: int, every: int) -> bool:

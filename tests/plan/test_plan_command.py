@@ -30,7 +30,7 @@ def plan(tmp_path):
 @pytest.fixture
 def toml(make_config, tmp_path):
     path = tmp_path / "ball.toml"
-    make_config(precision={"compute": "bf16"}).save(path)
+    path.write_text(make_config(precision={"compute": "bf16"}).to_toml(), encoding="utf-8")
     return path
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowvram_db.cache import Cached, Frame
+from lowvram_db.cache import Cached, ClassFrame, Frame
 from lowvram_db.concept import Concept
 from lowvram_db.train.batches import Batches
 
@@ -27,12 +27,12 @@ def make(photos, classes, size, prompts=("p",), seed=0, sizes=(SQUARE,), variant
     """Photos i0, i1, ... of alternating sizes, class images numbered on from there."""
     instance = [Path(f"i{number}") for number in range(photos)]
     prior = [Path(f"c{number}") for number in range(photos, photos + classes)]
-    frames = {path: Frame(sizes[number % len(sizes)],
+    frames = {path: Frame(str(path), sizes[number % len(sizes)],
                           [f"{path}/{v}" if v else str(path) for v in range(variants)])
               for number, path in enumerate(instance)}  # fmt: skip
     used = sorted({frame.size for frame in frames.values()})
-    class_photos = {path: {shape: f"{path}/{shape}" if shape != SQUARE else str(path) for shape in used}
-                    for path in prior}  # fmt: skip
+    keys = {path: {shape: f"{path}/{shape}" if shape != SQUARE else str(path) for shape in used} for path in prior}
+    class_photos = {path: ClassFrame(str(path), keys[path]) for path in prior}
     return Batches(
         Concept(instance, list(prompts), prior, "class"),
         Cached(MemoryStore(), frames, class_photos, {"class": "c"}),
@@ -63,9 +63,23 @@ def test_rows_are_subject_first_then_class():
     assert batch.moments.mean.shape == (4, 1, 1, 1)
 
 
-def test_identity_is_the_content_of_photos_and_prompts():
-    assert make(1, 2, 1).identity == ["i0", "c1", "c2", "c"]
-    assert make(1, 1, 1, variants=2, sizes=[(4, 16)]).identity == ["i0", "i0/1", "c1/(4, 16)", "c"]
+def test_content_is_that_of_the_pictures():
+    assert make(1, 2, 1).content == {"photos": ["i0"], "class images": ["c1", "c2"]}
+
+
+@given(names=st.permutations(range(5)), sizes=st.sampled_from([(SQUARE,), (SQUARE, (4, 16))]))
+def test_photos_by_other_names_are_shown_in_the_same_order(names, sizes):
+    """A file's name decides nothing: the digest of its pixels does."""
+    before = make(5, 2, 2, sizes=sizes)
+    renamed = dict(zip(before.concept.instance_photos, (Path(f"r{name}") for name in names), strict=True))
+    frames = {renamed[path]: frame for path, frame in before.cached.photos.items()}
+    after = replace(
+        before,
+        concept=replace(before.concept, instance_photos=sorted(frames)),
+        cached=replace(before.cached, photos=frames),
+    )
+    for step in range(10):
+        assert torch.equal(before[step].moments.mean, after[step].moments.mean)
 
 
 def test_a_step_is_the_same_whenever_it_is_asked_for():
@@ -113,7 +127,7 @@ SIZES = [SQUARE, (16, 4), (4, 16)]
 def test_a_batch_is_of_one_size_and_a_round_shows_every_photo_equally(photos, classes, size, seed):
     batches = make(photos, classes, size, seed=seed, sizes=SIZES)
     sizes = {frame.keys[0]: frame.size for frame in batches.cached.photos.values()}
-    sizes |= {key: shape for keys in batches.cached.class_photos.values() for shape, key in keys.items()}
+    sizes |= {key: shape for frame in batches.cached.class_photos.values() for shape, key in frame.keys.items()}
     shown = Counter()
     for step in range(photos * 3):
         keys = rows_of(batches, step)

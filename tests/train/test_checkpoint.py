@@ -85,7 +85,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(saved, make_trainer, monkeyp
         save_checkpoint(trainer, run)
     assert [path.name for path in run.checkpoints.iterdir()] == ["step-000001"]
     monkeypatch.undo()
-    make_trainer(trainer.config).restore(run.latest_checkpoint())
+    make_trainer(trainer.config).restore(checkpoint.latest(run.checkpoints))
 
 
 def test_old_checkpoints_go_only_after_the_new_one_is_there(saved, monkeypatch):
@@ -100,28 +100,28 @@ def test_old_checkpoints_go_only_after_the_new_one_is_there(saved, monkeypatch):
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
 def test_a_damaged_checkpoint_is_named(saved, make_trainer, name, damage):
     trainer, run = saved
-    file = run.latest_checkpoint() / name
+    file = checkpoint.latest(run.checkpoints) / name
     if damage == "missing":
         file.unlink()
     else:
         file.write_bytes(file.read_bytes()[:40])
-    with pytest.raises(UserError, match=r"step-000001.*delete it to go on from an older one"):
-        make_trainer(trainer.config).restore(run.latest_checkpoint())
+    with pytest.raises(UserError, match=r"step-000001: damaged \("):
+        make_trainer(trainer.config).restore(run.checkpoint(1))
 
 
 def test_another_format_is_refused(saved, make_trainer):
     trainer, run = saved
-    file = run.latest_checkpoint() / "state.json"
+    file = checkpoint.latest(run.checkpoints) / "state.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 99}))
     with pytest.raises(UserError, match="written by another version"):
-        make_trainer(trainer.config).restore(run.latest_checkpoint())
+        make_trainer(trainer.config).restore(checkpoint.latest(run.checkpoints))
 
 
 def test_changed_settings_are_named_with_those_that_may_change(saved, make_config, make_trainer):
     _, run = saved
     changed = make_config(train={"lr": 5e-5, "steps": 9}, sample={"every": 1})
     with pytest.raises(UserError) as caught:
-        make_trainer(changed).restore(run.latest_checkpoint())
+        make_trainer(changed).restore(checkpoint.latest(run.checkpoints))
     assert "train.lr (0.0001 -> 5e-05)" in str(caught.value)
     assert "train.steps (" not in str(caught.value)
     assert "These may change on resume: train.steps, sample.*" in str(caught.value)
@@ -131,7 +131,7 @@ def test_allowed_changes_resume(saved, make_config, make_trainer):
     _, run = saved
     changed = make_config(train={"steps": 9, "gradient_checkpointing": False}, sample={"every": 1})
     trainer = make_trainer(changed.model_copy(update={"attention": "sdpa"}))
-    trainer.restore(run.latest_checkpoint())
+    trainer.restore(checkpoint.latest(run.checkpoints))
     assert trainer.step == 1
 
 
@@ -145,4 +145,4 @@ def test_changed_photos_are_refused(saved, make_config, make_trainer, photos, tm
     trainer = make_trainer(make_config(subject={"photos": str(fewer)}))
     trainer.config = config
     with pytest.raises(UserError, match="was trained on other photos or another model"):
-        trainer.restore(run.latest_checkpoint())
+        trainer.restore(checkpoint.latest(run.checkpoints))

@@ -12,7 +12,7 @@ from lowvram_db.kernels import bits
 from lowvram_db.kernels.noise_loss import noise_loss, noisy_latents
 from lowvram_db.optim.choices import build
 from lowvram_db.run import Run
-from lowvram_db.train import objective
+from lowvram_db.train import checkpoint, objective
 from lowvram_db.train.batches import Batches
 from lowvram_db.train.loop import train
 
@@ -219,7 +219,7 @@ def test_a_loss_that_is_no_number_ends_the_run(make_config, make_trainer, tmp_pa
     run.folder.mkdir(parents=True)
     with pytest.raises(UserError, match=r"the loss is (nan|inf) in step \d+; lower train\.lr \(1e\+30\)"):
         train(make_trainer(config), run, sample=lambda path: None)
-    assert not run.latest_checkpoint()
+    assert not checkpoint.latest(run.checkpoints)
 
 
 def test_an_optimizer_that_does_nothing_is_noticed_after_one_step(make_config, make_trainer, monkeypatch):

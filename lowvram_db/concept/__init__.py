@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowvram_db.config import Config
+from lowvram_db.errors import UserError
 from lowvram_db.photos import find_photos, load_photo
 
 
@@ -20,6 +21,25 @@ class Concept:
     @property
     def prompts(self) -> list[str]:
         return self.instance_prompts + ([self.class_prompt] if self.class_photos else [])
+
+
+def check_folders(photos: Path, class_images: Path | None, run: Path) -> None:
+    """Raise UserError where pictures of subject and class would mix, or a run write among the user's pictures.
+
+    class_images: as the user named it, if so.
+    """
+    if class_images is not None:
+        one, other = photos.resolve(), class_images.resolve()
+        if one.is_relative_to(other) or other.is_relative_to(one):
+            where = (
+                "is the folder of subject.photos"
+                if one == other
+                else f"and subject.photos ({photos}) lie in each other"
+            )
+            raise UserError(f"prior.images: {class_images} {where}; class images need a folder of their own")
+    for pictures in filter(None, (photos, class_images)):
+        if pictures.resolve() == run.resolve():
+            raise UserError(f"output.name: {run} is a folder of pictures; choose another name or output.dir")
 
 
 def subject_photos(config: Config, is_good: Callable[[Path], bool] = lambda photo: False) -> list[Path]:

@@ -1,0 +1,207 @@
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from lowvram_db.concept import class_images as room
+from lowvram_db.concept.class_images import class_images
+from lowvram_db.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def make(make_config, family, tmp_path):
+    def make(folder=tmp_path / "class", family=family, base="digest", **settings):
+        config = make_config(prior={"count": 5, "steps": 2, "batch": 2} | settings)
+        return class_images(config, family, folder, base, CPU, torch.float32)
+
+    return make
+
+
+def pixels(paths):
+    return [np.asarray(Image.open(path)) for path in paths]
+
+
+def test_missing_images_are_generated(make):
+    images = make()
+    assert [path.name for path in images] == [f"class-{number:05d}.png" for number in range(5)]
+    contents = pixels(images)
+    assert {content.shape for content in contents} == {(64, 64, 3)}
+    assert len({content.tobytes() for content in contents}) == 5
+
+
+def test_an_interrupted_generation_goes_on_with_the_same_pictures(make, tmp_path, family):
+    class StopsAfterOneBatch:
+        def __init__(self):
+            self.batches = 0
+
+        def __getattr__(self, name):
+            return getattr(family, name)
+
+        def pipeline(self, dtype):
+            pipeline = family.pipeline(dtype)
+
+            class Stopping:
+                def to(inner, device):
+                    return inner
+
+                def __call__(inner, **inputs):
+                    self.batches += 1
+                    if self.batches == 2:
+                        raise KeyboardInterrupt
+                    return pipeline(**inputs)
+
+                image_processor = pipeline.image_processor
+
+            return Stopping()
+
+    straight = pixels(make(folder=tmp_path / "straight"))
+    with pytest.raises(KeyboardInterrupt):
+        make(folder=tmp_path / "stopped", family=StopsAfterOneBatch())
+    kept = sorted((tmp_path / "stopped").glob("*.png"))
+    assert len(kept) == 2
+    times = [path.stat().st_mtime_ns for path in kept]
+    resumed = make(folder=tmp_path / "stopped")
+    assert [path.stat().st_mtime_ns for path in kept] == times, "what was there has been made again"
+    for one, other in zip(pixels(resumed), straight, strict=True):
+        assert np.abs(one.astype(int) - other.astype(int)).max() <= 1  # another batch size may round differently
+
+
+def test_nothing_is_loaded_when_nothing_is_missing(make, family, monkeypatch):
+    make()
+    monkeypatch.setattr(family, "pipeline", lambda dtype: pytest.fail("the pipeline was loaded"))
+    assert len(make()) == 5
+    assert len(make(count=3)) == 3
+
+
+def test_own_pictures_count_first_and_stay(make, tmp_path):
+    folder = tmp_path / "class"
+    folder.mkdir()
+    for name in ("class-photo.jpg", "mine.jpg"):
+        Image.new("RGB", (30, 30), "green").save(folder / name)
+    before = (folder / "mine.jpg").read_bytes()
+    images = make()
+    generated = [f"class-{number:05d}.png" for number in range(3)]
+    assert [path.name for path in images] == ["class-photo.jpg", "mine.jpg", *generated]
+    assert (folder / "mine.jpg").read_bytes() == before
+
+
+def test_a_bad_own_picture_is_named_before_anything_is_generated(make, tmp_path, monkeypatch):
+    (tmp_path / "class").mkdir()
+    (tmp_path / "class" / "mine.jpg").write_text("no picture")
+    monkeypatch.setattr(room, "_generate", lambda *_: pytest.fail("generated"))
+    with pytest.raises(UserError, match=r"mine\.jpg"):
+        make()
+
+
+def test_pictures_of_another_recipe_are_not_mixed_in(make):
+    make()
+    with pytest.raises(UserError, match=r"made with other settings: steps \(2 -> 3\); delete them, or name another"):
+        make(steps=3)
+
+
+def test_a_picture_of_another_model_is_another_recipe(make):
+    make()
+    with pytest.raises(UserError, match="made with other settings: the model; delete them"):
+        make(base="another")
+
+
+def test_the_folder_holds_nothing_but_pictures(make, tmp_path):
+    """Other trainers open every file there; what half-written pictures a kill has left goes, and no file of others."""
+    folder = tmp_path / "class"
+    folder.mkdir()
+    for name in (".class-00001.png.partial-01234567", ".mine.partial-01234567"):
+        (folder / name).write_bytes(b"half")
+    make()
+    names = [f"class-{number:05d}.png" for number in range(5)]
+    assert sorted(path.name for path in folder.iterdir()) == [".mine.partial-01234567", *names]
+
+
+def test_a_picture_of_the_users_may_be_called_like_ours(make, tmp_path):
+    folder = tmp_path / "class"
+    folder.mkdir()
+    Image.new("RGB", (30, 30), "green").save(folder / "class-00001.png")
+    before = (folder / "class-00001.png").read_bytes()
+    names = [path.name for path in make(count=3)]
+    assert names == ["class-00001.png", "class-00000.png", "class-00002.png"]
+    assert (folder / "class-00001.png").read_bytes() == before
+
+
+@pytest.mark.parametrize("left", [0, 5, 60, 400, -1], ids=["empty", "in the signature", "no pixels", "half", "zeros"])
+def test_what_a_power_cut_leaves_of_a_picture_is_made_anew(make, left):
+    images = make()
+    straight = pixels(images)
+    content = images[2].read_bytes()
+    images[2].write_bytes(bytes(len(content)) if left < 0 else content[:left])
+    for one, other in zip(pixels(make()), straight, strict=True):
+        assert np.abs(one.astype(int) - other.astype(int)).max() <= 1  # another batch size may round differently
+
+
+def test_a_damaged_picture_of_the_users_is_theirs_to_mend(make, tmp_path):
+    """Called like ours, but with pixels that we did not make."""
+    (tmp_path / "class").mkdir()
+    mine = tmp_path / "class" / "class-00000.png"
+    Image.effect_noise((40, 40), 99).save(mine)
+    mine.write_bytes(mine.read_bytes()[:400])
+    with pytest.raises(UserError, match=r"class-00000\.png: damaged or cut off"):
+        make()
+    assert len(mine.read_bytes()) == 400
+
+
+def test_how_many_of_how_many_is_said_first(make, tmp_path, capfd):
+    make()
+    assert f"class images: 0 of your own in {tmp_path / 'class'}; making 5 into it" in capfd.readouterr().err
+    Image.new("RGB", (30, 30), "green").save(tmp_path / "class" / "mine.png")
+    make(count=7)
+    assert "class images: 1 of your own and 5 made before in" in capfd.readouterr().err
+    make(count=3)
+    assert f"class images: 3 of 7 in {tmp_path / 'class'}" in capfd.readouterr().err
+
+
+def test_nothing_is_written_where_nothing_is_made(make, tmp_path, monkeypatch):
+    make()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "class", *(tmp_path / "class").iterdir())}
+    monkeypatch.setattr(room, "_claimed", lambda folder: pytest.fail("claimed"))
+    make()
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_pictures_one_folder_further_down_are_pointed_at(make, tmp_path):
+    (tmp_path / "class" / "1_dog").mkdir(parents=True)
+    Image.new("RGB", (30, 30), "green").save(tmp_path / "class" / "1_dog" / "mine.png")
+    with pytest.raises(
+        UserError, match=r"prior\.images: no pictures in .*class itself, but in .*1_dog; name that folder"
+    ):
+        make()
+    assert [path.name for path in (tmp_path / "class").iterdir()] == ["1_dog"]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_two_runs_do_not_mix_their_pictures(make, tmp_path, same, capfd):
+    """The second waits for the first, and takes its pictures where it would make the same."""
+    with ThreadPoolExecutor() as pool, room._claimed(tmp_path / "class"):
+        second = pool.submit(make, steps=2 if same else 3)
+        while "another run is making class images there" not in capfd.readouterr().err:
+            time.sleep(0.01)
+        made = make(folder=tmp_path / "elsewhere")
+        for path in made:
+            shutil.copy(path, tmp_path / "class")
+    if same:
+        assert all(np.array_equal(*pair) for pair in zip(pixels(second.result()), pixels(made), strict=True))
+    else:
+        with pytest.raises(UserError, match=r"made with other settings: steps \(2 -> 3\)"):
+            second.result()
+
+
+@pytest.mark.parametrize("pixel", [np.nan, 0.0, 0.5])
+def test_a_model_that_draws_nothing_ends_the_run_before_it_trains(make, tmp_path, family, monkeypatch, pixel):
+    monkeypatch.setattr(AutoencoderKL, "decode", lambda self, *_, **__: (torch.full((2, 3, 64, 64), pixel),))
+    with pytest.raises(UserError, match=r"no numbers|a single colour"):
+        make()
+    assert not list((tmp_path / "class").iterdir())
