@@ -1,11 +1,12 @@
 import gc
+import shutil
 import subprocess
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lowvram_db.config import load
@@ -91,26 +92,58 @@ def test_a_second_start_decodes_no_photo_and_loads_no_encoder(make_config, monke
     build_cache(config)
 
 
-def test_a_trained_run_refuses_an_edited_photo_and_takes_its_old_self_back(make_config, photos, tmp_path):
+def test_a_trained_run_goes_by_content(make_config, miniature, photos, tmp_path):
+    """An edited photo and another model are refused, also by a finished run; the same ones elsewhere go on."""
     folder = tmp_path / "photos"
-    folder.mkdir()
-    for photo in photos.iterdir():
-        (folder / photo.name).write_bytes(photo.read_bytes())
+    shutil.copytree(photos, folder)
     config = make_config(subject={"photos": str(folder)}, checkpoint={"every": 0})
+    longer = make_config(subject={"photos": str(folder)}, checkpoint={"every": 0}, train={"steps": 5})
     run_dreambooth(config)
-    longer = config.model_copy(update={"train": config.train.model_copy(update={"steps": 5})})
-    edited, original = folder / "01.png", (folder / "01.png").read_bytes()
-    Image.open(edited).rotate(90).save(edited)
-    with pytest.raises(UserError, match="was trained on other photos"):
-        run_dreambooth(longer)
-    edited.write_bytes(original)
-    assert run_dreambooth(longer).checkpoint(5).exists()
+    original = (folder / "01.png").read_bytes()
+    Image.open(folder / "01.png").rotate(90).save(folder / "01.png")
+    for again in (config, longer):
+        with pytest.raises(
+            UserError, match=r"was trained on other photos .*: photos \(1 new, 1 gone or changed\); bring"
+        ):
+            run_dreambooth(again)
+    (folder / "01.png").write_bytes(original)
+
+    shutil.copytree(miniature, tmp_path / "model")
+    tmp_path.joinpath("renamed").mkdir()
+    for number, photo in enumerate(sorted(folder.iterdir(), reverse=True)):
+        shutil.copy(photo, tmp_path / "renamed" / f"{number}.png")
+    elsewhere = {"subject": {"photos": str(tmp_path / "renamed")}, "model": {"name": str(tmp_path / "model")}}
+    moved = run_dreambooth(make_config(checkpoint={"every": 0}, train={"steps": 5}, **elsewhere))
+    straight = run_dreambooth(make_config(train={"steps": 5}, checkpoint={"every": 0}, output={"name": "straight"}))
+    assert all(torch.equal(tensor, unet_of(moved)[name]) for name, tensor in unet_of(straight).items())
+
+    weights = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor * 1.001 for name, tensor in load_file(weights).items()}, weights)
+    with pytest.raises(UserError, match="another base model; bring"):
+        run_dreambooth(make_config(checkpoint={"every": 0}, train={"steps": 5}, **elsewhere))
 
 
 def test_pictures_on_the_way(make_config):
     run = run_dreambooth(make_config(sample={"every": 1}))
     grids = sorted(path.name for path in run.samples.iterdir())
     assert grids == [f"step-{step:06d}.png" for step in (1, 2, 3, 4)]
+
+
+def test_a_picture_that_fails_ends_no_training(make_config, monkeypatch, capfd):
+    wanted = unet_of(run_dreambooth(make_config(output={"name": "straight"})))
+
+    def fail(*_, **__):
+        raise ZeroDivisionError("in a solver")
+
+    monkeypatch.setattr("lowvram_db.sampling.draw", fail)
+    run = run_dreambooth(make_config(sample={"every": 2}))
+    said = capfd.readouterr().err
+    assert "step 2: pictures left out: in a solver" in said
+    assert "pictures of the result left out: in a solver" in said
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in unet_of(run).items())
+    monkeypatch.undo()
+    run_dreambooth(make_config(sample={"every": 2}))
+    assert run.sample_grid(4).exists(), "the same command draws what was left out"
 
 
 @pytest.mark.parametrize("text_encoder", [False, True])

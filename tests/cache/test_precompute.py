@@ -138,9 +138,9 @@ def test_variants_and_buckets(counting, photo_files, build):
             assert torch.equal(moments_of(cached, photo, variant).mean, live(counting, photo, view).mean)
     assert moments_of(cached, wide).mean.shape == (1, 4, 6, 10)
     for photo in class_photos:
-        assert set(cached.class_photos[photo]) == {(64, 64), (80, 48)}
+        assert set(cached.class_photos[photo].keys) == {(64, 64), (80, 48)}
         with Store(cached.store.folder) as store:
-            got = store.stack([cached.class_photos[photo][80, 48]])["mean"]
+            got = store.stack([cached.class_photos[photo].keys[80, 48]])["mean"]
         assert torch.equal(got, live(counting, photo, View.of((96, 96), (80, 48))).mean)
 
 
