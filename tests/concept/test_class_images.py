@@ -192,7 +192,9 @@ def test_two_runs_do_not_mix_their_pictures(make, tmp_path, same, capfd):
         made = make(folder=tmp_path / "elsewhere")
         for path in made:
             shutil.copy(path, tmp_path / "class")
+        times = {path: path.stat().st_mtime_ns for path in (tmp_path / "class").glob("*.png")}
     if same:
+        assert {path: path.stat().st_mtime_ns for path in second.result()} == times, "they were made again"
         assert all(np.array_equal(*pair) for pair in zip(pixels(second.result()), pixels(made), strict=True))
     else:
         with pytest.raises(UserError, match=r"made with other settings: steps \(2 -> 3\)"):
