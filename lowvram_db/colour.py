@@ -28,7 +28,7 @@ def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
         if _MODES.get(source.profile.xcolor_space.strip()) != mode:
             raise ImageCms.PyCMSError(f"a profile for {source.profile.xcolor_space}")
         transform = _transform(source, mode)
-    except (ImageCms.PyCMSError, OSError):
+    except (ImageCms.PyCMSError, OSError, ValueError):
         if mode != "LAB":
             return image
         transform = _transform(ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")), mode)

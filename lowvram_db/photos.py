@@ -36,9 +36,8 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # that make a picture of each EXIF orientation upright
-# What a pixel takes while it is decoded: Pillow keeps RGB in 4 bytes, and a conversion, a turn and the decoder's own
-# buffers hold it up to three times.
-_DECODING_BYTES = 12
+# What a pixel takes while it is decoded: Pillow keeps RGB in 4 bytes, four times while it lays a picture over white.
+_DECODING_BYTES = 16
 _raised_limit = threading.Lock()
 _say_once = functools.cache(say)  # a folder is looked at several times in a run
 
@@ -54,11 +53,9 @@ def find_photos(folder: Path, key: str) -> list[Path]:
     photos, passed_over = _look_into(folder)
     if not photos:
         none = f"{key}: no photos in {folder.absolute()}"
-        if below := folders_below(folder):
-            count = len(_look_into(below[0])[0])
-            raise UserError(
-                f"{none} itself; there are {count} in {folder.absolute() / below[0].name}: name that folder"
-            )
+        if below := folders_below(folder.absolute()):
+            counts = ", ".join(f"{len(_look_into(each)[0])} in {each}" for each in below[:_MOST_NAMES])
+            raise UserError(f"{none} itself; there are {counts}: name the folder that they are in")
         raise UserError("; ".join([none, *passed_over]))
     _say_passed_over(folder, passed_over)
     return photos
