@@ -5,8 +5,6 @@ import io
 import numpy as np
 from PIL import Image, ImageCms
 
-# The Pillow mode that holds a profile's colour space, by the space's ICC signature.
-_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}
 # What two curves of sRGB differ by after rounding, of 255. Profiles that mean other colours differ by far more.
 _ROUNDING = 2
 _LEVELS = np.linspace(0, 255, 18).round().astype(np.uint8)
@@ -20,18 +18,16 @@ def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     """An 8-bit image of any mode, as RGB in sRGB, or RGBA where it has transparency.
 
     The image itself where there is nothing to convert: without a profile, with one that means sRGB anyway, and with one
-    that is broken or for colours of another kind, as viewers do. Lab needs no profile.
+    that is broken or for colours of another kind, as viewers do.
     """
+    if not profile:
+        return image
     mode = _colour_mode(image)
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if _MODES.get(source.profile.xcolor_space.strip()) != mode:
-            raise ImageCms.PyCMSError(f"a profile for {source.profile.xcolor_space}")
-        transform = _transform(source, mode)
-    except (ImageCms.PyCMSError, OSError, ValueError):
-        if mode != "LAB":
-            return image
-        transform = _transform(ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")), mode)
+        transform = ImageCms.ImageCmsTransform(source, _srgb(), mode, "RGB")
+    except (OSError, ValueError):  # all that LittleCMS says of a profile that it cannot use for this mode
+        return image
     if mode in _PROBES and _changes_nothing(transform, _PROBES[mode]):
         return image
     if not image.has_transparency_data:
@@ -49,11 +45,8 @@ def _colour_mode(image: Image.Image) -> str:
     return "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
 
 
-def _transform(source: ImageCms.ImageCmsProfile, mode: str) -> ImageCms.ImageCmsTransform:
-    srgb = ImageCms.createProfile("sRGB")
-    transform = ImageCms.buildTransform(source, srgb, mode, "RGB")
-    assert isinstance(transform, ImageCms.ImageCmsTransform)
-    return transform
+def _srgb() -> ImageCms.ImageCmsProfile:
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 
 
 def _changes_nothing(transform: ImageCms.ImageCmsTransform, probe: np.ndarray) -> bool:

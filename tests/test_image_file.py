@@ -18,7 +18,7 @@ OTHER_FIELDS = st.lists(
 
 SHORT = st.binary(max_size=40)
 OTHER_SEGMENTS = st.lists(st.tuples(st.sampled_from([*range(0xFFE1, 0xFFEE), 0xFFEF, 0xFFFE]), SHORT), max_size=4)
-OTHER_CHUNKS = st.lists(st.tuples(st.sampled_from([b"tEXt", b"zTXt", b"iTXt", b"pHYs", b"gAMA", b"acTL"]), SHORT))
+OTHER_CHUNKS = st.lists(st.tuples(st.sampled_from([b"tEXt", b"zTXt", b"iTXt", b"pHYs", b"iCCP", b"acTL"]), SHORT))
 
 
 def encoded(kind, **options):
