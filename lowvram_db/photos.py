@@ -47,9 +47,10 @@ def find_photos(folder: Path, key: str) -> list[Path]:
 
     Raises UserError when the folder is missing or holds no photo that Pillow reads.
     """
-    if not folder.is_dir():
-        what = "is a file; give the folder it is in" if folder.is_file() else "does not exist"
-        raise UserError(f"{key}: {folder.absolute()} {what}")
+    with _refusing(folder):
+        if not folder.is_dir():
+            what = "is a file; give the folder it is in" if folder.is_file() else "does not exist"
+            raise UserError(f"{key}: {folder.absolute()} {what}")
     photos, passed_over = _look_into(folder)
     if not photos:
         none = f"{key}: no photos in {folder.absolute()}"
@@ -75,10 +76,11 @@ def folders_below(folder: Path) -> list[Path]:
     """The folders in a folder that hold pictures themselves, by name. Raises UserError when it cannot be read."""
     readable = _readable_suffixes()
     found = []
-    for below in _entries(folder):
-        with contextlib.suppress(OSError):  # one that the user may not look into
-            if below.is_dir() and any(_is_picture(file, readable) for file in below.iterdir()):
-                found.append(below)
+    with _refusing(folder):
+        for below in _shown(folder):
+            with contextlib.suppress(OSError):  # one that the user may not look into
+                if below.is_dir() and any(_is_picture(file, readable) for file in _shown(below)):
+                    found.append(below)
     return found
 
 
@@ -86,15 +88,16 @@ def _look_into(folder: Path) -> tuple[list[Path], list[str]]:
     """The photos in a folder, and what is passed over, by kind."""
     readable = _readable_suffixes()
     photos, texts, foreign, broken = [], [], [], []
-    for file in _entries(folder):
-        if _is_picture(file, readable):
-            photos.append(file)
-        elif file.is_symlink() and not file.exists():
-            broken.append(file)
-        elif file.is_file() and file.suffix.lower() in _CAPTIONS:
-            texts.append(file)
-        elif file.is_file() and file.name.lower() not in _NOT_MEANT and file.suffix.lower() not in _SIDECARS:
-            foreign.append(file)
+    with _refusing(folder):
+        for file in _shown(folder):
+            if _is_picture(file, readable):
+                photos.append(file)
+            elif file.is_symlink() and not file.exists():
+                broken.append(file)
+            elif file.is_file() and file.suffix.lower() in _CAPTIONS:
+                texts.append(file)
+            elif file.is_file() and file.name.lower() not in _NOT_MEANT and file.suffix.lower() not in _SIDECARS:
+                foreign.append(file)
     passed_over = [
         (foreign, "in formats that Pillow cannot read", "; convert photos among them to JPEG or PNG"),
         (broken, "linked to what is not there", ""),
@@ -103,16 +106,22 @@ def _look_into(folder: Path) -> tuple[list[Path], list[str]]:
     return photos, [f"{len(files)} {what} ({_some(files)}){mend}" for files, what, mend in passed_over if files]
 
 
-def _entries(folder: Path) -> list[Path]:
-    """What is in a folder and not hidden, by name."""
+@contextlib.contextmanager
+def _refusing(folder: Path) -> Iterator[None]:
+    """What the system says of a folder that it does not give, as a UserError."""
     try:
-        return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+        yield
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror}); allow it or name another folder") from error
 
 
+def _shown(folder: Path) -> list[Path]:
+    """What is in a folder and not hidden, by name."""
+    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+
+
 def _is_picture(file: Path, readable: set[str]) -> bool:
-    return file.suffix.lower() in readable and not file.name.startswith(".") and file.is_file()
+    return file.suffix.lower() in readable and file.is_file()
 
 
 def _readable_suffixes() -> set[str]:
@@ -126,7 +135,7 @@ def _some(files: list[Path]) -> str:
 
 def _say_passed_over(folder: Path, passed_over: list[str]) -> None:
     if passed_over:
-        _say_once(f"{folder}: passed over: {'; '.join(passed_over)}")
+        _say_once(f"{folder.absolute()}: passed over: {'; '.join(passed_over)}")
 
 
 def load_photo(path: Path) -> Image.Image:

@@ -99,10 +99,10 @@ def test_a_png_tells_its_orientation_as_imagemagick_wrote_it():
         assert orientation(take_apart(png[:33] + added + png[33:]).exif) == 8
 
 
-def test_a_profile_that_unpacks_without_end_is_none():
-    bomb = b"name\0\0" + zlib.compress(bytes(40 << 20))
+@pytest.mark.parametrize("packed", [zlib.compress(bytes(40 << 20)), b"no zlib"], ids=["without end", "damaged"])
+def test_a_profile_that_does_not_unpack_is_none(packed):
     png = encoded("PNG")
-    assert take_apart(png[:33] + chunk(b"iCCP", bomb) + png[33:]) == (png, b"", b"")
+    assert take_apart(png[:33] + chunk(b"iCCP", b"name\0\0" + packed) + png[33:]) == (png, b"", b"")
 
 
 @given(st.sampled_from(["PNG", "JPEG", "TIFF", "WEBP"]), st.data())

@@ -232,6 +232,8 @@ def test_find_photos_says_nothing_where_it_passes_over_nothing_of_the_users(tmp_
 def test_find_photos_names_what_is_wrong(tmp_path):
     with pytest.raises(UserError, match=r"subject\.photos: .*nowhere does not exist"):
         find_photos(tmp_path / "nowhere", "subject.photos")
+    with pytest.raises(UserError, match=r"x: cannot be read \(File name too long\); allow it or name another folder"):
+        find_photos(tmp_path / ("x" * 300), "subject.photos")
     (tmp_path / "photo.jpg").touch()
     with pytest.raises(UserError, match="is a file; give the folder"):
         find_photos(tmp_path / "photo.jpg", "subject.photos")
