@@ -3,8 +3,8 @@
     python bench/fuzz.py --cases 500
     python bench/fuzz.py --cases 50 --kind "photos, EXIF" --seed 7
 
-Each case spoils one input of a small run (mutations.py) and has `lowvram-db` work on it. A fault is a traceback, another
-exit code than 0, 2 or 3, more than 60 seconds, a changed file of the user's, or a result that is not right: a model
+Each case spoils one input of a small run (mutations.py) and has `lowvram-db` work on it. A fault is a traceback,
+another exit code than 0, 2 or 3, more than 60 seconds, a changed file of the user's, or a result that is not right: a model
 with weights that are no numbers, or, where only files of ours were spoiled, another model than the one of a run that
 was left alone. Faults are kept in --out. Rows go to bench/results/fuzz.csv.
 """
@@ -87,7 +87,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.workers) as pool:
         place = Path(folder)
         prepare(place)
-        verdicts = list(pool.map(lambda case: judged(place, *case, out), cases))
+        verdicts = list(pool.map(lambda case: judged(place, case[0], case[1], out), cases))
     for kind in kinds:
         report(kind, [verdict for verdict in verdicts if verdict.kind == kind], arguments.seed)
     sys.exit(any(verdict.outcome not in ("right", "refused") for verdict in verdicts))
@@ -116,7 +116,7 @@ def prepare(place: Path) -> None:
         write_pipeline(folder / "model")
         write_photos(folder / "photos", count=3, side=80)
         (folder / "run.toml").write_text(_SETTINGS.format(steps=steps), encoding="utf-8")
-        code, seconds = command(folder, "train", "run.toml")
+        code, _ = command(folder, "train", "run.toml")
         assert code == 0, (folder / "log").read_text()
         (folder / "run.toml").write_text(_SETTINGS.format(steps=4), encoding="utf-8")
 

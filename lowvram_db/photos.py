@@ -138,11 +138,6 @@ def _say_passed_over(folder: Path, passed_over: list[str]) -> None:
         _say_once(f"{folder.absolute()}: passed over: {'; '.join(passed_over)}")
 
 
-def folders_below(folder: Path) -> list[Path]:
-    """Folders in a folder that hold photos."""
-    return [below for below in sorted(folder.glob("*/")) if list_photos(below)] if folder.is_dir() else []
-
-
 def load_photo(path: Path) -> Image.Image:
     """One photo as upright RGB in sRGB, 8 bits a channel: the first frame, EXIF orientation applied, alpha over white.
 

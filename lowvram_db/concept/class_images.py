@@ -75,7 +75,7 @@ class _Found:
 
 def _look(config: Config, folder: Path, recipe: Recipe, is_good: Callable[[Path], bool]) -> _Found:
     pictures = list_photos(folder) if folder.is_dir() else []
-    if not pictures and (below := folders_below(folder)):
+    if not pictures and folder.is_dir() and (below := folders_below(folder)):
         raise UserError(f"prior.images: no pictures in {folder} itself, but in {below[0]}; name that folder")
     ours = [picture for picture in pictures if generated.is_ours(picture)]
     own = [picture for picture in pictures if picture not in ours]

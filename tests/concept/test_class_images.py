@@ -201,9 +201,12 @@ def test_two_runs_do_not_mix_their_pictures(make, tmp_path, same, capfd):
             second.result()
 
 
-@pytest.mark.parametrize("pixel", [np.nan, 0.0, 0.5])
-def test_a_model_that_draws_nothing_ends_the_run_before_it_trains(make, tmp_path, family, monkeypatch, pixel):
-    monkeypatch.setattr(AutoencoderKL, "decode", lambda self, *_, **__: (torch.full((2, 3, 64, 64), pixel),))
-    with pytest.raises(UserError, match=r"no numbers|a single colour"):
+@pytest.mark.parametrize("drawn", ["NaN", "one pixel NaN", "black", "grey"])
+def test_a_model_that_draws_nothing_ends_the_run_before_it_trains(make, tmp_path, monkeypatch, drawn):
+    pixels = torch.full((2, 3, 64, 64), {"NaN": torch.nan, "grey": 0.5}.get(drawn, -1.0))
+    if drawn == "one pixel NaN":
+        pixels.uniform_(generator=torch.Generator().manual_seed(0))[0, 0, 0, 0] = torch.nan
+    monkeypatch.setattr(AutoencoderKL, "decode", lambda self, *_, **__: (pixels,))
+    with pytest.raises(UserError, match="no numbers" if "NaN" in drawn else "a single colour"):
         make()
     assert not list((tmp_path / "class").iterdir())
