@@ -4,9 +4,9 @@
     python bench/fuzz.py --cases 50 --kind "photos, EXIF" --seed 7
 
 Each case spoils one input of a small run (mutations.py) and has `lowvram-db` work on it. A fault is a traceback,
-another exit code than 0, 2 or 3, more than 60 seconds, a changed file of the user's, or a result that is not right: a model
-with weights that are no numbers, or, where only files of ours were spoiled, another model than the one of a run that
-was left alone. Faults are kept in --out. Rows go to bench/results/fuzz.csv.
+another exit code than 0, 2 or 3, more than 60 seconds, a changed file of the user's, or a wrong result: a model with
+weights that are no numbers, or, where only files of ours were spoiled, another model than the one of a run that was
+left alone. Faults are kept in --out. Rows go to bench/results/fuzz.csv.
 """
 
 import argparse
@@ -52,6 +52,9 @@ lr = 1e-3
 
 [precision]
 compute = "fp32"
+
+[optimizer]
+name = "adamw"
 
 [sample]
 prompts = ["a {{identifier}} {{class}}"]
@@ -186,7 +189,7 @@ def command(folder: Path, *words: str) -> tuple[int | None, float]:
 
 def _run(folder: Path, words: tuple[str, ...]) -> None:
     os.chdir(folder)
-    os.environ["XDG_CACHE_HOME"] = str(folder / "home")
+    os.environ["XDG_CACHE_HOME"] = str(folder.parent / "home")  # plans that are asked for again are there
     log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
