@@ -10,6 +10,7 @@ left alone. Faults are kept in --out. Rows go to bench/results/fuzz.csv.
 """
 
 import argparse
+import gc
 import hashlib
 import multiprocessing
 import os
@@ -194,6 +195,7 @@ def _run(folder: Path, words: tuple[str, ...]) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     torch.set_num_threads(1)
+    gc.freeze()  # what the libraries made is no garbage
     sys.argv = ["lowvram-db", *words]
     from lowvram_db.cli import main
 
