@@ -90,6 +90,11 @@ def other_bits(random: Tensor) -> Tensor:
     return (random * 40503) & 0xFFFF
 
 
+def one_to_two(random: Tensor) -> Tensor:
+    """int32 in [0, 2^16) -> float32 between 1 and 2, half a step of 2^-16 away from both: its other bits."""
+    return 1 + (other_bits(random) + 0.5) * 2.0**-16
+
+
 def round_bf16(x: Tensor, random: Tensor | None = None) -> Tensor:
     """float32 -> bf16: to nearest even, or up with the probability of the cut part, given int32 in [0, 2^16).
 
@@ -140,6 +145,12 @@ def lanes_kernel(groups, seed, step, sample, stream):  # type: ignore[no-untyped
 @jit
 def other_bits_kernel(random):  # type: ignore[no-untyped-def]
     return (random * 40503) & 0xFFFF
+
+
+@jit
+def one_to_two_kernel(random):  # type: ignore[no-untyped-def]
+    """As one_to_two: the bits as a float's fraction, with the last half below them."""
+    return as_float((other_bits_kernel(random) << 7) | 0x3F800040)
 
 
 @jit
