@@ -1,4 +1,4 @@
-"""What a GPU approximates in one instruction, to 2^-22 or better, where Triton would write ten to twenty.
+"""What a GPU approximates in one instruction, to 2^-22 or better, where Triton writes eight and thirty-six of them.
 
 In Triton's interpreter, and on cards that are not Nvidia's, they are the usual functions.
 """
