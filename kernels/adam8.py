@@ -1,4 +1,4 @@
-"""AdamW with two moments in 16 bits, one kernel a tensor: read the gradient, dequantize, update, quantize, round, write.
+"""AdamW with two moments in 16 bits, one kernel a tensor: read the gradient, dequantize, step, quantize, round, write.
 
 How the moments are kept is moment_code.py's. An error made in rounding m would go on moving the weight for
 1 / (1 - beta1) steps; its whole future effect is known at once and is taken off the update at once (docs/adam8.md).

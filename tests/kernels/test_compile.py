@@ -52,8 +52,8 @@ def test_kernels_fit_every_card(card):
     for name, facts in results.items():
         assert facts["spilled"] == 0, (name, facts)
     for mode in MODES:
-        # 130 a weight are what an RTX 3060 has time for while its memory moves 10 bytes, with as many again to spare;
-        # with 80 registers 24 warps are at home on a multiprocessor.
+        # An RTX 3060 has time for 177 a weight while its memory moves 10 bytes; other work of the kind needs some, too.
+        # With 80 registers 24 warps are at home on a multiprocessor.
         assert results[mode]["a_weight"] <= 115 and results[mode]["registers"] <= 80, (mode, results[mode])
         assert results[mode]["offsets"] == ["i64"], "2^31 elements are what a flat tensor may have"
     assert results["bf16"]["wide"] == {"ld": 3, "st": 2}, "weight, gradient and state in, weight and state out"
