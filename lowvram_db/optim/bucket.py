@@ -41,8 +41,8 @@ class Bucket:
         finite = torch.isfinite(g).all()
         moved = finite
         if any(parameter.grad is None for parameter in self.parameters):
-            there = torch.tensor([parameter.grad is not None for parameter in self.parameters], device=g.device)
-            moved = finite & there.repeat_interleave(torch.tensor(self._sizes, device=g.device))
+            there = torch.tensor([parameter.grad is not None for parameter in self.parameters])
+            moved = finite & there.repeat_interleave(torch.tensor(self._sizes)).to(g.device, non_blocking=True)
 
         w, m, v = self._flat
         new_m = m * step.keep_m + g * step.add_m
