@@ -57,17 +57,17 @@ class Ours(Code):
     bytes_a_weight = 2 + 4 / 256
 
     def store(self, m: Tensor, v: Tensor, step: Step) -> None:
-        blocks = [x.view(-1, moment_code.BLOCK) for x in (m, v)]
+        blocks = [x.view(-1, moment_code.BLOCK) for x in (m * step.ratio, v)]
         present = torch.ones_like(blocks[0], dtype=torch.bool)
         random = torch.randint(0, 2**16, present.shape, dtype=torch.int32)
-        self.words, self.grids, self.kept = moment_code.encode(*blocks, present, random, step.encode)
+        self.codes, self.scales, self.error = moment_code.quantize(*blocks, present, random)
 
     def load(self, step: Step) -> tuple[Tensor, Tensor]:
-        u, root = moment_code.decode(self.words, self.grids)
-        return (u * root / step.encode).flatten(), root.square().flatten()
+        u, root = moment_code.dequantize(self.codes, self.scales)
+        return (u * root / step.ratio).flatten(), root.square().flatten()
 
     def update(self, m: Tensor, v: Tensor, step: Step) -> Tensor:
-        return -adam8.new_weights(torch.zeros_like(m), m, v, self.load(step)[0], step)
+        return -adam8.new_weights(torch.zeros_like(m), m * step.ratio, v, self.error.flatten(), step)
 
 
 class OursBlind(Ours):
@@ -177,7 +177,7 @@ def compare(code: Code, gradients: Iterable[Tensor]) -> tuple[float, float]:
 
 def adam_update(m: Tensor, v: Tensor, step: Step) -> Tensor:
     """Adam's, in units of lr."""
-    return m * step.unbias_m / (v.sqrt() * step.unbias_root + step.eps)
+    return m * step.ratio / (v.sqrt() + step.root_eps)
 
 
 def _chain(first: Tensor, rest: Iterator[Tensor]) -> Iterator[Tensor]:

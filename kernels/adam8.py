@@ -1,4 +1,4 @@
-"""AdamW with two moments in 16 bits, one kernel a tensor: read the gradient, decode, update, encode, round, write.
+"""AdamW with two moments in 16 bits, one kernel a tensor: read the gradient, dequantize, step, quantize, round, write.
 
 How the moments are kept is moment_code.py's. An error made in rounding m would go on moving the weight for
 1 / (1 - beta1) steps; its whole future effect is known at once and is taken off the update at once (docs/adam8.md).
@@ -14,10 +14,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import bits
-from .adam8_step import Step, on_device
-from .launch import compiled_for_cpu, jit, tl
-from .moment_code import BLOCK, decode, decode_kernel, encode, encode_kernel
-from .moment_code import CONSTANTS as CODE
+from .adam8_step import Step
+from .approximate import reciprocal
+from .launch import compiled_for_cpu, constant, jit, tl
+from .moment_code import BLOCK, dequantize, dequantize_kernel, quantize, quantize_kernel
 
 LIMIT = 1.5  # an update is no larger than this or, where that is more, than
 TRUST = 0.9  # of what the moments say: such updates are rare in Adam, and most of them here are a code's error
@@ -29,51 +29,52 @@ class Address(NamedTuple):
     """Where rounding bits come from: with the element's place, the counter of a Philox draw."""
 
     seed: int
-    step: int
+    step: Tensor  # int64 [1], beside the weights: a captured launch finds there the step it is replayed in
     tensor: int
     stream: int
 
 
-def new_weights(w: Tensor, m: Tensor, v: Tensor, kept: Tensor, step: Step) -> Tensor:
-    """The AdamW update, from the exact moments and what the state will hold of m. All float32, any shape."""
-    root = torch.sqrt(v) * step.unbias_root + step.eps
-    plain = m * step.unbias_m / root
-    reach = (plain.abs() * TRUST).clamp(min=LIMIT)
-    update = plain - (kept - m) * step.foresee / root
-    update = torch.minimum(torch.maximum(update, -reach), reach).clamp(-step.clamp, step.clamp)
-    return w * step.decay - update * step.lr
+def new_weights(w: Tensor, m: Tensor, v: Tensor, error: Tensor, step: Step) -> Tensor:
+    """The AdamW update, from the exact moments and what the state will hold more of m. All float32, any shape."""
+    inverse = 1 / (torch.sqrt(v) + step.root_eps)
+    m = m * step.moves
+    reach = ((m * inverse).abs() * TRUST).clamp(min=LIMIT).clamp(max=step.clamp)
+    update = (m - error * step.foresee) * inverse
+    return w * step.decay - torch.minimum(torch.maximum(update, -reach), reach) * step.lr
 
 
 def update_(
     weight: Tensor,
     residual: Tensor | None,
     grad: Tensor,
-    words: Tensor,
-    grids: Tensor,
+    codes: Tensor,
+    scales: Tensor,
     skipped: Tensor,
     unscale: Tensor,
-    step: Step,
+    numbers: Tensor,
     address: Address,
     triton: bool,
 ) -> None:
     """One AdamW step in place.
 
     weight: [n], flat: bf16 (with `residual`, int8 [n]: 24 bits together), fp16 or float32. grad: [n], any of these.
-    words: int16 [n] and grids: int32 [ceil(n / 256)], the state, read unless step.keep_* are 0. skipped: int32 [1],
-    grows by the number of blocks left as they were because a gradient in them was not finite. unscale: float32 [1],
-    multiplies the gradient; where it is NaN the whole tensor is left as it was.
+    codes: int16 [n] and scales: int32 [ceil(n / 256)], the state, of which nothing stays where keep_scaled and keep_v
+    are 0. skipped: int32 [1], grows by the number of blocks left as they were because a gradient in them was not
+    finite. unscale: float32 [1], multiplies the gradient; where it is NaN the whole tensor is left as it was. numbers:
+    float32 [13], a Step. All on one device, where they are read when the kernel runs, and not before.
     """
     if isinstance(weight, FakeTensor):  # there is nothing to compute, and the kernel needs no memory but its arguments
         return
     if triton:
-        _launch(weight, residual, grad, words, grids, skipped, unscale, step, address)
+        _launch(weight, residual, grad, codes, scales, skipped, unscale, numbers, address)
         return
-    numbers, where = on_device(step, weight.device), torch.tensor(address, device=weight.device)
+    where = torch.tensor([address.seed, 0, address.tensor, address.stream]).to(weight.device, non_blocking=True)
+    where[1:2].copy_(address.step)
     for first in range(0, len(weight), CHUNK):
         chunk = slice(first, first + CHUNK)
         blocks = slice(first // BLOCK, (first + CHUNK) // BLOCK)
         rest = None if residual is None else residual[chunk]
-        state = words[chunk], grids[blocks], skipped
+        state = codes[chunk], scales[blocks], skipped
         _twin(weight[chunk], rest, grad[chunk], *state, unscale, numbers, where, first // 8)
 
 
@@ -81,8 +82,8 @@ def _twin(
     weight: Tensor,
     residual: Tensor | None,
     grad: Tensor,
-    words: Tensor,
-    grids: Tensor,
+    codes: Tensor,
+    scales: Tensor,
     skipped: Tensor,
     unscale: Tensor,
     numbers: Tensor,
@@ -98,36 +99,35 @@ def _twin(
     present = _blocks(torch.ones(n, dtype=torch.bool, device=weight.device))
     groups = torch.arange(first_group, first_group + w.numel() // 8, device=weight.device)
     random = draw(groups, *address).view_as(w)
-    w, new_words, new_grids, finite = advance(
-        w, g, _blocks(words).int(), grids.unsqueeze(1), random, present, unscale, numbers
+    w, new_codes, new_scales, finite = advance(
+        w, g, _blocks(codes).int(), scales.unsqueeze(1), random, present, unscale, numbers
     )
     skipped += (~finite).sum()
-    grids.copy_(new_grids.squeeze(1))
-    words.copy_(new_words.flatten()[:n])
+    scales.copy_(new_scales.squeeze(1))
+    codes.copy_(new_codes.flatten()[:n])
     _narrow(w.flatten()[:n], random.flatten()[:n], weight, residual)
 
 
 def _advance(
     w: Tensor,
     g: Tensor,
-    words: Tensor,
-    grids: Tensor,
+    codes: Tensor,
+    scales: Tensor,
     random: Tensor,
     present: Tensor,
     unscale: Tensor,
     numbers: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One step of whole blocks: new weights, words (int32) and grids, and which blocks could be stepped, bool."""
+    """One step of whole blocks: new weights, codes (int32) and scales, and which blocks could be stepped, bool."""
     step = Step(*numbers.unbind())  # type: ignore[arg-type]  # scalar tensors, which do as numbers do
     g = g * unscale
-    square = g * g
-    u, root = decode(words, grids)
-    m = u * root * (step.keep_m * step.decode) + g * step.add_m
-    v = root * root * step.keep_v + square * step.add_v
-    new_words, new_grids, kept = encode(m, v, present, bits.other_bits(random), step.encode)
-    new_w = new_weights(w, m, v, kept, step)
-    finite = square.amax(1, keepdim=True) < math.inf  # a NaN is the largest of all
-    return new_w.where(finite, w), new_words.where(finite, words), new_grids.where(finite, grids), finite
+    u, root = dequantize(codes, scales)
+    m = u * root * step.keep_scaled + g * step.add_scaled
+    v = root * root * step.keep_v + g * g * step.add_v
+    new_codes, new_scales, error = quantize(m, v, present, random)
+    new_w = new_weights(w, m, v, error, step)
+    finite = v.amax(1, keepdim=True) < math.inf  # a NaN is the largest of all
+    return new_w.where(finite, w), new_codes.where(finite, codes), new_scales.where(finite, scales), finite
 
 
 _compiled_lanes, _compiled_advance = compiled_for_cpu(bits.lanes), compiled_for_cpu(_advance)
@@ -155,87 +155,98 @@ def _narrow(w: Tensor, random: Tensor, weight: Tensor, residual: Tensor | None) 
     weight.copy_(short(w, random) if short else w)
 
 
+_LIMIT, _TRUST, _BLOCK, _ROWS = constant(LIMIT), constant(TRUST), constant(BLOCK), constant(ROWS)
+_LR, _DECAY, _ROOT_EPS, _CLAMP, _KEEP_SCALED, _ADD_SCALED, _KEEP_V, _ADD_V, _MOVES, _FORESEE = (
+    constant(Step._fields.index(name))
+    for name in ["lr", "decay", "root_eps", "clamp", "keep_scaled", "add_scaled", "keep_v", "add_v", "moves", "foresee"]
+)
+
+
+@jit
+def _float32(x):  # type: ignore[no-untyped-def]
+    """What is stored as float32, fp16 or a bf16's pattern."""
+    return bits.as_float(x.to(tl.int32) << 16) if x.dtype == tl.int16 else x.to(tl.float32)
+
+
+@jit
+def _limited(x, reach):  # type: ignore[no-untyped-def]
+    """x between -reach and reach, in one instruction less than by a minimum and a maximum."""
+    return bits.as_float(bits.as_bits(tl.minimum(tl.abs(x), reach)) | (bits.as_bits(x) & -0x80000000))
+
+
 # Or 1 and every 16th, and every fourth tensor's count of what it skipped, would be kernels of their own.
-@jit(do_not_specialize=["seed", "counter", "tensor", "stream"], do_not_specialize_on_alignment=["skipped"])
+@jit(do_not_specialize=["seed", "tensor"], do_not_specialize_on_alignment=["skipped", "numbers"])
 def _kernel(  # type: ignore[no-untyped-def]
-    weight, residual, grad, words, grids, skipped, unscale, n,
-    seed, counter, tensor, stream,
-    lr, decay, eps, keep_m, add_m, keep_v, add_v, decode, encode, unbias_m, unbias_root, foresee, clamp,
-    MODE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, FAINTEST: tl.constexpr, REACHES: tl.constexpr,
-    MIDDLE: tl.constexpr, NARROW: tl.constexpr, COARSEST: tl.constexpr, LEVELS: tl.constexpr, HALF: tl.constexpr,
-    FULL: tl.constexpr, LIMIT: tl.constexpr, TRUST: tl.constexpr,
+    weight, residual, grad, codes, scales, skipped, unscale, numbers, step, seed, tensor, n,
+    STREAM: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     """As _twin, ROWS blocks a program. MODE: the storage of weights, a key of _MODES."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    place = row * BLOCK + tl.arange(0, BLOCK)[None, :]
+    row = tl.program_id(0).to(tl.int64) * _ROWS + tl.arange(0, _ROWS)[:, None]
+    place = row * _BLOCK + tl.arange(0, _BLOCK)[None, :]
     there = place < n
-    here = row * BLOCK < n
-    g = tl.load(grad + place, there, 0.0).to(tl.float32) * tl.load(unscale)
-    word = tl.load(words + place, there, 0)
-    grid = tl.load(grids + row, here, 0)
-    groups = row * (BLOCK // 8) + tl.arange(0, BLOCK // 8)[None, :]
-    random = bits.lanes_kernel(groups, seed, counter, tensor, stream)
+    here = row * _BLOCK < n
+    g = _float32(tl.load(grad + place, there, 0)) * tl.load(unscale)
+    code = tl.load(codes + place, there, 0)
+    scale = tl.load(scales + row, here, 0)
+    groups = row * (_BLOCK // 8) + tl.arange(0, _BLOCK // 8)[None, :]
+    random = bits.lanes_kernel(groups, seed, tl.load(step).to(tl.uint32), tensor, STREAM)
 
-    u, root = decode_kernel(word.to(tl.int32) & 0xFFFF, grid, MIDDLE, NARROW, COARSEST, LEVELS, HALF, FULL)
-    m = u * root * (keep_m * decode) + g * add_m
-    v = root * root * keep_v + g * g * add_v
-    new_word, new_grid, kept = encode_kernel(
-        m, v, there, random, encode, FAINTEST, REACHES, MIDDLE, NARROW, COARSEST, LEVELS, HALF, FULL
-    )
+    u, root = dequantize_kernel(code.to(tl.int32) & 0xFFFF, scale)
+    m = u * root * tl.load(numbers + _KEEP_SCALED) + g * tl.load(numbers + _ADD_SCALED)
+    v = root * root * tl.load(numbers + _KEEP_V) + g * g * tl.load(numbers + _ADD_V)
+    new_code, new_scale, error, finite = quantize_kernel(m, tl.where(there, v, 0.0), random)
 
     # update
     if MODE == "residual":
         pattern = tl.load(weight + place, there, 0)
         w = bits.join_bf16_kernel(pattern, tl.load(residual + place, there, 0))
-    elif MODE == "bf16":
-        w = bits.as_float(tl.load(weight + place, there, 0).to(tl.int32) << 16)
     else:
-        w = tl.load(weight + place, there, 0.0).to(tl.float32)
-    denominator = tl.sqrt(v) * unbias_root + eps
-    plain = m * unbias_m / denominator
-    reach = tl.maximum(tl.abs(plain) * TRUST, LIMIT)
-    update = plain - (kept - m) * foresee / denominator
-    update = tl.minimum(tl.maximum(update, -reach), reach)
-    w = w * decay - tl.minimum(tl.maximum(update, -clamp), clamp) * lr
+        w = _float32(tl.load(weight + place, there, 0))
+    inverse = reciprocal(tl.sqrt(v) + tl.load(numbers + _ROOT_EPS))
+    m = m * tl.load(numbers + _MOVES)
+    reach = tl.minimum(tl.maximum(tl.abs(m * inverse) * _TRUST, _LIMIT), tl.load(numbers + _CLAMP))
+    update = _limited((m - error * tl.load(numbers + _FORESEE)) * inverse, reach)
+    w = w * tl.load(numbers + _DECAY) - update * tl.load(numbers + _LR)
 
     # write, unless a gradient of the block is not finite
-    bad = tl.max((g * g < float("inf")).to(tl.int32) ^ 1, 1, keep_dims=True)
-    tl.atomic_add(skipped, tl.sum(bad), mask=tl.sum(bad) > 0)
-    write = there & (bad == 0)
-    tl.store(words + place, new_word.to(tl.int16), write)
-    tl.store(grids + row, new_grid, here & (bad == 0))
+    tl.atomic_add(skipped + row * 0, 1, ~finite, sem="relaxed")
+    tl.store(codes + place, new_code.to(tl.int16), there & finite)
+    tl.store(scales + row, tl.where(finite, new_scale, scale), here)
     if MODE == "residual":
         nearest, rest = bits.split_bf16_kernel(w, random)
-        tl.store(weight + place, nearest, write)
-        tl.store(residual + place, rest, write)
+        tl.store(weight + place, nearest, there & finite)
+        tl.store(residual + place, rest, there & finite)
     elif MODE == "bf16":
-        tl.store(weight + place, bits.round_bf16_kernel(w, random), write)
+        tl.store(weight + place, bits.round_bf16_kernel(w, random), there & finite)
     elif MODE == "fp16":
-        tl.store(weight + place, bits.round_fp16_kernel(w, random), write)
+        tl.store(weight + place, bits.round_fp16_kernel(w, random), there & finite)
     else:
-        tl.store(weight + place, w, write)
+        tl.store(weight + place, w, there & finite)
 
 
 _MODES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-CONSTANTS = {"BLOCK": BLOCK, "LIMIT": LIMIT, "TRUST": TRUST, **CODE}
+
+
+def _pattern(tensor: Tensor) -> Tensor:
+    """bf16 travels as its bits: the interpreter's bf16 is not to be trusted, and widening bits is one instruction."""
+    return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
 
 
 def _launch(
     weight: Tensor,
     residual: Tensor | None,
     grad: Tensor,
-    words: Tensor,
-    grids: Tensor,
+    codes: Tensor,
+    scales: Tensor,
     skipped: Tensor,
     unscale: Tensor,
-    step: Step,
+    numbers: Tensor,
     address: Address,
 ) -> None:
-    # bf16 travels as its bit pattern: the interpreter's bf16 is not to be trusted, and no arithmetic is done in it.
     mode = "residual" if residual is not None else _MODES[weight.dtype]
-    storage = weight.view(torch.int16) if weight.dtype == torch.bfloat16 else weight
-    blocks = math.ceil(len(weight) / BLOCK)
-    _kernel[(math.ceil(blocks / ROWS),)](
-        storage, storage if residual is None else residual, grad, words, grids, skipped, unscale, len(weight),
-        *address, *step, MODE=mode, ROWS=ROWS, **CONSTANTS,
-    )  # fmt: skip
+    n, storage = len(weight), _pattern(weight)
+    with torch.cuda.device_of(weight):  # Triton launches on the current device, wherever the tensors are
+        _kernel[(math.ceil(n / (ROWS * BLOCK)),)](
+            storage, storage if residual is None else residual, _pattern(grad), codes, scales, skipped, unscale,
+            numbers, address.step, address.seed, address.tensor, n, STREAM=address.stream, MODE=mode,
+        )  # fmt: skip

@@ -14,6 +14,7 @@ Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC'11 (Phi
 from __future__ import annotations
 
 import math
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -31,18 +32,19 @@ _SMALLEST_UNIFORM = 1.0e-7
 
 
 Number = int | Tensor  # an int64 scalar tensor, for what is to be compiled once for all values
+Counter = TypeVar("Counter", int, Tensor)
 
 
-def philox(seed: Number, c0: Tensor, c1: Number, c2: Number, c3: Number) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(seed: Number, c0: Counter, c1: Number, c2: Number, c3: Number) -> tuple[Counter, Counter, Counter, Counter]:
     """Four independent 32-bit words for every counter (c0, c1, c2, c3) under the key `seed`.
 
-    c0: int64 tensor of any shape with values in [0, 2^32). c1, c2, c3: in [0, 2^32). seed: in [0, 2^64).
-    Returns four int64 tensors shaped like c0 with values in [0, 2^32).
+    c0: int64 tensor of any shape with values in [0, 2^32), or one int. c1, c2, c3: in [0, 2^32). seed: in [0, 2^64).
+    Returns four int64 tensors shaped like c0, or four ints, with values in [0, 2^32).
     """
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
-    x0, x1, x2, x3 = c0, *(torch.zeros_like(c0) + c for c in (c1, c2, c3))
+    x0, x1, x2, x3 = cast(Any, (c0, c1, c2, c3))
     for _ in range(_ROUNDS):
-        # int64 products wrap modulo 2^64, which leaves both 32-bit halves exact.
+        # int64 products wrap modulo 2^64, which leaves both 32-bit halves exact; Python's own do not wrap at all.
         p0, p1 = x0 * _MULTIPLIER_0, x2 * _MULTIPLIER_1
         x0, x1, x2, x3 = ((p1 >> 32) & _MASK) ^ x1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ x3 ^ k1, p0 & _MASK
         k0, k1 = (k0 + _WEYL_0) & _MASK, (k1 + _WEYL_1) & _MASK
@@ -65,8 +67,7 @@ def normal(shape: tuple[int, ...], seed: int, *, step: int, sample: int, stream:
 
 def integer(high: int, seed: int, *, step: int, sample: int, stream: int) -> int:
     """One integer in [0, high), high <= 2^31, at one address."""
-    word = philox(seed, torch.zeros(1, dtype=torch.int64), step, sample, stream)[0]
-    return (int(word) * high) >> 32
+    return (philox(seed, 0, step, sample, stream)[0] * high) >> 32
 
 
 def permutation(length: int, seed: int, *, step: int, stream: int) -> list[int]:
@@ -87,6 +88,11 @@ def lanes(groups: Tensor, seed: Number, step: Number, sample: Number, stream: Nu
 def other_bits(random: Tensor) -> Tensor:
     """Sixteen more bits from sixteen: a permutation of all values that leaves no simple relation between the two."""
     return (random * 40503) & 0xFFFF
+
+
+def one_to_two(random: Tensor) -> Tensor:
+    """int32 in [0, 2^16) -> float32 between 1 and 2, half a step of 2^-16 away from both: its other bits."""
+    return 1 + (other_bits(random) + 0.5) * 2.0**-16
 
 
 def round_bf16(x: Tensor, random: Tensor | None = None) -> Tensor:
@@ -139,6 +145,12 @@ def lanes_kernel(groups, seed, step, sample, stream):  # type: ignore[no-untyped
 @jit
 def other_bits_kernel(random):  # type: ignore[no-untyped-def]
     return (random * 40503) & 0xFFFF
+
+
+@jit
+def one_to_two_kernel(random):  # type: ignore[no-untyped-def]
+    """As one_to_two: the bits as a float's fraction, with the last half below them."""
+    return as_float((other_bits_kernel(random) << 7) | 0x3F800040)
 
 
 @jit

@@ -27,6 +27,11 @@ def jit(function: Any = None, **options: Any) -> Any:
     return triton.jit(function, **options) if triton else function
 
 
+def constant(value: Any) -> Any:
+    """A number of a module as kernels can read it: compiled, they take no other globals."""
+    return tl.constexpr(value) if triton and not interpreted() else value
+
+
 Choice = Literal["auto", "triton", "torch"]
 
 

@@ -44,9 +44,10 @@ def noisy_latents(
         return a * latents + b * noise
     noisy = torch.empty_like(mean)
     size = mean[0].numel()
-    _noisy_kernel[(math.ceil(size / SIZE), len(mean))](
-        mean, logvar, timesteps, table, address, noisy, size, POSTERIOR, NOISE, COLUMNS, SIZE
-    )
+    with torch.cuda.device_of(mean):
+        _noisy_kernel[(math.ceil(size / SIZE), len(mean))](
+            mean, logvar, timesteps, table, address, noisy, size, POSTERIOR, NOISE, COLUMNS, SIZE
+        )
     return noisy
 
 
@@ -81,10 +82,11 @@ def _loss_and_gradient(
     programs = math.ceil(size / SIZE)
     sums, gradient = mean.new_empty(len(mean), programs), torch.empty_like(mean)
     where = torch.ones(1, device=mean.device) if mask is None else mask.contiguous()
-    _loss_kernel[(programs, len(mean))](
-        prediction, mean, logvar, timesteps, table, address, weights, where, sums, gradient,
-        size, mean[0, 0].numel(), POSTERIOR, NOISE, COLUMNS, SIZE, mask is not None,
-    )  # fmt: skip
+    with torch.cuda.device_of(mean):
+        _loss_kernel[(programs, len(mean))](
+            prediction, mean, logvar, timesteps, table, address, weights, where, sums, gradient,
+            size, mean[0, 0].numel(), POSTERIOR, NOISE, COLUMNS, SIZE, mask is not None,
+        )  # fmt: skip
     rows = sums.sum(1) / size
     return (rows * weights).sum(), rows, gradient
 

@@ -29,6 +29,7 @@ from lowvram_db.optim.storage import SMALLEST, Weights, bucket_of, flat, refuse_
 
 STREAM = 16  # of the rounding bits, apart from the streams of train/objective.py
 PATIENCE = 20  # steps in a row in which a tensor may be skipped
+RENAMED = {"words": "codes", "grids": "scales"}  # of the state, since the first checkpoints
 
 
 class Handle:
@@ -102,6 +103,12 @@ class Adam8(torch.optim.Optimizer):
         for p in self._places:
             if p.numel() >= SMALLEST:
                 self.state[p] = store(p, weights, device)
+        # What kernels read of a step, a Step for every group and the number of calls: on the device, so that launches
+        # which are captured once and replayed find what is new.
+        self._numbers = torch.zeros(len(self.param_groups), len(Step._fields), dtype=torch.float32, device=device)
+        self._numbers_by_group = self._numbers.unbind()
+        self._call = torch.zeros(1, dtype=torch.int64, device=device)
+        self._written: tuple[list[Step], int] | None = None  # of them, last
         self._buckets = [bucket_of(group["params"], weights, device) for group in self.param_groups]
         for bucket in filter(None, self._buckets):
             self.state.update({p: {**state} for p, state in zip(bucket.parameters, bucket.states, strict=True)})
@@ -146,6 +153,20 @@ class Adam8(torch.optim.Optimizer):
         self._moved.clear()
         self._note_norm()
         self._note_calls(self.calls + 1)
+
+    def write_numbers(self) -> None:
+        """Bring learning rates and whatever else belongs to the step that begins to the device, where it is not there.
+
+        A step's first gradient does so by itself. Before a captured step is replayed, the caller does it.
+        """
+        now = [self._step_of(group) for group in self.param_groups], self.calls
+        if now == self._written:
+            return
+        # From memory that is not pinned CUDA takes its own copy before this returns and waits for no kernel; pinned
+        # memory could be written anew while an earlier copy still reads it.
+        self._numbers.copy_(torch.tensor(now[0], dtype=torch.float32), non_blocking=True)
+        self._call.copy_(torch.tensor([self.calls]), non_blocking=True)
+        self._written = now
 
     def break_off(self) -> int:
         """After a backward that ran out of memory halfway: let the next one make the rest of the same step.
@@ -206,7 +227,7 @@ class Adam8(torch.optim.Optimizer):
         """
         saved = state_dict["state"]
         for place, (p, name) in enumerate(zip(self._places, self._names, strict=True)):
-            own, theirs = self.state[p], saved.get(place, {})
+            own, theirs = self.state[p], {RENAMED.get(key, key): v for key, v in saved.get(place, {}).items()}
             if shapes(own) != shapes(theirs):
                 raise ValueError(f"{name}: this state is not Adam8's for it: {shapes(theirs)}, not {shapes(own)}")
             for key, value in own.items():
@@ -218,7 +239,7 @@ class Adam8(torch.optim.Optimizer):
     def finish(self, dtype: torch.dtype = torch.float32) -> None:
         """Turn every parameter into dtype from the most exact value its state knows, and let the state go."""
         for state in self.state.values():  # all of it before a weight grows
-            for moments in ("words", "grids"):
+            for moments in ("codes", "scales"):
                 state.pop(moments, None)
         for p, state in self.state.items():
             if "master" in state:
@@ -257,7 +278,7 @@ class Adam8(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _update(self, p: nn.Parameter) -> None:
-        place, group, state = self._places[p], self.param_groups[self._group_of[p]], self.state[p]
+        place, state = self._places[p], self.state[p]
         grad = p.grad
         assert grad is not None
         if grad.stride() != p.stride():
@@ -273,12 +294,12 @@ class Adam8(torch.optim.Optimizer):
             flat(p.data if self._attached else p.detach()),
             state.get("residual"),
             flat(grad),
-            state["words"],
-            state["grids"],
+            state["codes"],
+            state["scales"],
             self._skipped_by_place[place],
             unscale,
-            self._numbers(group),
-            adam8.Address(self._seed, self.calls, place, STREAM),
+            self._numbers_by_group[self._group_of[p]],
+            adam8.Address(self._seed, self._call, place, STREAM),
             self._triton,
         )
 
@@ -291,13 +312,14 @@ class Adam8(torch.optim.Optimizer):
             for p in bucket.parameters:
                 if p.grad is not None:
                     self._measure(p)
-        skipped = bucket.update_(self._numbers(self.param_groups[number]), self._unscale())
+        unscale = self._unscale()
+        skipped = bucket.update_(Step(*self._numbers_by_group[number].unbind()), unscale)
         self._skipped_by_place[self._places[bucket.parameters[0]]].add_(skipped)
         if self._attached:
             for p in bucket.parameters:
                 p.grad = None
 
-    def _numbers(self, group: dict[str, Any]) -> Step:
+    def _step_of(self, group: dict[str, Any]) -> Step:
         step, micro_batch = divmod(self.calls, self._micro_batches)
         return step_numbers(
             step + 1,
@@ -311,8 +333,10 @@ class Adam8(torch.optim.Optimizer):
         )
 
     def _unscale(self) -> Tensor:
-        """What turns a gradient as it comes into the one to step with: float32 [1]. The same for a whole step."""
+        """What turns a gradient as it comes into the one to step with: float32 [1]. The same for a whole step, which
+        begins where it is asked for first."""
         if self._this_unscale is None:
+            self.write_numbers()
             self._this_unscale = 1 / self.loss_scale
             if self._max_norm is not None:
                 factor = torch.where(self._norm > 0, self._max_norm / self._norm, 1.0).clamp(max=1.0)

@@ -33,6 +33,7 @@ class Bucket:
     def update_(self, step: Step, unscale: Tensor) -> Tensor:
         """One AdamW step on the parameters that have a gradient; on none of them where a gradient is not finite.
 
+        step: numbers, or scalar tensors beside the parameters. unscale: float32 [1], multiplies the gradients.
         Returns whether it was so: bool, [].
         """
         grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
@@ -40,13 +41,13 @@ class Bucket:
         finite = torch.isfinite(g).all()
         moved = finite
         if any(parameter.grad is None for parameter in self.parameters):
-            there = torch.tensor([parameter.grad is not None for parameter in self.parameters], device=g.device)
-            moved = finite & there.repeat_interleave(torch.tensor(self._sizes, device=g.device))
+            there = torch.tensor([parameter.grad is not None for parameter in self.parameters])
+            moved = finite & there.repeat_interleave(torch.tensor(self._sizes)).to(g.device, non_blocking=True)
 
         w, m, v = self._flat
         new_m = m * step.keep_m + g * step.add_m
         new_v = v * step.keep_v + g * g * step.add_v
-        update = new_m * step.unbias_m / (new_v.sqrt() * step.unbias_root + step.eps)
+        update = new_m * (step.ratio * step.moves) / (new_v.sqrt() + step.root_eps)
         new_w = w * step.decay - update.clamp(-step.clamp, step.clamp) * step.lr
         # All of them before the first is written: should the memory not suffice, nothing has changed.
         kept = [torch.where(moved, new, old) for old, new in zip(self._flat, (new_w, new_m, new_v), strict=True)]

@@ -41,8 +41,8 @@ def store(p: nn.Parameter, weights: Weights, device: torch.device) -> dict[str, 
     """Bring p to its device and dtype; returns its state before the first step."""
     blocks = math.ceil(p.numel() / moment_code.BLOCK)
     state: dict[str, Any] = {
-        "words": torch.zeros(p.numel(), dtype=torch.int16, device=device),
-        "grids": torch.zeros(blocks, dtype=torch.int32, device=device),
+        "codes": torch.zeros(p.numel(), dtype=torch.int16, device=device),
+        "scales": torch.zeros(blocks, dtype=torch.int32, device=device),
     }
     exact = p.data.to(device)
     p.data = exact.to(DTYPES[weights])

@@ -22,8 +22,8 @@ class Tensors:
         if mode == "bf16+residual":
             half = torch.full((n,), 0x80, dtype=torch.int32, device=DEVICE)
             self.weight, self.residual = bits.split_bf16(weights.to(DEVICE), half)
-        self.words = torch.zeros(n, dtype=torch.int16, device=DEVICE)
-        self.grids = torch.zeros(math.ceil(n / 256), dtype=torch.int32, device=DEVICE)
+        self.codes = torch.zeros(n, dtype=torch.int16, device=DEVICE)
+        self.scales = torch.zeros(math.ceil(n / 256), dtype=torch.int32, device=DEVICE)
         self.skipped = torch.zeros(1, dtype=torch.int32, device=DEVICE)
         self.steps = 0
 
@@ -34,12 +34,12 @@ class Tensors:
             self.weight,
             self.residual,
             grad.to(DEVICE),
-            self.words,
-            self.grids,
+            self.codes,
+            self.scales,
             self.skipped,
             torch.tensor([unscale], device=DEVICE),
-            numbers,
-            adam8.Address(3, self.steps, 2, 1),
+            torch.tensor(numbers, device=DEVICE),
+            adam8.Address(3, torch.tensor([self.steps], device=DEVICE), 2, 1),
             triton,
         )
 
@@ -119,7 +119,7 @@ def test_kernel_equals_twin(mode, n):
         g = g.to(torch.float16 if mode == "fp16" else torch.bfloat16)
         twin.step(g, weight_decay=0.01)
         kernel.step(g, triton=True, weight_decay=0.01)
-    assert torch.equal(twin.grids, kernel.grids)
+    assert torch.equal(twin.scales, kernel.scales)
     difference = [(a.int() - b.int()).abs() for a, b in zip(_codes(twin), _codes(kernel), strict=True)]
     assert max(d.max() for d in difference) <= 1
     assert max((d > 0).float().mean() for d in difference) <= 1e-3
@@ -128,10 +128,10 @@ def test_kernel_equals_twin(mode, n):
 
 
 def _codes(tensors):
-    """v's and m's places; a block's kind says how many bits each has."""
-    word = tensors.words.int() & 0xFFFF
-    m_bits = (6 + ((tensors.grids & 15) >= 3).int()).repeat_interleave(256)[: len(word)]
-    return word >> m_bits, word & ((1 << m_bits) - 1)
+    """Levels of v and places of m; a block's kind says how many bits each has."""
+    code = tensors.codes.int() & 0xFFFF
+    place_bits = (6 + ((tensors.scales & 15) >= 3).int()).repeat_interleave(256)[: len(code)]
+    return code >> place_bits, code & ((1 << place_bits) - 1)
 
 
 @pytest.mark.parametrize("triton", [False, True])
@@ -139,14 +139,14 @@ def _codes(tensors):
 def test_a_gradient_that_is_not_finite_leaves_its_block_alone(triton, value):
     tensors = Tensors(torch.ones(1000), "fp32")
     tensors.step(torch.ones(1000), triton)
-    before = tensors.weight.clone(), tensors.words.clone(), tensors.grids.clone()
+    before = tensors.weight.clone(), tensors.codes.clone(), tensors.scales.clone()
     grad = torch.ones(1000)
     grad[300] = value
     tensors.step(grad, triton)
     assert tensors.skipped.item() == 1
-    for old, new in zip(before[:2], (tensors.weight, tensors.words), strict=True):
+    for old, new in zip(before[:2], (tensors.weight, tensors.codes), strict=True):
         assert torch.equal(old[256:512], new[256:512])
-    assert torch.equal(before[2][1:2], tensors.grids[1:2])
+    assert torch.equal(before[2][1:2], tensors.scales[1:2])
     assert (before[0][:256] != tensors.weight[:256]).all() and (before[0][512:] != tensors.weight[512:]).all()
     again = tensors.weight.clone()
     tensors.step(torch.ones(1000), triton, unscale=math.nan)
@@ -165,7 +165,7 @@ def test_zero_gradients_move_nothing_but_by_decay(triton):
 def test_what_is_above_the_limit_counts_nine_tenths():
     late = step_numbers(10**5, lr=1.0, betas=(0.9, 0.999), eps=0.0, weight_decay=0.0)
     m = torch.tensor([7.0, -7.0, 1.6, -1.4, 0.0])
-    moved = adam8.new_weights(torch.zeros(5), m, torch.ones(5), m, late)
+    moved = adam8.new_weights(torch.zeros(5), m, torch.ones(5), torch.zeros(5), late)
     torch.testing.assert_close(moved, torch.tensor([-6.3, 6.3, -1.5, 1.4, 0.0]))
 
 
@@ -205,7 +205,7 @@ def test_micro_batches_follow_their_rule():
 @pytest.mark.skipif(DEVICE == "cuda", reason="nothing is compiled there")
 @pytest.mark.parametrize("mode", MODES)
 def test_compiled_chunks_mean_what_the_twin_means(mode, monkeypatch):
-    """A whole chunk on a CPU goes through torch.compile: the same grids, codes at most one apart, and rarely."""
+    """A whole chunk on a CPU goes through torch.compile: the same scales, codes at most one apart, and rarely."""
     n = 2 * adam8.CHUNK + 300
     start = 0.05 * torch.randn(n, generator=torch.Generator().manual_seed(7))
     compiled, plain = Tensors(start, mode), Tensors(start, mode)
@@ -217,7 +217,7 @@ def test_compiled_chunks_mean_what_the_twin_means(mode, monkeypatch):
     monkeypatch.setattr(adam8, "_compiled_advance", adam8._advance)
     for g in grads:
         plain.step(g, weight_decay=0.01)
-    assert torch.equal(compiled.grids, plain.grids)
+    assert torch.equal(compiled.scales, plain.scales)
     assert compiled.skipped.item() == plain.skipped.item() == 1
     difference = [(a.int() - b.int()).abs() for a, b in zip(_codes(compiled), _codes(plain), strict=True)]
     assert max(d.max() for d in difference) <= 1

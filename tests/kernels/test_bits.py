@@ -38,6 +38,7 @@ def test_philox_equals_plain_integers(seed, counters):
         k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
     c0, *rest = counters
     assert [int(word) for word in bits.philox(seed, torch.tensor([c0]), *rest)] == x
+    assert list(bits.philox(seed, c0, *rest)) == x
 
 
 def test_normal_is_standard_normal():
@@ -67,9 +68,12 @@ def test_normal_counts_elements_not_shapes():
 
 
 @settings(max_examples=50)
-@given(high=st.integers(1, 2**31), seed=st.integers(0, 2**63 - 1), step=WORD)
-def test_integer_stays_below(high, seed, step):
-    assert 0 <= bits.integer(high, seed, step=step, sample=0, stream=0) < high
+@given(high=st.integers(1, 2**31), seed=st.integers(0, 2**63 - 1), address=st.tuples(WORD, WORD, WORD))
+def test_integer_is_the_address_first_word_as_a_share_of_what_is_asked_for(high, seed, address):
+    word = bits.philox(seed, torch.zeros(1, dtype=torch.int64), *address)[0].item()
+    step, sample, stream = address
+    drawn = bits.integer(high, seed, step=step, sample=sample, stream=stream)
+    assert drawn == word * high // 2**32 < high
 
 
 def test_integer_is_uniform():

@@ -1,5 +1,6 @@
 """Where kernels run, and what happens where Triton is missing or broken."""
 
+import contextlib
 import importlib.util
 import os
 import subprocess
@@ -9,7 +10,7 @@ import warnings
 import pytest
 import torch
 
-from lowvram_db.kernels import launch
+from lowvram_db.kernels import adam8, launch, noise_loss
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -83,6 +84,37 @@ print(round(parameter.mean().item(), 2))
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.stdout == "0.9\n", done.stderr
+
+
+@pytest.mark.parametrize("name", ["adam8", "noisy", "loss"])
+def test_a_kernel_is_launched_on_its_tensors_card(monkeypatch, name):
+    """Triton takes the current one."""
+    current, launched = [None], []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **_: launched.append((current[-1], [a for a in arguments if torch.is_tensor(a)]))
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        current.append(tensor)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    for module, kernel in ((adam8, "_kernel"), (noise_loss, "_noisy_kernel"), (noise_loss, "_loss_kernel")):
+        monkeypatch.setattr(module, kernel, Kernel())
+    flat, noise, ones = torch.ones(256), torch.ones(1, 4, 8, 8), torch.ones(1)
+    noised = noise, noise, torch.zeros(1, dtype=torch.int64), torch.ones(1, 5), torch.zeros(2, dtype=torch.int64)
+    if name == "adam8":
+        adam8.update_(flat, None, flat, flat, ones, ones, ones, ones, adam8.Address(0, ones, 0, 0), True)
+    elif name == "noisy":
+        noise_loss.noisy_latents(*noised, True)
+    else:
+        noise_loss.noise_loss(noise, *noised, ones, None, True)
+    ((guard, tensors),) = launched
+    assert guard is not None and guard.data_ptr() in {tensor.data_ptr() for tensor in tensors}
+    assert current == [None]
 
 
 def test_triton_is_there_where_it_should_be():

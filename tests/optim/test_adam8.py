@@ -12,8 +12,9 @@ from safetensors.torch import load, save
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lowvram_db.kernels import bits
+from lowvram_db.kernels import adam8, bits
 from lowvram_db.optim.adam8 import PATIENCE, Adam8
+from lowvram_db.optim.bucket import Bucket
 from lowvram_db.optim.storage import flat
 from lowvram_db.train.checkpoint import _flatten, _unflatten
 
@@ -149,6 +150,47 @@ def test_schedules_and_groups_reach_the_update():
     assert moved == [[False, True, True], [False, True, True], [False, False, False]]
 
 
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_what_is_captured_once_and_replayed_makes_the_steps_that_come(monkeypatch, kernels):
+    """As a CUDA graph does: the first step's calls again, with the same arguments in the same memory."""
+
+    def weights_after(steps, replayed):
+        captured = []
+
+        def capturing(call):
+            def captures(*arguments):
+                captured.append(lambda: call(*arguments))
+                return call(*arguments)
+
+            return captures
+
+        generator = torch.Generator().manual_seed(0)
+        parameters = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((64, 128), (16,))]
+        optimizer = Adam8(parameters, weights="bf16", kernels=kernels)
+        grads = [torch.empty_like(p) for p in parameters]
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = 1e-2 / (step + 1)
+            for p, grad in zip(parameters, grads, strict=True):
+                grad.copy_(torch.randn(grad.shape, generator=generator))
+                p.grad = grad
+            if replayed and step:
+                optimizer.write_numbers()
+                with torch.no_grad():
+                    for call in captured:
+                        call()
+                optimizer.zero_grad()
+            with monkeypatch.context() as patch:
+                if replayed and not step:
+                    patch.setattr(adam8, "update_", capturing(adam8.update_))
+                    patch.setattr(Bucket, "update_", capturing(Bucket.update_))
+                optimizer.step()
+        return [p.detach() for p in parameters]
+
+    asked, replayed = weights_after(3, replayed=False), weights_after(3, replayed=True)
+    assert all(torch.equal(a, b) for a, b in zip(asked, replayed, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(asked, weights_after(2, replayed=False), strict=True))
+
+
 def test_a_parameter_without_a_gradient_is_left_alone():
     network = Network()
     unused = nn.Parameter(torch.ones(7))
@@ -249,6 +291,20 @@ def test_a_state_of_another_optimizer_or_shape_is_refused_by_name():
     wider = nn.Conv2d(8, 128, 3)
     with pytest.raises(ValueError, match=r"weight: this state is not Adam8's"):
         optimizer.load_state_dict(Adam8(wider.named_parameters()).state_dict())
+
+
+def test_a_state_by_its_former_names_is_taken_up():
+    network, again = Network(), Network()
+    optimizer, resumed = (Adam8(n.named_parameters(), lr=1e-3) for n in (network, again))
+    loss_of(network, 0).backward()
+    optimizer.step()
+    saved = optimizer.state_dict()
+    former = {"codes": "words", "scales": "grids"}
+    saved["state"] = {place: {former.get(k, k): v for k, v in own.items()} for place, own in saved["state"].items()}
+    assert "words" in saved["state"][0]
+    resumed.load_state_dict(saved)
+    assert torch.equal(resumed.state[again.middle.weight]["codes"], optimizer.state[network.middle.weight]["codes"])
+    assert resumed.calls == 1
 
 
 @pytest.mark.parametrize("attach", [True, False])
