@@ -18,7 +18,8 @@ from lowvram_db.errors import LESS_MEMORY, DoesNotFit, Interrupted, UserError
 from lowvram_db.families import check_trainable, open_model
 from lowvram_db.families.base import Family
 from lowvram_db.memory.budget import budget_for, cap
-from lowvram_db.memory.device import DTYPES, compute_dtype, encoder_dtype, full, pick_device, release_memory
+from lowvram_db.memory.device import DTYPES, compute_dtype, encoder_dtype, pick_device, release_memory
+from lowvram_db.memory.out_of_memory import is_out_of_memory, reason
 from lowvram_db.plan import make_plan
 from lowvram_db.plan.meter import Meter
 from lowvram_db.plan.result import Plan
@@ -72,8 +73,10 @@ def _problems_named() -> Iterator[None]:
         yield
     except KeyboardInterrupt as stop:
         raise Interrupted("stopped; finished work is kept and the same command goes on from there") from stop
-    except torch.OutOfMemoryError as error:
-        raise DoesNotFit(f"the GPU's memory is full ({full(error)}); {LESS_MEMORY}") from error
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DoesNotFit(f"memory is full ({reason(error)}); {LESS_MEMORY}") from error
 
 
 def _run(config: Config, resume: str) -> Run:

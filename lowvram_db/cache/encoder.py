@@ -13,6 +13,7 @@ from torch import Tensor
 from lowvram_db.cache.framing import to_float
 from lowvram_db.families.base import Family, Moments
 from lowvram_db.memory.device import free_bytes, peak_bytes, release_memory, reset_peak
+from lowvram_db.memory.out_of_memory import is_out_of_memory
 
 _SHARE = 0.8  # of the free memory that a batch may take: other processes want some, and so do kernels' workspaces
 _LARGEST_BATCH = 32  # beyond which a GPU gets no faster
@@ -49,7 +50,7 @@ class ImageEncoder:
     def encode(self, pixels: Tensor) -> Moments:
         """uint8 [B, 3, H, W] -> float32 moments [B, C, h, w] on the CPU; NaN or infinite where the dtype overflowed.
 
-        Raises torch.OutOfMemoryError where not even one image fits, in tiles.
+        Raises what is_out_of_memory tells where not even one image fits, in tiles.
         """
         if self._vae is None:
             self._vae = self._family.load_vae(self._dtype).to(self._device)
@@ -70,8 +71,8 @@ class ImageEncoder:
         """None where the memory is full: whoever tries again must not do it inside `except`, which keeps it full."""
         try:
             return [self._run(part) for part in pixels.split(at_once)]
-        except torch.OutOfMemoryError:
-            if at_once == 1 and self.tiled:
+        except Exception as error:
+            if not is_out_of_memory(error) or (at_once == 1 and self.tiled):
                 raise
             return None
 

@@ -4,9 +4,11 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from PIL import Image
 
 from lowvram_db.atomic import remove_leftovers
 from lowvram_db.concept import generated
@@ -15,6 +17,8 @@ from lowvram_db.config import Config
 from lowvram_db.errors import UserError
 from lowvram_db.families.base import Family
 from lowvram_db.families.draw import draw
+from lowvram_db.memory.device import release_memory
+from lowvram_db.memory.out_of_memory import is_out_of_memory
 from lowvram_db.photos import folders_below, list_photos, load_photo
 from lowvram_db.progress import Bar, say
 
@@ -159,20 +163,38 @@ def _generate(
     pipeline = family.pipeline(dtype).to(device)
     total = len(found.generated)
     with Bar("class images", total=total, done=total - len(found.missing)) as bar:
-        for first in range(0, len(found.missing), at_once):
-            numbers = found.missing[first : first + at_once]
-            images = draw(
-                pipeline,
-                prompt=[recipe.prompt] * len(numbers),
-                height=recipe.resolution,
-                width=recipe.resolution,
-                num_inference_steps=recipe.steps,
-                guidance_scale=recipe.guidance,
-                generator=[torch.Generator().manual_seed(_image_seed(recipe.seed, number)) for number in numbers],
-            )
+        left = list(found.missing)
+        while left:
+            numbers = left[:at_once]
+            images = _drawn(pipeline, recipe, numbers)
+            if images is None:
+                at_once = len(numbers) // 2
+                say(f"class images: out of memory; {at_once} at once from here on")
+                release_memory()
+                continue
             for number, image in zip(numbers, images, strict=True):
                 generated.save(image, found.generated[number], recipe)
             bar.advance(len(numbers))
+            left = left[at_once:]
+
+
+def _drawn(pipeline: Any, recipe: Recipe, numbers: list[int]) -> list[Image.Image] | None:
+    """The pictures of these numbers; None where memory does not suffice for so many: whoever tries again must not do it
+    inside `except`, which keeps it full."""
+    try:
+        return draw(
+            pipeline,
+            prompt=[recipe.prompt] * len(numbers),
+            height=recipe.resolution,
+            width=recipe.resolution,
+            num_inference_steps=recipe.steps,
+            guidance_scale=recipe.guidance,
+            generator=[torch.Generator().manual_seed(_image_seed(recipe.seed, number)) for number in numbers],
+        )
+    except Exception as error:
+        if len(numbers) == 1 or not is_out_of_memory(error):
+            raise
+        return None
 
 
 def _image_seed(seed: int, number: int) -> int:

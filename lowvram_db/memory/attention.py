@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from lowvram_db.errors import UserError
+from lowvram_db.memory.out_of_memory import is_out_of_memory
 
 _HEAD_WIDTHS = (40, 64, 80, 160)  # of Stable Diffusion 1.x and 2.x UNets; kernels give up at odd ones
 _TOLERANCE = 0.05  # relative; bf16 rounding alone stays under 0.01
@@ -44,9 +45,9 @@ def preflight(backend: str, device: torch.device, dtype: torch.dtype) -> str | N
                     return f"gives wrong results on {device} at head width {width} (relative error {error:.2g})"
     except ImportError:
         return f"is not installed (pip install {backend})"
-    except torch.OutOfMemoryError:  # a full card is not the backend's fault
-        raise
     except (RuntimeError, NotImplementedError, ValueError) as error:
+        if is_out_of_memory(error):  # a full card is not the backend's fault
+            raise
         return f"does not run on {device}: {str(error).strip().partition(chr(10))[0] or type(error).__name__}"
     return None
 

@@ -67,11 +67,6 @@ def free_bytes(device: torch.device) -> int:
     return min(free + torch.cuda.memory_reserved(device), most) - torch.cuda.memory_allocated(device)
 
 
-def full(error: torch.OutOfMemoryError) -> str:
-    """What did not fit, in torch's words, without its account of the card and what it says of its own settings."""
-    return str(error).partition(" GPU ")[0]
-
-
 def release_memory() -> None:
     """Give back what dropped networks held, on the CPU and on the GPU."""
     gc.collect()

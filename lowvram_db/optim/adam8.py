@@ -29,7 +29,6 @@ from lowvram_db.optim.storage import SMALLEST, Weights, bucket_of, flat, refuse_
 
 STREAM = 16  # of the rounding bits, apart from the streams of train/objective.py
 PATIENCE = 20  # steps in a row in which a tensor may be skipped
-RENAMED = {"words": "codes", "grids": "scales"}  # of the state, since the first checkpoints
 
 
 class Handle:
@@ -227,7 +226,7 @@ class Adam8(torch.optim.Optimizer):
         """
         saved = state_dict["state"]
         for place, (p, name) in enumerate(zip(self._places, self._names, strict=True)):
-            own, theirs = self.state[p], {RENAMED.get(key, key): v for key, v in saved.get(place, {}).items()}
+            own, theirs = self.state[p], saved.get(place, {})
             if shapes(own) != shapes(theirs):
                 raise ValueError(f"{name}: this state is not Adam8's for it: {shapes(theirs)}, not {shapes(own)}")
             for key, value in own.items():

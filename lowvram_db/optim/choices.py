@@ -60,6 +60,28 @@ def build(
     )
 
 
+def make_state(optimizer: torch.optim.Optimizer) -> None:
+    """Make the state that torch's AdamW and bitsandbytes' else make in their first step, tensor by tensor: out of
+    memory there would leave a step half done. So the first step takes what every step takes."""
+    if isinstance(optimizer, Adam8):
+        return
+    if not isinstance(optimizer, torch.optim.AdamW):
+        optimizer.check_overrides()  # type: ignore[attr-defined]  # as bitsandbytes' own step begins
+        optimizer.to_gpu()  # type: ignore[attr-defined]
+        optimizer.initialized = True  # type: ignore[attr-defined]
+    for number, group in enumerate(optimizer.param_groups):
+        for place, parameter in enumerate(group["params"]):
+            if isinstance(optimizer, torch.optim.AdamW):
+                device = parameter.device if group["fused"] else None
+                optimizer.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=device),
+                    "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                    "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                }
+            else:
+                optimizer.init_state(group, parameter, number, place)  # type: ignore[attr-defined]
+
+
 class FirstStepCheck:
     """Made before the first step, asked after it: did the weights move, and is the state as small as promised?"""
 

@@ -22,6 +22,10 @@ class LossScale:
         self._optimizer, self._dynamic = optimizer, dynamic
         self._scale, self._good_steps, self._interval = FIRST if dynamic else 1.0, 0, GROWTH_INTERVAL
 
+    def is_enabled(self) -> bool:
+        """Adam8 looks at every gradient, with or without a scale."""
+        return True
+
     def scale(self, loss: Tensor) -> Tensor:
         self._optimizer.loss_scale.fill_(self._scale)
         return loss * self._scale

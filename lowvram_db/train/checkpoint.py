@@ -21,7 +21,7 @@ from lowvram_db.config import Config
 from lowvram_db.errors import UserError
 
 _FILES = ("state.json", "optimizer.safetensors")  # beside those of the trained networks
-_FORMAT = 4  # and another one whenever what is stored changes its meaning, as adam8's words do with their code
+_FORMAT = 4  # and another one whenever what is stored changes its meaning, as adam8's codes may
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from lowvram_db.families.base import Architecture
 from lowvram_db.kernels.noise_loss import noise_loss, noisy_latents
 from lowvram_db.memory.device import compute_dtype
 from lowvram_db.optim.adam8 import Adam8
-from lowvram_db.optim.choices import build
+from lowvram_db.optim.choices import build, make_state
 from lowvram_db.optim.loss_scale import LossScale
 from lowvram_db.optim.storage import DTYPES
 from lowvram_db.train import objective
@@ -60,6 +60,7 @@ class Learner(ABC):
             device=device,
         )
         self._move_to_device()
+        make_state(self.optimizer)
         self.scaler = self._loss_scale()
 
     def _move_to_device(self) -> None:
@@ -135,7 +136,12 @@ class Learner(ABC):
         )
         return total, rows[part]
 
-    def update(self) -> None:
-        """Step the weights that backward has not stepped yet, and let the gradients go."""
-        self.scaler.step(self.optimizer)
+    def update(self, number: bool = True) -> None:
+        """Step the weights that backward has not stepped yet, and let the gradients go.
+
+        number: whether the loss was one. Where no scaler looks at every gradient, an optimizer would take one that is
+        none into the weights for good.
+        """
+        if number or self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)

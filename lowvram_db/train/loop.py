@@ -16,8 +16,9 @@ from lowvram_db.errors import LESS_MEMORY, DoesNotFit, Interrupted, UserError
 from lowvram_db.families.base import Family
 from lowvram_db.kernels.launch import runs_triton
 from lowvram_db.memory.attention import use_attention
-from lowvram_db.memory.device import full, peak_bytes, release_memory
-from lowvram_db.optim.adam8 import Adam8
+from lowvram_db.memory.device import peak_bytes, release_memory
+from lowvram_db.memory.out_of_memory import is_out_of_memory, reason
+from lowvram_db.optim.adam8 import PATIENCE, Adam8
 from lowvram_db.optim.choices import FirstStepCheck
 from lowvram_db.optim.schedule import learning_rate
 from lowvram_db.optim.storage import narrowing
@@ -51,6 +52,8 @@ class Trainer(Learner):
         except RuntimeError as error:
             raise UserError(f'kernels: {error}; use kernels = "auto"') from error
         self.batches = batches
+        self.between_steps = True  # so that all of it is of one step
+        self._losses_skipped = 0  # in a row, for they were no numbers
         self._ladder = ladder(config, family.checkpoint_steps)
         super().__init__(config, family, networks, device, strategy or without_budget(self._ladder), triton)
         self.family: Family = family
@@ -58,22 +61,29 @@ class Trainer(Learner):
 
     def train_step(self) -> objective.Loss:
         """One optimizer step on the batch that belongs to its number; where the memory does not suffice, in a smaller
-        way, and so from then on. Raises DoesNotFit where there is none."""
+        way, and so from then on. A step whose loss is no number changes nothing. Raises DoesNotFit where there is no
+        smaller way, and UserError where losses or gradients stay no numbers."""
         train = self.config.train
+        self.between_steps = False
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         loss = self._backward_that_fits()
-        self.update()
+        number = math.isfinite(loss.total.item())
+        self.update(number)
         try:
             self.scaler.update()
         except FloatingPointError as error:
             raise UserError(f"{error}; lower train.lr ({train.lr:g})") from error
         self.step += 1
-        if not math.isfinite(loss.total.item()):
+        self._losses_skipped = 0 if number else self._losses_skipped + 1
+        if self._losses_skipped == PATIENCE:
+            compute = self.config.precision.compute
+            finer = "" if compute == "fp32" else f', or use precision.compute = "fp32" (is "{compute}")'
             raise UserError(
-                f"the loss is {loss.total.item()} in step {self.step}; lower train.lr ({train.lr:g}), or use "
-                f'precision.compute = "fp32" (is "{self.config.precision.compute}")'
+                f"the loss is {loss.total.item()} in step {self.step} and the {PATIENCE - 1} before it; "
+                f"lower train.lr ({train.lr:g}){finer}"
             )
+        self.between_steps = True
         return loss
 
     def _backward_that_fits(self) -> objective.Loss:
@@ -81,27 +91,29 @@ class Trainer(Learner):
         while True:
             try:
                 return self.backward(self.batches[self.step])
-            except torch.OutOfMemoryError as error:
-                reason = full(error)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                full = reason(error)
             # Only here, outside the handler, has the failed pass let go of what it held.
-            self._step_down(reason)
+            self._step_down(full)
 
-    def _step_down(self, reason: str) -> None:
+    def _step_down(self, full: str) -> None:
         smaller = self._ladder[self._ladder.index(self.strategy) + 1 :]
         if not smaller:
-            raise DoesNotFit(f"step {self.step + 1} does not fit ({reason}); {LESS_MEMORY}")
+            raise DoesNotFit(f"step {self.step + 1} does not fit ({full}); {LESS_MEMORY}")
         moved = 0
         if isinstance(self.optimizer, Adam8):
             try:
                 moved = self.optimizer.break_off()
             except MemoryError as error:
-                raise DoesNotFit(f"step {self.step + 1} does not fit ({reason}), and {error}; {LESS_MEMORY}") from error
+                raise DoesNotFit(f"step {self.step + 1} does not fit ({full}), and {error}; {LESS_MEMORY}") from error
         else:
             self.optimizer.zero_grad(set_to_none=True)
         release_memory()
         self.use(smaller[0])
         note = f"; {moved} of {len(self.parameters)} tensors had made this step already and keep it" if moved else ""
-        say(f"step {self.step + 1}: out of memory ({reason}). Repeated, and on from here, with {smaller[0]}{note}")
+        say(f"step {self.step + 1}: out of memory ({full}). Repeated, and on from here, with {smaller[0]}{note}")
 
     def timesteps(self, rows: int) -> Tensor:
         return objective.timesteps(rows, len(self.table), self.config.train.seed, self.step)
@@ -148,8 +160,21 @@ def train(
     """Train to the last step, saving and sampling on the way; `sample` draws the grid into a path. `begins` is told of
     every phase of the plan that begins.
 
-    Raises Interrupted, after saving, when the user asks to stop; UserError when the loss is no number.
+    Raises Interrupted, after saving, when the user asks to stop; UserError as train_step does. Whatever else fails
+    between two steps, the last one is saved before.
     """
+    began = trainer.step
+    try:
+        _train(trainer, run, sample, begins)
+    except (UserError, Interrupted):
+        raise
+    except Exception:
+        if trainer.between_steps and trainer.step > began and trainer.step not in checkpoint.steps(run.checkpoints):
+            optional(partial(save_checkpoint, trainer, run), "the last step's checkpoint is")
+        raise
+
+
+def _train(trainer: Trainer, run: Run, sample: Callable[[Path], None], begins: Callable[[str], None]) -> None:
     config, steps, first = trainer.config, trainer.config.train.steps, True
     check = FirstStepCheck(config.optimizer, trainer.parameters) if trainer.step == 0 else None
     with (
@@ -210,8 +235,8 @@ def optional(work: Callable[[], None], what: str) -> None:
     try:
         work()
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        say(f"{what} left out: {reason}")
+        why = reason(error) if is_out_of_memory(error) else " ".join(str(error).split()) or type(error).__name__
+        say(f"{what} left out: {why}")
     release_memory()
 
 

@@ -62,7 +62,8 @@ class _Lines:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        numbers = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+        self._file.write(json.dumps({"step": step, **numbers}) + "\n")
         self._file.flush()
 
     def close(self) -> None:

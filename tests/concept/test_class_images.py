@@ -11,6 +11,7 @@ from PIL import Image
 from lowvram_db.concept import class_images as room
 from lowvram_db.concept.class_images import class_images
 from lowvram_db.errors import UserError
+from lowvram_db.families.draw import draw
 
 CPU = torch.device("cpu")
 
@@ -210,3 +211,19 @@ def test_a_model_that_draws_nothing_ends_the_run_before_it_trains(make, tmp_path
     with pytest.raises(UserError, match="no numbers" if "NaN" in drawn else "a single colour"):
         make()
     assert not list((tmp_path / "class").iterdir())
+
+
+def test_fewer_are_made_at_once_where_memory_is_full(make, tmp_path, monkeypatch, capfd):
+    straight, tried = pixels(make(folder=tmp_path / "straight")), []
+
+    def small(pipeline, *, prompt, **inputs):
+        tried.append(len(prompt))
+        if len(prompt) > 1:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+        return draw(pipeline, prompt=prompt, **inputs)
+
+    monkeypatch.setattr(room, "draw", small)
+    for one, other in zip(pixels(make()), straight, strict=True):
+        assert np.abs(one.astype(int) - other.astype(int)).max() <= 1  # another batch size may round differently
+    assert tried == [2, 1, 1, 1, 1, 1]
+    assert "class images: out of memory; 1 at once from here on" in capfd.readouterr().err

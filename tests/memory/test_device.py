@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lowvram_db.errors import UserError
-from lowvram_db.memory.device import compute_dtype, free_bytes, full, peak_bytes
+from lowvram_db.memory.device import compute_dtype, free_bytes, peak_bytes
 
 
 def test_peak_memory_of_the_process_grows_with_use():
@@ -30,13 +30,3 @@ def test_what_is_free_ends_at_the_allocators_cap(monkeypatch, below_torch_cuda, 
     for fraction, free in ((1.0, 11_500), (0.5, 7_500)):
         below_torch_cuda[0] = fraction
         assert free_bytes(card) == free
-
-
-def test_a_full_card_is_said_without_torchs_account_of_it():
-    """The text is that of torch 2.11 on a card of 12 GiB."""
-    error = torch.OutOfMemoryError(
-        "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 12.00 GiB of which 8.10 GiB is "
-        "free. 3.90 GiB allowed; Of the allocated memory 3.88 GiB is allocated by PyTorch, and 14.17 MiB is reserved"
-    )
-    assert full(error) == "CUDA out of memory. Tried to allocate 20.00 MiB."
-    assert full(torch.OutOfMemoryError("out of memory")) == "out of memory"

@@ -293,20 +293,6 @@ def test_a_state_of_another_optimizer_or_shape_is_refused_by_name():
         optimizer.load_state_dict(Adam8(wider.named_parameters()).state_dict())
 
 
-def test_a_state_by_its_former_names_is_taken_up():
-    network, again = Network(), Network()
-    optimizer, resumed = (Adam8(n.named_parameters(), lr=1e-3) for n in (network, again))
-    loss_of(network, 0).backward()
-    optimizer.step()
-    saved = optimizer.state_dict()
-    former = {"codes": "words", "scales": "grids"}
-    saved["state"] = {place: {former.get(k, k): v for k, v in own.items()} for place, own in saved["state"].items()}
-    assert "words" in saved["state"][0]
-    resumed.load_state_dict(saved)
-    assert torch.equal(resumed.state[again.middle.weight]["codes"], optimizer.state[network.middle.weight]["codes"])
-    assert resumed.calls == 1
-
-
 @pytest.mark.parametrize("attach", [True, False])
 @pytest.mark.parametrize("name", ["middle.weight", "norm.bias"])
 def test_gradients_that_are_no_numbers_are_counted_and_end_it_in_time(name, attach):

@@ -217,7 +217,9 @@ def test_a_loss_that_is_no_number_ends_the_run(make_config, make_trainer, tmp_pa
     config = make_config(train={"steps": 50, "lr": 1e30}, optimizer={"name": "adamw"}, checkpoint={"every": 0})
     run = Run.of(config)
     run.folder.mkdir(parents=True)
-    with pytest.raises(UserError, match=r"the loss is (nan|inf) in step \d+; lower train\.lr \(1e\+30\)"):
+    with pytest.raises(
+        UserError, match=r"the loss is (nan|inf) in step \d+ and the 19 before it; lower train\.lr \(1e\+30\)$"
+    ):
         train(make_trainer(config), run, sample=lambda path: None)
     assert not checkpoint.latest(run.checkpoints)
 
@@ -255,3 +257,58 @@ def test_the_loop_saves_samples_and_logs_when_due(make_config, make_trainer):
     assert [line["lr"] for line in lines[:3]] == [5e-5, 1e-4, 1e-4]
     assert all(line["loss"] == pytest.approx(line["instance_loss"] + line["prior_loss"]) for line in lines)
     assert list(run.tensorboard.glob("events.*"))
+
+
+def test_one_loss_that_is_no_number_changes_nothing(make_config, make_trainer, monkeypatch, tmp_path):
+    """Of any optimizer's weights and state; the run goes on, and says null in its log."""
+    for optimizer in ("adamw", "bnb-adam8", "adam8"):
+        config = make_config(optimizer={"name": optimizer}, train={"steps": 3}, output={"name": optimizer})
+        trainer, run = make_trainer(config), Run.of(config)
+        run.folder.mkdir(parents=True)
+        spoiled, denoise = [], trainer.family.denoise
+
+        def once(*inputs, trainer=trainer, spoiled=spoiled, denoise=denoise):
+            if trainer.step == 1:
+                spoiled.append({n: p.detach().clone() for n, p in trainer.denoiser.named_parameters()})
+                return denoise(*inputs) * torch.nan
+            if trainer.step == 2 and len(spoiled) == 1:
+                spoiled.append({n: p.detach().clone() for n, p in trainer.denoiser.named_parameters()})
+            return denoise(*inputs)
+
+        monkeypatch.setattr(trainer.family, "denoise", once)
+        train(trainer, run, sample=lambda path: None)
+        before, after = spoiled
+        assert all(torch.equal(tensor, after[name]) for name, tensor in before.items()), optimizer
+        losses = [json.loads(line)["loss"] for line in run.metrics.read_text().splitlines()]
+        assert [loss is None for loss in losses] == [False, True, False]
+        assert all(p.isfinite().all() for p in trainer.parameters)
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("where", ["log", "bar"])
+def test_what_fails_between_two_steps_costs_no_step(make_config, make_trainer, monkeypatch, where):
+    config = make_config(train={"steps": 5}, checkpoint={"every": 0})
+    trainer, run = make_trainer(config), Run.of(config)
+    run.folder.mkdir(parents=True)
+
+    def fail(*_, **__):
+        if trainer.step == 3:
+            raise ZeroDivisionError
+
+    monkeypatch.setattr(
+        {"log": "lowvram_db.train.loop.Metrics.log", "bar": "lowvram_db.train.loop.Bar.advance"}[where], fail
+    )
+    with pytest.raises(ZeroDivisionError):
+        train(trainer, run, sample=lambda path: None)
+    assert list(checkpoint.steps(run.checkpoints)) == [3]
+
+
+def test_what_fails_in_a_step_saves_no_half_of_it(make_config, make_trainer, monkeypatch):
+    config = make_config(train={"steps": 5}, checkpoint={"every": 0})
+    trainer, run = make_trainer(config), Run.of(config)
+    run.folder.mkdir(parents=True)
+    update = trainer.update
+    monkeypatch.setattr(trainer, "update", lambda number: 1 / 0 if trainer.step == 3 else update(number))
+    with pytest.raises(ZeroDivisionError):
+        train(trainer, run, sample=lambda path: None)
+    assert not checkpoint.steps(run.checkpoints)
