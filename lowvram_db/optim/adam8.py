@@ -82,6 +82,7 @@ class Adam8(torch.optim.Optimizer):
         self.calls = 0  # of step()
         self._micro_batches, self._max_norm, self._seed = micro_batches, max_norm, seed
         self._attached = self._measuring = False
+        self.scaled = weights == "fp16"  # whether gradients may overflow, for the loss is scaled
         self._group_of = {p: number for number, group in enumerate(self.param_groups) for p in group["params"]}
         self._places = {p: place for place, p in enumerate(self._group_of)}
         names = (group.get("param_names", [None] * len(group["params"])) for group in self.param_groups)
@@ -283,7 +284,7 @@ class Adam8(torch.optim.Optimizer):
         if grad.stride() != p.stride():
             grad = torch.empty_like(p, dtype=grad.dtype).copy_(grad)
         unscale = self._unscale()
-        if p.dtype == torch.float16:  # an overflow anywhere says that the loss scale was too large for all of it
+        if self.scaled:  # an overflow anywhere says that the loss scale was too large for all of it
             unscale = torch.where(torch.isfinite(grad).all(), unscale, math.nan)
         if self._max_norm is not None:
             self._measure(p)

@@ -20,6 +20,7 @@ class LossScale:
     def __init__(self, optimizer: Adam8, dynamic: bool) -> None:
         """dynamic: False keeps the scale at 1, for bf16 and float32."""
         self._optimizer, self._dynamic = optimizer, dynamic
+        optimizer.scaled = dynamic
         self._scale, self._good_steps, self._interval = FIRST if dynamic else 1.0, 0, GROWTH_INTERVAL
 
     def is_enabled(self) -> bool:

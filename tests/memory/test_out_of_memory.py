@@ -4,8 +4,8 @@ import torch
 from lowvram_db.memory.out_of_memory import is_out_of_memory, reason
 
 TORCHS = (
-    "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 11.75 GiB of which 6.38 MiB is free."
-    " Of the allocated memory 10 GiB is allocated by PyTorch"
+    "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 11.75 GiB of which 6.38 MiB is "
+    "free. Of the allocated memory 10 GiB is allocated by PyTorch"
 )
 # As the libraries say it, on cards and machines that were full.
 FULL = [

@@ -7,21 +7,22 @@ from lowvram_db.optim.loss_scale import FIRST, GROWTH_INTERVAL, LossScale
 
 
 def step(parameter, optimizer, scale, gradient):
-    scale.scale((parameter.float() * gradient).sum()).backward()
+    scale.scale((parameter.half().float() * gradient).sum()).backward()  # as fp16 arithmetic takes a gradient
     scale.step(optimizer)
     optimizer.zero_grad()
     scale.update()
 
 
-def fp16():
+def fp16(weights="fp16"):
     torch.manual_seed(0)
     parameter = nn.Parameter(torch.randn(64, 64))
-    optimizer = Adam8([parameter], lr=1e-3, weights="fp16")
+    optimizer = Adam8([parameter], lr=1e-3, weights=weights)
     return parameter, optimizer, LossScale(optimizer, dynamic=True)
 
 
-def test_an_overflow_skips_the_whole_tensor_and_halves_the_scale(recwarn):
-    parameter, optimizer, scale = fp16()
+@pytest.mark.parametrize("weights", ["fp16", "fp32"])
+def test_an_overflow_skips_the_whole_tensor_and_halves_the_scale(recwarn, weights):
+    parameter, optimizer, scale = fp16(weights)
     before = parameter.detach().clone()
     gradient = torch.full((64, 64), 1e-3)
     gradient[0, 0] = 10.0  # times 65,536: beyond fp16
