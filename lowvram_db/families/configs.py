@@ -19,7 +19,17 @@ _DEPTHS = (
     "num_hidden_layers",
 )
 _MOST_LATENTS = 1024  # a side
-_PARTS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
+_NETWORKS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
+NAMED_PARTS = (*_NETWORKS, "tokenizer", "scheduler")  # in model_index.json
+
+# Blocks that are called as a text-to-image UNet calls them; each has a twin on the way up. diffusers' others want more.
+_WAYS_DOWN = {
+    "DownBlock2D": "UpBlock2D",
+    "CrossAttnDownBlock2D": "CrossAttnUpBlock2D",
+    "AttnDownBlock2D": "AttnUpBlock2D",
+    "SimpleCrossAttnDownBlock2D": "SimpleCrossAttnUpBlock2D",
+    "ResnetDownsampleBlock2D": "ResnetUpsampleBlock2D",
+}
 
 # Fields of a UNet that make it want something of us that a prompt does not give, or let a part of it lie idle.
 _NOT_SERVED = {
@@ -38,12 +48,12 @@ def check_index(folder: Path) -> None:
     """Raises UserError where model_index.json names other networks than can be trained, or no scheduler."""
     path = folder / "model_index.json"
     index = read_json(path, "a model folder in diffusers' format has one")
-    for part in (*_PARTS, "tokenizer", "scheduler"):
+    for part in NAMED_PARTS:
         entry = index.get(part)
         if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(word, str) for word in entry):
             raise UserError(f"{path}: {part} should be a library and a class, and is {entry!r}")
-        if entry[1] != _PARTS.get(part, entry[1]):
-            raise UserError(f"{path}: {part} is a {entry[1]}; a {_PARTS[part]} is supported")
+        if entry[1] != _NETWORKS.get(part, entry[1]):
+            raise UserError(f"{path}: {part} is a {entry[1]}; a {_NETWORKS[part]} is supported")
 
 
 def read_config(folder: Path, part: str, network: type[Any]) -> dict[str, Any]:
@@ -89,6 +99,12 @@ def check_unet(folder: Path, unet: dict[str, Any], channels: int, text_width: in
     for key, (served, reason) in _NOT_SERVED.items():
         if unet[key] != served:
             raise UserError(f"{folder / 'unet' / 'config.json'}: {key} is {unet[key]!r}: this UNet {reason}")
+    for key, supported in (("down_block_types", [*_WAYS_DOWN]), ("up_block_types", [*_WAYS_DOWN.values()])):
+        strange = [kind for kind in unet[key] if kind not in supported]
+        if strange:
+            raise UserError(
+                f"{folder / 'unet' / 'config.json'}: {key} has {strange[0]!r}; supported: {', '.join(supported)}"
+            )
     if unet["addition_embed_type"] != addition:
         raise UserError(
             f"{folder / 'unet' / 'config.json'}: addition_embed_type is {unet['addition_embed_type']!r}, "

@@ -16,6 +16,7 @@ from lowvram_db.errors import UserError
 from lowvram_db.families.base import Architecture, Family, Moments
 from lowvram_db.families.blank import Blank, blank
 from lowvram_db.families.configs import (
+    NAMED_PARTS,
     check_index,
     check_unet,
     check_vae,
@@ -199,9 +200,10 @@ class StableDiffusion(StableDiffusionConfigs, Family):
 
     def save(self, folder: Path, dtype: torch.dtype, **trained: nn.Module) -> None:
         # Part by part: a whole pipeline beside the trained denoiser would be the most that a run ever holds.
-        without = {part: [None, None] for part in ("safety_checker", "feature_extractor")}
-        index = read_json(self.folder / "model_index.json", "it names the parts") | without
-        text = json.dumps(index | {"requires_safety_checker": False}, indent=2)
+        without: dict[str, Any] = {part: [None, None] for part in ("safety_checker", "feature_extractor")}
+        index = read_json(self.folder / "model_index.json", "it names the parts")
+        written = {key: index[key] for key in ("_class_name", *NAMED_PARTS)} | without
+        text = json.dumps(written | {"requires_safety_checker": False}, indent=2)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "model_index.json").write_text(text + "\n", encoding="utf-8")
         for part in ("scheduler", "tokenizer"):
