@@ -12,7 +12,6 @@ from lowvram_db.families.blank import Blank
 from lowvram_db.families.configs import NOT_BUILT
 from lowvram_db.families.source import naming
 
-
 _passed: set[tuple[bytes, ...]] = set()  # config files that stood the trial; a run opens its model more than once
 
 
