@@ -28,18 +28,24 @@ def check_trainable(name: str, revision: str | None = None) -> None:
 
 def open_model(name: str, revision: str | None = None) -> Family:
     """Find a model and check what it is, from its config files alone. Raises UserError naming what does not fit."""
-    family = _class_for(find_configs(name, revision), _FAMILIES, "trained")  # before gigabytes are downloaded in vain
+    configs = find_configs(name, revision)
+    family = _class_for(configs, _FAMILIES, "trained")
+    open_blank(configs)  # before gigabytes are downloaded in vain
     return family(find_model(name, revision))
 
 
 def open_blank(folder: Path) -> Blank:
     """The model whose config files are in `folder`, without its weights. Raises UserError as open_model does."""
-    return _class_for(folder, _BLANKS, "planned")(folder)
+    from lowvram_db.families.trial import try_out  # heavy as the families are
+
+    blank = _class_for(folder, _BLANKS, "planned")(folder)
+    try_out(blank)
+    return blank
 
 
 def _class_for(folder: Path, classes: dict[str, tuple[str, str]], done: str) -> Any:
     kind = read_json(folder / "model_index.json", "a model folder in diffusers' format has one").get("_class_name")
-    if kind not in classes:
+    if not isinstance(kind, str) or kind not in classes:
         raise UserError(f"{folder}: a {kind} cannot be {done} here; supported: {', '.join(classes)}")
     module, name = classes[kind]
     return getattr(import_module(f"lowvram_db.families.{module}"), name)

@@ -70,8 +70,8 @@ class Family(Architecture):
     """One model on disk."""
 
     vae_files: list[Path]  # files whose bytes decide what encode_images gives
-    model_files: list[Path]  # files whose bytes decide what the model is
     text_files: list[Path]  # files whose bytes decide what encode_prompts gives
+    model_files: list[Path]  # files whose bytes decide what the model is: all configs and weights, and the tokenizer
 
     @abstractmethod
     def encode_images(self, vae: Any, pixels: Tensor) -> Moments:

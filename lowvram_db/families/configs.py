@@ -1,50 +1,161 @@
 """Config files of the parts of a Stable Diffusion model: read, and checked against what can be trained."""
 
 import inspect
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from diffusers import DDPMScheduler
+from transformers import CLIPTextConfig
 
 from lowvram_db.errors import UserError
-from lowvram_db.families.base import NoiseSchedule
-from lowvram_db.families.source import read_json
+from lowvram_db.families.source import naming, read_json
 
-_PREDICTION_TYPES = ("epsilon", "v_prediction")
+NOT_BUILT = "no network can be made of it"
+_MOST_LAYERS = 100  # of one block or encoder; a slip of the pen would be built for hours
+_DEPTHS = (
+    "layers_per_block",
+    "transformer_layers_per_block",
+    "reverse_transformer_layers_per_block",
+    "num_hidden_layers",
+)
+_MOST_LATENTS = 1024  # a side
+_NETWORKS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
+NAMED_PARTS = (*_NETWORKS, "tokenizer", "scheduler")  # in model_index.json
+
+# Blocks that are called as a text-to-image UNet calls them; each has a twin on the way up. diffusers' others want more.
+_WAYS_DOWN = {
+    "DownBlock2D": "UpBlock2D",
+    "CrossAttnDownBlock2D": "CrossAttnUpBlock2D",
+    "AttnDownBlock2D": "AttnUpBlock2D",
+    "SimpleCrossAttnDownBlock2D": "SimpleCrossAttnUpBlock2D",
+    "ResnetDownsampleBlock2D": "ResnetUpsampleBlock2D",
+}
+
+# Fields of a UNet that make it want something of us that a prompt does not give, or let a part of it lie idle.
+_NOT_SERVED = {
+    "class_embed_type": (None, "wants class labels beside the prompt"),
+    "num_class_embeds": (None, "wants class labels beside the prompt"),
+    "encoder_hid_dim": (None, "wants other embeddings than the text encoder's"),
+    "encoder_hid_dim_type": (None, "wants other embeddings than the text encoder's"),
+    "time_cond_proj_dim": (None, "is distilled (it takes the guidance scale as an input), which training would undo"),
+    "time_embedding_type": ("positional", "embeds the time by random numbers that must not be trained"),
+    "dual_cross_attention": (False, "wants picture embeddings beside the prompt"),
+    "attention_type": ("default", "wants boxes beside the prompt"),
+}
+
+
+def check_index(folder: Path) -> None:
+    """Raises UserError where model_index.json names other networks than can be trained, or no scheduler."""
+    path = folder / "model_index.json"
+    index = read_json(path, "a model folder in diffusers' format has one")
+    for part in NAMED_PARTS:
+        entry = index.get(part)
+        if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(word, str) for word in entry):
+            raise UserError(f"{path}: {part} should be a library and a class, and is {entry!r}")
+        if entry[1] != _NETWORKS.get(part, entry[1]):
+            raise UserError(f"{path}: {part} is a {entry[1]}; a {_NETWORKS[part]} is supported")
 
 
 def read_config(folder: Path, part: str, network: type[Any]) -> dict[str, Any]:
-    """The config of a part that diffusers' class `network` makes. Raises UserError for a field that it does not know:
-    diffusers would leave it out with a warning, and build another network than the file means."""
+    """The config of a part that diffusers' class `network` makes, with its defaults where the file says nothing.
+
+    Raises UserError for a field that it does not know (diffusers would leave it out with a warning, and build another
+    network than the file means), and for a value of another kind than its default's.
+    """
     path = folder / part / "config.json"
     config = read_json(path, "a Stable Diffusion model folder has one")
-    unknown = [key for key in config if key not in inspect.signature(network).parameters and not key.startswith("_")]
-    if unknown:
-        raise UserError(f"{path}: unknown field {unknown[0]}; diffusers' {network.__name__} has none of that name")
-    return config
+    fields = {key: value for key, value in config.items() if not key.startswith("_")}
+    known = inspect.signature(network).parameters
+    for key, value in fields.items():
+        if key not in known:
+            raise UserError(f"{path}: unknown field {key}; diffusers' {network.__name__} has none of that name")
+        default, may_be_null = known[key].default, type(None) in get_args(known[key].annotation)
+        if not (default is None or (may_be_null if value is None else _is_like(value, default))):
+            raise UserError(f"{path}: {key} cannot be {value!r}; diffusers' default is {default!r}")
+    _check_depth(path, fields)
+    return {key: parameter.default for key, parameter in known.items()} | fields
 
 
-def check_unet(folder: Path, unet: dict[str, Any], channels: int, text_width: int) -> None:
-    """Raises UserError where UNet, VAE and text encoder do not belong together."""
-    takes, gives = unet.get("in_channels", 4), unet.get("out_channels", 4)
+def read_text_config(folder: Path, part: str) -> CLIPTextConfig:
+    """The config of a CLIP text encoder. Raises UserError for one that makes none."""
+    path = folder / part / "config.json"
+    config = read_json(path, "a Stable Diffusion model folder has one")
+    _check_depth(path, config)
+    with naming(path, NOT_BUILT):
+        return CLIPTextConfig(**config)
+
+
+def check_unet(folder: Path, unet: dict[str, Any], channels: int, text_width: int, addition: str | None = None) -> None:
+    """Raises UserError where UNet, VAE and text encoder do not belong together, or the UNet wants what it will not get.
+
+    addition: the kind of further embeddings that this family gives it.
+    """
+    takes, gives = unet["in_channels"], unet["out_channels"]
     if (takes, gives) != (channels, channels):
         raise UserError(
             f"{folder / 'unet'}: takes {takes} and gives {gives} channels where a text-to-image UNet has "
             f"{channels} and {channels}; inpainting and edit models cannot be trained"
         )
-    wanted = unet.get("cross_attention_dim", 1280)
-    if wanted != text_width:
+    for key, (served, reason) in _NOT_SERVED.items():
+        if unet[key] != served:
+            raise UserError(f"{folder / 'unet' / 'config.json'}: {key} is {unet[key]!r}: this UNet {reason}")
+    for key, supported in (("down_block_types", [*_WAYS_DOWN]), ("up_block_types", [*_WAYS_DOWN.values()])):
+        strange = [kind for kind in unet[key] if kind not in supported]
+        if strange:
+            raise UserError(
+                f"{folder / 'unet' / 'config.json'}: {key} has {strange[0]!r}; supported: {', '.join(supported)}"
+            )
+    if unet["addition_embed_type"] != addition:
+        raise UserError(
+            f"{folder / 'unet' / 'config.json'}: addition_embed_type is {unet['addition_embed_type']!r}, "
+            f"and this kind of model gives {addition!r}; it belongs to another kind"
+        )
+    wanted = unet["cross_attention_dim"]
+    if any(width != text_width for width in (wanted if isinstance(wanted, list) else [wanted])):
         raise UserError(
             f"{folder / 'unet'}: wants text {wanted} wide, but text_encoder/ gives {text_width}; "
             "they are of different models"
         )
 
 
-def read_schedule(folder: Path) -> NoiseSchedule:
-    """The noise schedule that stands in the model's scheduler config. Raises UserError for one we cannot train with."""
-    path = folder / "scheduler" / "scheduler_config.json"
-    settings = read_json(path, "the noise schedule and prediction type stand in it")
-    kind = settings.get("prediction_type", "epsilon")
-    if kind not in _PREDICTION_TYPES:
-        raise UserError(f"{path}: prediction_type {kind!r} is not supported; {' and '.join(_PREDICTION_TYPES)} are")
-    return NoiseSchedule(DDPMScheduler.from_config(settings).alphas_cumprod.float(), kind)
+def check_vae(folder: Path, vae: dict[str, Any]) -> None:
+    """Raises UserError for a VAE whose latents are scaled otherwise than by one factor."""
+    path = folder / "vae" / "config.json"
+    if not vae["scaling_factor"] > 0:
+        raise UserError(f"{path}: scaling_factor is {vae['scaling_factor']}, and must be above 0")
+    for key in ("shift_factor", "latents_mean", "latents_std"):
+        if vae.get(key) is not None:
+            raise UserError(f"{path}: {key} is set; Stable Diffusion's latents are only scaled")
+
+
+def latents_a_side(folder: Path, unet: dict[str, Any]) -> int:
+    """The size a UNet was made for, 64 where its config says nothing. Raises UserError where it is no square."""
+    size = 64 if unet["sample_size"] is None else unet["sample_size"]
+    height, width = size if isinstance(size, list) and len(size) == 2 else (size, size)
+    if type(height) is not int or height != width or not 0 < height <= _MOST_LATENTS:
+        raise UserError(f"{folder / 'unet' / 'config.json'}: sample_size cannot be {size!r}; SD 1.5 has 64")
+    return height
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    """Whether a value is of a default's kind, or a list of such: one for each block."""
+    if isinstance(default, tuple) and not isinstance(value, list):
+        return False
+    if isinstance(value, list):
+        kind = default[0] if isinstance(default, tuple) else default
+        return bool(value) and all(_is_like(item, kind) for item in value)
+    if isinstance(default, bool | str):
+        return isinstance(value, type(default))
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_depth(path: Path, config: dict[str, Any]) -> None:
+    for key in _DEPTHS:
+        if _largest(config.get(key)) > _MOST_LAYERS:
+            raise UserError(f"{path}: {key} is above {_MOST_LAYERS}: {config[key]}")
+
+
+def _largest(value: Any) -> float:
+    if isinstance(value, list):
+        return max(map(_largest, value), default=0)
+    return value if isinstance(value, int | float) else 0

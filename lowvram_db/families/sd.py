@@ -7,49 +7,83 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from diffusers import UNet2DConditionModel as UNet
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from lowvram_db.errors import UserError
 from lowvram_db.families.base import Architecture, Family, Moments
 from lowvram_db.families.blank import Blank, blank
-from lowvram_db.families.configs import check_unet, read_config, read_schedule
-from lowvram_db.families.source import read_json, weight_files
-from lowvram_db.families.weights import Narrow, read_narrowed
+from lowvram_db.families.configs import (
+    NAMED_PARTS,
+    check_index,
+    check_unet,
+    check_vae,
+    latents_a_side,
+    read_config,
+    read_text_config,
+)
+from lowvram_db.families.schedule import read_schedule, solver
+from lowvram_db.families.source import naming, read_json
+from lowvram_db.families.weight_files import refuse_stand_in, weight_files
+from lowvram_db.families.weights import Narrow, read_weights
+
+# What CLIPTokenizer.from_pretrained reads.
+_TOKENIZER_FILES = (
+    "added_tokens.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+)
 
 
 class StableDiffusionConfigs(Architecture):
     """What the config files of a folder that StableDiffusionPipeline loads tell."""
 
     denoiser_part = "unet"
+    addition: str | None = None  # the kind of embeddings that the UNet gets beside the prompt's
 
     def __init__(self, folder: Path):
         """Read and check the configs; no weights. Raises UserError naming the file that does not fit."""
         self.folder = folder
-        unet, vae = (read_config(folder, part, network) for part, network in (("unet", UNet), ("vae", AutoencoderKL)))
-        self._text = read_json(folder / "text_encoder" / "config.json", "a Stable Diffusion model folder has one")
-        self.latent_channels = vae.get("latent_channels", 4)
-        check_unet(folder, unet, self.latent_channels, self._text_width())
-        self.latent_side = 2 ** (len(vae["block_out_channels"]) - 1)
-        self.checkpoint_steps = 2 * len(unet["down_block_types"]) + 1
-        self.native_resolution = unet.get("sample_size", 64) * self.latent_side
-        self._scaling_factor: float = vae.get("scaling_factor", 0.18215)
-        self.side_multiple = self.latent_side * 2 ** (len(unet["block_out_channels"]) - 1)
+        check_index(folder)
+        self._unet, self._vae = (read_config(folder, *part) for part in (("unet", UNet), ("vae", AutoencoderKL)))
+        self._text = read_text_config(folder, "text_encoder")
+        self.latent_channels = self._vae["latent_channels"]
+        check_vae(folder, self._vae)
+        check_unet(folder, self._unet, self.latent_channels, self._text_width(), self.addition)
+        self.latent_side = 2 ** (len(self._vae["block_out_channels"]) - 1)
+        self.checkpoint_steps = 2 * len(self._unet["down_block_types"]) + (self._unet["mid_block_type"] is not None)
+        self.native_resolution = latents_a_side(folder, self._unet) * self.latent_side
+        self._scaling_factor: float = self._vae["scaling_factor"]
+        self.side_multiple = self.latent_side * 2 ** (len(self._unet["block_out_channels"]) - 1)
         self.noise_schedule = read_schedule(folder)
 
     def _text_width(self) -> int:
-        return self._text.get("hidden_size", 512)
+        return self._text.hidden_size
+
+    def _build_vae(self) -> Any:
+        return AutoencoderKL.from_config(self._vae)
+
+    def _build_denoiser(self) -> Any:
+        return UNet.from_config(self._unet)
+
+    def _build_text_encoder(self) -> Any:
+        return CLIPTextModel(self._text)
 
     def denoise(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Tensor) -> Tensor:
         return denoiser(latents, timesteps, encoder_hidden_states=conditioning).sample
 
     def checkpoint_blocks(self, denoiser: Any) -> list[nn.Module]:
         """The UNet's blocks from the finest on: the finer, the more bytes an activation has for the arithmetic it takes
-        to make it again. The middle one comes before the coarsest two, which are larger steps of the same kind."""
+        to make it again. The middle one comes before the coarsest two, which are larger steps of the same kind;
+        distilled UNets can be without."""
         *finer, up, down = chain.from_iterable(zip(reversed(denoiser.up_blocks), denoiser.down_blocks, strict=True))
-        return [*finer, denoiser.mid_block, up, down]
+        middle = [] if denoiser.mid_block is None else [denoiser.mid_block]
+        return [*finer, *middle, up, down]
 
 
 class BlankStableDiffusion(StableDiffusionConfigs, Blank):
@@ -57,16 +91,16 @@ class BlankStableDiffusion(StableDiffusionConfigs, Blank):
 
     def __init__(self, folder: Path):
         super().__init__(folder)
-        self.conditioning_shape = (self._text.get("max_position_embeddings", 77), self._text_width())
+        self.conditioning_shape = (self._text.max_position_embeddings, self._text_width())
 
     def load_vae(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        return blank(lambda: AutoencoderKL.from_config(AutoencoderKL.load_config(self.folder / "vae")), dtype)
+        return blank(self._build_vae, dtype)
 
     def load_denoiser(self, narrow: Narrow = lambda weight: weight) -> nn.Module:
-        return blank(lambda: UNet.from_config(UNet.load_config(self.folder / "unet")), narrow=narrow)
+        return blank(self._build_denoiser, narrow=narrow)
 
     def load_text_encoders(self, dtype: torch.dtype = torch.float32) -> dict[str, nn.Module]:
-        return {"text_encoder": blank(lambda: CLIPTextModel(CLIPTextConfig(**self._text)), dtype)}
+        return {"text_encoder": blank(self._build_text_encoder, dtype)}
 
     def conditioning(self, text_encoders: dict[str, Any], rows: int) -> Tensor:
         tokens = torch.zeros(rows, self.conditioning_shape[0], dtype=torch.int64)
@@ -79,32 +113,40 @@ class StableDiffusion(StableDiffusionConfigs, Family):
     def __init__(self, folder: Path):
         """As StableDiffusionConfigs; and see that weights and tokenizer are there."""
         super().__init__(folder)
-        self.vae_files = [folder / "vae" / "config.json", *weight_files(folder, "vae")]
-        self._tokenizer = self._load_tokenizer(self._text)
-        tokenizer_files = sorted(file for file in (folder / "tokenizer").iterdir() if file.is_file())
-        text_files = [folder / "text_encoder" / "config.json", *weight_files(folder, "text_encoder")]
-        self.text_files = text_files + tokenizer_files
-        unet_files = [folder / "unet" / "config.json", *weight_files(folder, "unet")]
+        self._weights = {part: weight_files(folder, part) for part in ("unet", "vae", "text_encoder")}
+        tokenizer_files = [folder / "tokenizer" / name for name in _TOKENIZER_FILES]
+        tokenizer_files = [file for file in tokenizer_files if file.is_file()]
+        self._tokenizer = self._load_tokenizer(tokenizer_files)
+        self.vae_files = self._files_of("vae")
+        self.text_files = [*self._files_of("text_encoder"), *tokenizer_files]
         schedule = folder / "scheduler" / "scheduler_config.json"
-        self.model_files = [*unet_files, *self.vae_files, *self.text_files, schedule]
+        self.model_files = [*self._files_of("unet"), *self.vae_files, *self.text_files, schedule]
 
-    def _load_tokenizer(self, text: dict[str, Any]) -> Any:
-        folder = self.folder / "tokenizer"
-        names = {file.name for file in folder.glob("*")}
+    def _files_of(self, part: str) -> list[Path]:
+        return [self.folder / part / "config.json", *self._weights[part]]
+
+    def _load_tokenizer(self, files: list[Path]) -> Any:
+        folder, names = self.folder / "tokenizer", {file.name for file in files}
         # transformers makes an empty tokenizer out of a folder that has none of these, and says nothing
         if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
             raise UserError(f"{folder}: holds no CLIP tokenizer (vocab.json and merges.txt, or tokenizer.json)")
-        tokenizer = CLIPTokenizer.from_pretrained(folder)
-        if len(tokenizer) > text.get("vocab_size", 49408):
+        for file in files:
+            refuse_stand_in(file)
+        with naming(folder, "its CLIP tokenizer cannot be read"):
+            tokenizer = CLIPTokenizer.from_pretrained(folder)
+            # a tokenizer whose config does not say it has no limit
+            tokenizer.model_max_length = min(tokenizer.model_max_length, self._text.max_position_embeddings)
+            tokenizer("")
+        if len(tokenizer) > self._text.vocab_size:
             raise UserError(
-                f"{folder}: has {len(tokenizer)} tokens, text_encoder/ knows {text.get('vocab_size')}; "
+                f"{folder}: has {len(tokenizer)} tokens, text_encoder/ knows {self._text.vocab_size}; "
                 "they are of different models"
             )
         return tokenizer
 
     def load_vae(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        vae = AutoencoderKL.from_pretrained(self.folder, subfolder="vae", dtype=dtype)
-        return vae.requires_grad_(False).eval()
+        vae = read_weights(self._build_vae, self._weights["vae"], lambda weight: weight.to(dtype))
+        return vae.requires_grad_(False)
 
     def encode_images(self, vae: Any, pixels: Tensor) -> Moments:
         parameter = next(vae.parameters())
@@ -116,7 +158,7 @@ class StableDiffusion(StableDiffusionConfigs, Family):
         return Moments(mean=posterior.mean.float() * self._scaling_factor, logvar=logvar + 2 * log_scale)
 
     def load_text_encoder(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        return CLIPTextModel.from_pretrained(self.folder, subfolder="text_encoder", dtype=dtype).eval()
+        return read_weights(self._build_text_encoder, self._weights["text_encoder"], lambda weight: weight.to(dtype))
 
     def check_prompts(self, prompts: list[str]) -> None:
         limit = self._tokenizer.model_max_length
@@ -137,29 +179,31 @@ class StableDiffusion(StableDiffusionConfigs, Family):
         return text_encoder(tokens.input_ids.to(device)).last_hidden_state
 
     def load_denoiser(self, narrow: Narrow = lambda weight: weight) -> nn.Module:
-        files = weight_files(self.folder, "unet")
-        if files[0].suffix == ".safetensors":
-            return read_narrowed(UNet, self.folder / "unet", files, narrow)
-        unet = UNet.from_pretrained(self.folder, subfolder="unet", dtype=torch.float32).eval()
-        for parameter in unet.parameters():
-            parameter.data = narrow(parameter.data)
-        return unet
+        return read_weights(self._build_denoiser, self._weights["unet"], narrow)
 
     def pipeline(self, dtype: torch.dtype = torch.float32, **parts: Any) -> Any:
-        if "unet" not in parts:
-            parts["unet"] = self.load_denoiser(lambda weight: weight.to(dtype))
-        parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False, **parts}
-        pipeline = StableDiffusionPipeline.from_pretrained(self.folder, dtype=dtype, **parts)
-        # The model's own schedule under a solver that needs 25-30 steps where the shipped one takes 50.
-        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+        load = {
+            "unet": lambda: self.load_denoiser(lambda weight: weight.to(dtype)),
+            "vae": lambda: self.load_vae(dtype),
+            "text_encoder": lambda: self.load_text_encoder(dtype),
+        }
+        parts |= {part: load[part]() for part in load if part not in parts}
+        pipeline = StableDiffusionPipeline(
+            **{"tokenizer": self._tokenizer, **parts},
+            scheduler=solver(self.folder),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
     def save(self, folder: Path, dtype: torch.dtype, **trained: nn.Module) -> None:
         # Part by part: a whole pipeline beside the trained denoiser would be the most that a run ever holds.
-        without = {part: [None, None] for part in ("safety_checker", "feature_extractor")}
-        index = read_json(self.folder / "model_index.json", "it names the parts") | without
-        text = json.dumps(index | {"requires_safety_checker": False}, indent=2)
+        without: dict[str, Any] = {part: [None, None] for part in ("safety_checker", "feature_extractor")}
+        index = read_json(self.folder / "model_index.json", "it names the parts")
+        written = {key: index[key] for key in ("_class_name", *NAMED_PARTS)} | without
+        text = json.dumps(written | {"requires_safety_checker": False}, indent=2)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "model_index.json").write_text(text + "\n", encoding="utf-8")
         for part in ("scheduler", "tokenizer"):

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+from transformers import CLIPTextModelWithProjection
 
 from lowvram_db.families.blank import blank
+from lowvram_db.families.configs import read_text_config
 from lowvram_db.families.sd import BlankStableDiffusion
-from lowvram_db.families.source import read_json
 
 _SIZES = 6  # numbers that tell original size, crop and target size
 
@@ -24,15 +24,17 @@ class BlankStableDiffusionXL(BlankStableDiffusion):
     conditioning: [B, tokens + 1, width], the last row the pooled embedding and the sizes, filled up with zeros.
     """
 
+    addition = "text_time"
+
     def __init__(self, folder: Path):
-        self._text_2 = read_json(folder / "text_encoder_2" / "config.json", "an SDXL model folder has one")
+        self._text_2 = read_text_config(folder, "text_encoder_2")
         super().__init__(folder)
         tokens, width = self.conditioning_shape
         self.conditioning_shape = tokens + 1, width
-        self._pooled: int = self._text_2["projection_dim"]
+        self._pooled: int = self._text_2.projection_dim
 
     def _text_width(self) -> int:
-        return super()._text_width() + self._text_2["hidden_size"]
+        return super()._text_width() + self._text_2.hidden_size
 
     def denoise(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Tensor) -> Tensor:
         text, extra = conditioning[:, :-1], conditioning[:, -1]
@@ -40,7 +42,7 @@ class BlankStableDiffusionXL(BlankStableDiffusion):
         return denoiser(latents, timesteps, encoder_hidden_states=text, added_cond_kwargs=added).sample
 
     def load_text_encoders(self, dtype: torch.dtype = torch.float32) -> dict[str, nn.Module]:
-        second = blank(lambda: CLIPTextModelWithProjection(CLIPTextConfig(**self._text_2)), dtype)
+        second = blank(lambda: CLIPTextModelWithProjection(self._text_2), dtype)
         return super().load_text_encoders(dtype) | {"text_encoder_2": second}
 
     def conditioning(self, text_encoders: dict[str, Any], rows: int) -> Tensor:

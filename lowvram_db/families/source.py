@@ -1,7 +1,11 @@
 """Where a model comes from: a local folder in diffusers' format, or a hub id that is downloaded once."""
 
 import json
+import math
 import re
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,24 +80,33 @@ def _find(name: str, revision: str | None, files: list[str]) -> Path:
 
 
 def read_json(path: Path, why: str) -> dict[str, Any]:
-    """A JSON object from a model folder. Raises UserError naming the file."""
+    """A JSON object from a model folder, every number in it finite. Raises UserError naming the file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), parse_float=_finite, parse_constant=_finite)
     except FileNotFoundError as error:
         raise UserError(f"{path}: missing; {why}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a JSON object")
     return content
 
 
-def weight_files(folder: Path, part: str) -> list[Path]:
-    """The weight files of one part of a model, safetensors before pickles. Raises UserError when there are none."""
-    for pattern in ("*.safetensors", "*.bin"):
-        files = sorted(file for file in (folder / part).glob(pattern) if ".fp16." not in file.name)
-        if files:
-            return files
-    raise UserError(
-        f"{folder / part}: no weights there (*.safetensors, other than *.fp16.*); the model folder is not complete"
-    )
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no finite number")
+    return number
+
+
+@contextmanager
+def naming(path: Path, meaning: str) -> Iterator[None]:
+    """Whatever a library raises over the content of a model's file becomes a UserError: the file, what that means, and
+    the library's words. To be used where content that nobody foresaw can end in any exception."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        words = textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
+        raise UserError(f"{path}: {meaning} ({words})") from error

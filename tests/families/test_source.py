@@ -3,7 +3,7 @@ import time
 import pytest
 
 from lowvram_db.errors import UserError
-from lowvram_db.families.source import find_model, read_json, weight_files
+from lowvram_db.families.source import find_model, read_json
 
 
 def test_a_local_folder_is_taken_as_it_is(tmp_path):
@@ -49,16 +49,3 @@ def test_json_that_is_missing_or_broken_is_named(tmp_path):
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(UserError, match="not a JSON object"):
         read_json(tmp_path / "config.json", "")
-
-
-def test_safetensors_come_before_pickles(tmp_path):
-    (tmp_path / "unet").mkdir()
-    with pytest.raises(UserError, match="unet: no weights"):
-        weight_files(tmp_path, "unet")
-    (tmp_path / "unet" / "model.fp16.safetensors").touch()
-    with pytest.raises(UserError, match=r"unet: no weights there .*other than \*\.fp16"):
-        weight_files(tmp_path, "unet")
-    (tmp_path / "unet" / "model.bin").touch()
-    assert [file.name for file in weight_files(tmp_path, "unet")] == ["model.bin"]
-    (tmp_path / "unet" / "model.safetensors").touch()
-    assert [file.name for file in weight_files(tmp_path, "unet")] == ["model.safetensors"]

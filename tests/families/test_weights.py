@@ -1,20 +1,15 @@
+import re
 import shutil
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from lowvram_db.errors import UserError
 from lowvram_db.families import open_model
 from lowvram_db.optim.adam8 import Adam8
 from lowvram_db.optim.storage import SMALLEST, narrowing
-
-
-@pytest.fixture
-def copy(miniature, tmp_path):
-    """The miniature, to be changed."""
-    return shutil.copytree(miniature, tmp_path / "model")
 
 
 def test_weights_come_as_diffusers_reads_them(family, miniature):
@@ -24,14 +19,6 @@ def test_weights_come_as_diffusers_reads_them(family, miniature):
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     for name, tensor in ours.state_dict().items():
         assert torch.equal(tensor, theirs.state_dict()[name]), name
-
-
-def test_a_model_in_half_precision_comes_in_float32(copy):
-    unet = copy / "unet" / "diffusion_pytorch_model.safetensors"
-    half = {name: tensor.half() for name, tensor in load_file(unet).items()}
-    save_file(half, unet)
-    loaded = open_model(str(copy)).load_denoiser().state_dict()
-    assert all(torch.equal(tensor, half[name].float()) for name, tensor in loaded.items())
 
 
 def test_pickled_weights_are_narrowed_too(copy, family):
@@ -59,13 +46,157 @@ def test_an_optimizer_finds_every_bit_it_keeps(family, weights):
         assert torch.equal(p, q), name
 
 
-def test_damaged_and_foreign_weights_are_named(copy):
-    unet = copy / "unet" / "diffusion_pytorch_model.safetensors"
-    tensors = load_file(unet)
-    tensors.pop("conv_in.weight")
-    save_file(tensors, unet)
-    with pytest.raises(UserError, match="unet: its weights cannot be read"):
-        open_model(str(copy)).load_denoiser()
-    unet.write_bytes(unet.read_bytes()[:1000])
-    with pytest.raises(UserError, match="unet: its weights cannot be read"):
-        open_model(str(copy)).load_denoiser()
+LOADERS = {"unet": "load_denoiser", "vae": "load_vae", "text_encoder": "load_text_encoder"}
+PARTS = sorted(LOADERS)
+
+
+def load(folder, part):
+    return getattr(open_model(str(folder)), LOADERS[part])()
+
+
+def refused(use, *how):
+    with pytest.raises(UserError) as error:
+        use(*how)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def first(tensors):
+    """A tensor's name, and the others."""
+    name = min(name for name in tensors if tensors[name].ndim == 2)
+    return name, {other: tensor for other, tensor in tensors.items() if other != name}
+
+
+CHANGES = {
+    "missing": (lambda tensor: {}, "has no tensor"),
+    "renamed": (lambda tensor: {"_orig_mod": tensor}, "has a tensor _orig_mod, which a network of config.json has not"),
+    "transposed": (lambda tensor: {"": tensor[:1].T}, "is [0-9]+ x 1, by config.json"),
+    "NaN": (lambda tensor: {"": tensor.index_fill(0, torch.tensor([1]), torch.nan)}, "not finite"),
+    "infinite": (lambda tensor: {"": tensor.index_fill(1, torch.tensor([0]), -torch.inf)}, "not finite"),
+    "too large for float32": (lambda tensor: {"": tensor.double() + 1e300}, "not finite"),
+    "8-bit": (lambda tensor: {"": tensor.to(torch.float8_e4m3fn)}, "is stored as float8_e4m3fn"),
+    "quantized": (lambda tensor: {"": tensor.to(torch.int8)}, "is stored as int8"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("part", PARTS)
+def test_a_tensor_that_is_not_what_the_config_says_is_named(copy, rewrite, part, change):
+    makes, words = CHANGES[change]
+    name = None
+
+    def spoil(tensors):
+        nonlocal name
+        name, others = first(tensors)
+        return others | {new or name: tensor for new, tensor in makes(tensors[name]).items()}
+
+    path = rewrite(part, spoil)
+    said = refused(load, copy, part)
+    assert said.startswith(f"{path}: ") and re.search(words, said)
+    assert name in said or change == "renamed"
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_damaged_files_are_named_by_all_who_read_them(copy, part, tmp_path):
+    path, family = next((copy / part).glob("*.safetensors")), open_model(str(copy))
+    whole = path.read_bytes()
+    for content in (whole[:-100], whole[:1000], b"{" + whole, bytes(2000), b"junk"):
+        path.write_bytes(content)
+        assert refused(getattr(family, LOADERS[part])).startswith(f"{path}: cannot be read; it is damaged")
+    assert refused(family.pipeline).startswith(f"{path}: cannot be read")
+    if part != "unet":
+        said = refused(lambda: family.save(tmp_path / "saved", torch.float32, unet=family.load_denoiser()))
+        assert said.startswith(f"{path}: cannot be read")
+
+
+def test_large_numbers_are_not_taken_for_infinite(copy, rewrite):
+    path = rewrite(
+        "unet", lambda tensors: tensors | {"conv_in.weight": torch.full_like(tensors["conv_in.weight"], 3e38)}
+    )
+    assert torch.equal(load(copy, "unet").conv_in.weight, load_file(path)["conv_in.weight"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("part", PARTS)
+def test_other_precisions_come_in_float32(copy, rewrite, part, dtype):
+    path = rewrite(part, lambda tensors: {name: tensor.to(dtype) for name, tensor in tensors.items()})
+    state, wanted = load(copy, part).state_dict(), load_file(path)
+    assert state.keys() == wanted.keys()
+    assert all(torch.equal(tensor, wanted[name].float()) for name, tensor in state.items())
+
+
+def test_former_names_of_attention(copy, rewrite, family):
+    """Those of the VAE files of Stable Diffusion 1.x and 2.x."""
+    former = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def rename(name):
+        for now, then in former.items():
+            name = name.replace(f"attentions.0.{now}.", f"attentions.0.{then}.")
+        return name
+
+    path = rewrite("vae", lambda tensors: {rename(name): tensor for name, tensor in tensors.items()})
+    assert sum(".proj_attn." in name for name in load_file(path)) == 4, "weights and biases of encoder and decoder"
+    theirs = AutoencoderKL.from_pretrained(copy, subfolder="vae").state_dict()
+    ours = load(copy, "vae").state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_former_names_of_the_text_encoder(copy, rewrite, family):
+    """Every name with a prefix, and the positions counted in the file."""
+    wanted = family.load_text_encoder().state_dict()
+
+    def rename(tensors):
+        counted = {"text_model.embeddings.position_ids": torch.arange(77)[None]}
+        return counted | {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in tensors.items()}
+
+    rewrite("text_encoder", rename)
+    encoder = load(copy, "text_encoder")
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in encoder.state_dict().items())
+    assert not any(tensor.is_meta for tensor in [*encoder.parameters(), *encoder.buffers()])
+    with torch.no_grad():
+        prompts = ["a ball", "a cube"]
+        ours, old = (
+            model.encode_prompts(model.load_text_encoder(), prompts) for model in (family, open_model(str(copy)))
+        )
+    assert torch.equal(ours, old)
+
+
+def test_shards_are_put_together_and_hold_each_tensor_once(copy, family):
+    folder, wanted = copy / "unet", family.load_denoiser()
+    shutil.rmtree(folder)
+    wanted.save_pretrained(folder, max_shard_size="60KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    loaded = open_model(str(copy)).load_denoiser().state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in wanted.state_dict().items())
+    one, other, *_ = sorted(folder.glob("*.safetensors"))
+    save_file(load_file(one) | load_file(other), other)
+    assert "once more" in refused(load, copy, "unet")
+
+
+def pickled(folder, part, content):
+    path = next((folder / part).glob("*.safetensors"))
+    name = "pytorch_model.bin" if part == "text_encoder" else "diffusion_pytorch_model.bin"
+    tensors = load_file(path)
+    path.unlink()
+    torch.save(content(tensors), folder / part / name)
+    return folder / part / name
+
+
+class Code:
+    """What runs when it is unpickled."""
+
+    def __reduce__(self):
+        return exec, ("raise SystemExit('code of a model file has run')",)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_pickles_are_read_and_run_nothing(copy, family, part):
+    wanted = getattr(family, LOADERS[part])().state_dict()
+    path = pickled(copy, part, lambda tensors: tensors)
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in load(copy, part).state_dict().items())
+    torch.save(wanted | {"more": Code()}, path)
+    assert re.search("wants to run .*exec is not opened", refused(load, copy, part))
+    torch.save({"state_dict": wanted}, path)
+    assert "holds other things than tensors by their names" in refused(load, copy, part)
+    path.write_bytes(path.read_bytes()[:1000])
+    assert "cannot be read; it is damaged" in refused(load, copy, part)

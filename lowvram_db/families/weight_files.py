@@ -1,0 +1,73 @@
+"""Which files hold the weights of a part: those that the format's own loader takes, and none that lie beside them."""
+
+from pathlib import Path
+from typing import Any
+
+from lowvram_db.errors import UserError
+from lowvram_db.families.source import read_json
+
+# In the order in which the loaders look: diffusers takes an index before a single file, transformers after it.
+_DIFFUSERS = (
+    "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.bin",
+    "diffusion_pytorch_model.bin.index.json",
+)
+_TRANSFORMERS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_NAMES = {"unet": _DIFFUSERS, "vae": _DIFFUSERS, "text_encoder": _TRANSFORMERS}
+_STAND_INS = {
+    b"version https://git-lfs": "is a Git LFS pointer, not the content; run `git lfs pull`, or download it again",
+    b"<!doctype html": "is a web page, not the content; download it again",
+    b"<html": "is a web page, not the content; download it again",
+}
+
+
+def weight_files(folder: Path, part: str) -> list[Path]:
+    """The weight files of a model's "unet", "vae" or "text_encoder": one file, or the shards that an index names.
+
+    Raises UserError when there are none, when a shard is missing, and for what is no weights at all.
+    """
+    found = next((folder / part / name for name in _NAMES[part] if (folder / part / name).is_file()), None)
+    if found is None:
+        single = next(name for name in _NAMES[part] if name.endswith(".safetensors"))
+        raise UserError(
+            f"{folder / part}: no weights there by the name of {single} (other names, *.fp16.* too, are not read); "
+            "the model folder is not complete"
+        )
+    files = _shards(found) if found.suffix == ".json" else [found]
+    for file in files:
+        refuse_stand_in(file)
+    return files
+
+
+def refuse_stand_in(file: Path) -> None:
+    """Raises UserError for a file that only stands where the content should be."""
+    try:
+        with file.open("rb") as opened:
+            head = opened.read(64).lstrip().lower()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+    if not head:
+        raise UserError(f"{file}: is empty; download it again")
+    for beginning, meaning in _STAND_INS.items():
+        if head.startswith(beginning):
+            raise UserError(f"{file}: {meaning}")
+
+
+def _shards(index: Path) -> list[Path]:
+    places: Any = read_json(index, "").get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise UserError(f"{index}: has no weight_map, which says where each tensor is")
+    there = {file.name for file in index.parent.iterdir() if file.is_file()}
+    names = sorted(set(map(str, places.values())))
+    for name in names:
+        if "/" in name or "\\" in name:
+            raise UserError(f"{index}: names {name!r}, a file outside its folder")
+        if name not in there:
+            raise UserError(f"{index}: names {name!r}, which is missing; download it again")
+    return [index.parent / name for name in names]
