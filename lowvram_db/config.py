@@ -171,7 +171,10 @@ class SampleConfig(_Section):
 
 
 class CheckpointConfig(_Section):
-    every: int = Field(200, ge=0, description="save every N steps, to resume from; 0: only at the end")
+    every: int | None = Field(
+        None, ge=0, description="save every N steps, to resume from; 0: only at the end; default: by minutes"
+    )
+    minutes: float = Field(10, gt=0, description="save after so many minutes of training, where every is not set")
     keep: int = Field(1, ge=1, description="how many checkpoints to keep")
 
 

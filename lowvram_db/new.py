@@ -18,7 +18,7 @@ _OFFERED = [
     "train.gradient_checkpointing", "train.text_encoder", "train.min_snr_gamma",
     "cache.dir", "precision.compute", "precision.weights", "optimizer.name", "memory.vram",
     "sample.prompts", "sample.guidance", "sample.seeds", "sample.every",
-    "checkpoint.every", "checkpoint.keep", "output.dir", "output.dtype",
+    "checkpoint.minutes", "checkpoint.every", "checkpoint.keep", "output.dir", "output.dtype",
 ]  # fmt: skip
 _EXAMPLES: dict[str, Any] = {
     "prior.images": "class_images/dog",
@@ -27,6 +27,7 @@ _EXAMPLES: dict[str, Any] = {
     "train.min_snr_gamma": 5.0,
     "memory.vram": "12GiB",
     "precision.weights": "bf16",
+    "checkpoint.every": 200,
 }  # keys without a default
 
 

@@ -7,20 +7,26 @@ all that an exact resume needs.
 import json
 import re
 import zlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lowvram_db.atomic import creating_folder, remove_folder
 from lowvram_db.config import Config
 from lowvram_db.errors import UserError
+from lowvram_db.files.reader import Reader
+from lowvram_db.files.writer import write_tensors
+from lowvram_db.optim.adam8 import Adam8
+from lowvram_db.optim.storage import shapes
 
-_FILES = ("state.json", "optimizer.safetensors")  # beside those of the trained networks
+_OPTIMIZER = "optimizer.safetensors"
+_FILES = ("state.json", _OPTIMIZER)  # beside those of the trained networks
+_METADATA = {"format": "pt"}  # which transformers wants to see in a file of weights
 _FORMAT = 4  # and another one whenever what is stored changes its meaning, as adam8's codes may
 
 
@@ -34,6 +40,17 @@ class State:
     scaler: dict[str, Any]  # torch.amp.GradScaler's state; empty where none is in use
     optimizer: dict[str, Any]  # the optimizer state's plain numbers, by flattened name
     checksums: dict[str, int]  # CRC-32 of the other files
+
+
+Files = dict[str, dict[str, Tensor]]  # tensors by their names, by the file's
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A whole checkpoint; its tensors may be those that are being trained."""
+
+    state: State
+    files: Files
 
 
 class OtherVersion(UserError):
@@ -72,26 +89,26 @@ def _step_of(checkpoint: Path) -> int | None:
         return None
 
 
-def save(
-    folder: Path,
-    state: State,
-    modules: dict[str, nn.Module],
-    optimizer: torch.optim.Optimizer,
-) -> None:
-    """Write a checkpoint into `folder`; its state's numbers of the optimizer and checksums are found here.
+def contents(state: State, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> Contents:
+    """What a checkpoint holds: live tensors, and `state` with the optimizer's plain numbers."""
+    tensors, numbers = _flatten(optimizer.state_dict()["state"])
+    files = {f"{name}.safetensors": module.state_dict() for name, module in modules.items()}
+    return Contents(replace(state, optimizer=numbers), {**files, _OPTIMIZER: tensors})
+
+
+def save(folder: Path, contents: Contents) -> None:
+    """Write a checkpoint into `folder`; its state's checksums are found here.
 
     Raises UserError when there is such a folder, or the disk is full.
     """
-    tensors, numbers = _flatten(optimizer.state_dict()["state"])
-    tensors = _apart(tensors)
     with creating_folder(folder) as temporary:
-        for name, module in modules.items():
-            save_file(module.state_dict(), temporary / f"{name}.safetensors")
-        save_file(tensors, temporary / "optimizer.safetensors")
-        checksums = {file.name: _checksum(file) for file in temporary.iterdir()}
-        state = replace(state, optimizer=numbers, checksums=checksums)
-        content = {"format": _FORMAT, **state.__dict__, "config": state.config.model_dump()}
-        (temporary / "state.json").write_text(json.dumps(content), encoding="utf-8")
+        checksums = {
+            name: write_tensors(temporary / name, tensors, metadata=_METADATA)
+            for name, tensors in contents.files.items()
+        }
+        state = replace(contents.state, checksums=checksums)
+        tree = {"format": _FORMAT, **state.__dict__, "config": state.config.model_dump()}
+        (temporary / "state.json").write_text(json.dumps(tree), encoding="utf-8")
 
 
 def read_state(folder: Path) -> State:
@@ -128,31 +145,65 @@ def _checksum(file: Path) -> int:
 
 
 def restore(folder: Path, state: State, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
-    """Copy a checkpoint's tensors into live modules and optimizer. Raises UserError for a file that does not fit."""
+    """Copy a checkpoint's tensors into live modules and optimizer, one after the other. Raises UserError for a file that
+    does not fit."""
     try:
         for name, module in modules.items():
-            _copy_weights(folder / f"{name}.safetensors", module)
-        tensors = load_file(folder / "optimizer.safetensors")
+            with Reader(folder / f"{name}.safetensors") as file, torch.no_grad():
+                for tensor_name, tensor in module.state_dict().items():
+                    tensor.copy_(file[tensor_name])
+        with Reader(folder / _OPTIMIZER) as file:
+            _take_up(optimizer, _Stored(file, state.optimizer))
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: damaged ({error})") from error
-    current = optimizer.state_dict()
-    try:
-        optimizer.load_state_dict({**current, "state": _unflatten(tensors, state.optimizer)})
     except ValueError as error:
         raise UserError(f"{folder}: {error}; start a new run with another output.name") from error
+
+
+def _take_up(optimizer: torch.optim.Optimizer, stored: Mapping[int, dict[str, Any]]) -> None:
+    """Raises ValueError for another optimizer's state."""
+    if isinstance(optimizer, Adam8):
+        optimizer.load_state_dict({"state": stored})
+        return
+    # The others' load_state_dict keeps the tensors that it is given, or a copy of all of them.
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for place, parameter in enumerate(parameters):
+        own, theirs = optimizer.state[parameter], stored.get(place, {})
+        if shapes(own) != shapes(theirs):
+            raise ValueError(f"state of parameter {place} is {shapes(theirs)}, not {shapes(own)}")
+        for key, value in theirs.items():
+            if isinstance(value, Tensor):
+                own[key].copy_(value)
+            else:
+                own[key] = value
+
+
+class _Stored(Mapping[int, dict[str, Any]]):
+    """An optimizer's state by the place of the parameter, its tensors read when they are asked for."""
+
+    def __init__(self, file: Reader, numbers: dict[str, Any]):
+        self._file, self._numbers = file, numbers
+        self._names: dict[int, dict[str, str]] = {}
+        for name in [*file.names, *numbers]:
+            place, *_, key = name.split("/")  # between them is what bitsandbytes wraps its state in
+            self._names.setdefault(int(place), {})[key] = name
+
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        numbers = self._numbers
+        names = self._names[place].items()
+        return {key: numbers[name] if name in numbers else self._file[name] for key, name in names}
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def keep_last(folder: Path, count: int) -> None:
     """Delete all but the last `count` checkpoints in a folder."""
     for old in list(steps(folder).values())[:-count]:
         remove_folder(old)
-
-
-def _copy_weights(path: Path, module: nn.Module) -> None:
-    """Tensor by tensor, so that the weights are never in memory twice."""
-    with safe_open(path, framework="pt") as file, torch.no_grad():
-        for name, tensor in module.state_dict().items():
-            tensor.copy_(file.get_tensor(name))
 
 
 def _flatten(tree: dict[Any, Any], prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -170,24 +221,3 @@ def _flatten(tree: dict[Any, Any], prefix: str = "") -> tuple[dict[str, Tensor],
         else:
             numbers[name] = value
     return tensors, numbers
-
-
-def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors that share memory (bitsandbytes' code tables), copied: safetensors writes none twice."""
-    seen: set[int] = set()
-    apart = {}
-    for name, tensor in tensors.items():
-        apart[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
-        seen.add(tensor.data_ptr())
-    return apart
-
-
-def _unflatten(tensors: dict[str, Tensor], numbers: dict[str, Any]) -> dict[int, Any]:
-    tree: dict[int, Any] = {}
-    for name, value in {**tensors, **numbers}.items():
-        index, *parents, leaf = name.split("/")
-        branch = tree.setdefault(int(index), {})
-        for parent in parents:
-            branch = branch.setdefault(parent, {})
-        branch[leaf] = value
-    return tree

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowvram_db.cache import model_digest
-from lowvram_db.config import Config
+from lowvram_db.config import CheckpointConfig, Config
 from lowvram_db.errors import LESS_MEMORY, DoesNotFit, Interrupted, UserError
 from lowvram_db.families.base import Family
 from lowvram_db.kernels.launch import runs_triton
@@ -29,6 +29,7 @@ from lowvram_db.train.batches import Batches
 from lowvram_db.train.interrupt import stop_on_request
 from lowvram_db.train.learner import Learner
 from lowvram_db.train.metrics import Metrics
+from lowvram_db.train.saving import Saver
 from lowvram_db.train.strategy import Strategy, ladder, without_budget
 
 
@@ -139,10 +140,10 @@ class Trainer(Learner):
         model = model_digest(self.family, self.batches.cached.store.catalogue)
         return {"model": [model], **self.batches.content}
 
-    def save(self, folder: Path) -> None:
-        """Write a checkpoint of the step just done into `folder`."""
+    def contents(self) -> checkpoint.Contents:
+        """A checkpoint of the step just done, made of the tensors that are being trained."""
         state = checkpoint.State(self.step, self.config, self.content, self.scaler.state_dict(), {}, {})
-        checkpoint.save(folder, state, self.modules, self.optimizer)
+        return checkpoint.contents(state, self.modules, self.optimizer)
 
     def restore(self, folder: Path) -> None:
         """Take up a checkpoint. Raises UserError where config or data are not the ones it was trained with."""
@@ -164,18 +165,27 @@ def train(
     between two steps, the last one is saved before.
     """
     began = trainer.step
-    try:
-        _train(trainer, run, sample, begins)
-    except (UserError, Interrupted):
-        raise
-    except Exception:
-        if trainer.between_steps and trainer.step > began and trainer.step not in checkpoint.steps(run.checkpoints):
-            optional(partial(save_checkpoint, trainer, run), "the last step's checkpoint is")
-        raise
+    with Saver(run, trainer.config.checkpoint.keep, trainer.device) as saver:
+        try:
+            _train(trainer, run, saver, sample, begins)
+        except (UserError, Interrupted):
+            raise
+        except Exception:
+            if trainer.between_steps and trainer.step > began:
+                optional(partial(_save_unless_saved, trainer, run, saver), "the last step's checkpoint is")
+            raise
 
 
-def _train(trainer: Trainer, run: Run, sample: Callable[[Path], None], begins: Callable[[str], None]) -> None:
-    config, steps, first = trainer.config, trainer.config.train.steps, True
+def _save_unless_saved(trainer: Trainer, run: Run, saver: Saver) -> None:
+    saver.wait()
+    if trainer.step not in checkpoint.steps(run.checkpoints):
+        saver.save(trainer.contents(), beside=False)
+
+
+def _train(
+    trainer: Trainer, run: Run, saver: Saver, sample: Callable[[Path], None], begins: Callable[[str], None]
+) -> None:
+    config, steps, first, saved_at = trainer.config, trainer.config.train.steps, True, time.monotonic()
     check = FirstStepCheck(config.optimizer, trainer.parameters) if trainer.step == 0 else None
     with (
         Metrics(run.metrics, run.tensorboard, done=trainer.step) as metrics,
@@ -207,8 +217,9 @@ def _train(trainer: Trainer, run: Run, sample: Callable[[Path], None], begins: C
                 begins("steady step")
                 first = False
             last, stopping = trainer.step == steps, stop_requested()
-            if last or stopping or _due(trainer.step, config.checkpoint.every):
-                save_checkpoint(trainer, run)
+            if last or stopping or _checkpoint_due(config.checkpoint, trainer.step, time.monotonic() - saved_at):
+                saver.save(trainer.contents(), beside=not (last or stopping))
+                saved_at = time.monotonic()
             if stopping and not last:
                 raise Interrupted(
                     f"stopped after step {trainer.step} of {steps}; saved {run.checkpoint(trainer.step)}; "
@@ -218,16 +229,6 @@ def _train(trainer: Trainer, run: Run, sample: Callable[[Path], None], begins: C
                 begins("sampling on the way")
                 optional(partial(sample, run.sample_grid(trainer.step)), f"step {trainer.step}: pictures")
                 begins("steady step")
-
-
-def save_checkpoint(trainer: Trainer, run: Run) -> None:
-    """Save the step just done and let go of the oldest; a failure names the checkpoint that is still good."""
-    good = checkpoint.latest(run.checkpoints)
-    try:
-        trainer.save(run.checkpoint(trainer.step))
-    except UserError as error:
-        raise UserError(f"{error}; the last good checkpoint is {good}" if good else str(error)) from error
-    checkpoint.keep_last(run.checkpoints, trainer.config.checkpoint.keep)
 
 
 def optional(work: Callable[[], None], what: str) -> None:
@@ -242,3 +243,8 @@ def optional(work: Callable[[], None], what: str) -> None:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def _checkpoint_due(settings: CheckpointConfig, step: int, seconds: float) -> bool:
+    """seconds: since the last one, or since this process began to train."""
+    return seconds >= 60 * settings.minutes if settings.every is None else _due(step, settings.every)

@@ -1,5 +1,6 @@
 import errno
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ import torch
 from lowvram_db.errors import UserError
 from lowvram_db.run import Run
 from lowvram_db.train import checkpoint
-from lowvram_db.train.loop import save_checkpoint
+from lowvram_db.train.saving import Saver
 
 OPTIMIZERS = ["adamw", "bnb-adam8", "adam8"]
 
@@ -30,7 +31,7 @@ def test_resumed_equals_straight(make_config, make_trainer, tmp_path, optimizer,
     straight.scaler.set_growth_interval(1)  # or fp16's loss scale would stand still for 2000 steps
     for _ in range(2):
         straight.train_step()
-    straight.save(tmp_path / "step-000002")
+    checkpoint.save(tmp_path / "step-000002", straight.contents())
     for _ in range(2):
         straight.train_step()
 
@@ -50,7 +51,7 @@ def test_saving_changes_nothing(make_config, make_trainer, tmp_path, optimizer):
     one, other = make_trainer(config), make_trainer(config)
     for step in range(3):
         one.train_step()
-        one.save(tmp_path / f"step-{step}")
+        checkpoint.save(tmp_path / f"step-{step}", one.contents())
         other.train_step()
     assert same(one, other)
 
@@ -58,8 +59,13 @@ def test_saving_changes_nothing(make_config, make_trainer, tmp_path, optimizer):
 def test_only_safe_files(make_config, make_trainer, tmp_path):
     trainer = make_trainer(make_config())
     trainer.train_step()
-    trainer.save(tmp_path / "step")
+    checkpoint.save(tmp_path / "step", trainer.contents())
     assert {path.suffix for path in (tmp_path / "step").iterdir()} == {".safetensors", ".json"}
+
+
+def save_checkpoint(trainer, run):
+    with Saver(run, trainer.config.checkpoint.keep, trainer.device) as saver:
+        saver.save(trainer.contents())
 
 
 @pytest.fixture
@@ -76,11 +82,11 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(saved, make_trainer, monkeyp
     trainer, run = saved
     trainer.train_step()
 
-    def fills_up(tensors, path):
+    def fills_up(path, *_, **__):
         path.write_bytes(b"half of it")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", fills_up)
+    monkeypatch.setattr(checkpoint, "write_tensors", fills_up)
     with pytest.raises(UserError, match=r"step-000002: the disk is full .*the last good checkpoint is .*step-000001"):
         save_checkpoint(trainer, run)
     assert [path.name for path in run.checkpoints.iterdir()] == ["step-000001"]
@@ -146,3 +152,27 @@ def test_changed_photos_are_refused(saved, make_config, make_trainer, photos, tm
     trainer.config = config
     with pytest.raises(UserError, match="was trained on other photos or another model"):
         trainer.restore(checkpoint.latest(run.checkpoints))
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells what is mapped")
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_resumed_run_leaves_its_checkpoint_alone(make_config, make_trainer, tmp_path, optimizer):
+    """No file stays mapped: Windows would not delete it. And the state stays where it is, so that a graph finds it."""
+    config = make_config(optimizer={"name": optimizer})
+    trainer = make_trainer(config)
+    trainer.train_step()
+    checkpoint.save(tmp_path / "step-000001", trainer.contents())
+    resumed = make_trainer(config)
+    before = [tensor for held in resumed.optimizer.state.values() for tensor in held.values()]
+    resumed.restore(tmp_path / "step-000001")
+    assert "step-000001" not in Path("/proc/self/maps").read_text()
+    after = [tensor for held in resumed.optimizer.state.values() for tensor in held.values()]
+    assert all(one is other for one, other in zip(before, after, strict=True) if isinstance(one, torch.Tensor))
+
+
+def test_another_optimizers_state_is_refused(saved, make_config, make_trainer):
+    _, run = saved
+    other = make_trainer(make_config(optimizer={"name": "adamw"}))
+    state = checkpoint.read_state(run.checkpoint(1))
+    with pytest.raises(UserError, match="step-000001: state of parameter 0 .*start a new run"):
+        checkpoint.restore(run.checkpoint(1), state, other.modules, other.optimizer)

@@ -1,0 +1,1 @@
+"""Tensors in safetensors files, written and read one after the other."""
