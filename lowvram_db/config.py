@@ -183,7 +183,9 @@ class OutputConfig(_Section):
     name: str = Field(
         "", pattern=r"^[\w.-]*$", description="the run's folder in it; default: the name of the TOML file"
     )
-    dtype: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="precision of the finished model on disk")
+    dtype: Literal["fp32", "fp16", "bf16"] = Field(
+        "fp16", description="precision of the finished model on disk: fp16 (what web UIs take) | bf16 | fp32"
+    )
 
 
 class Config(_Section):

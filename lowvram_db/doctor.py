@@ -12,8 +12,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
 
+from lowvram_db.memory import segments
 from lowvram_db.memory.size import gib
 
 _INSTALL_TORCH = "pip install torch --index-url https://download.pytorch.org/whl/cu128"
@@ -40,6 +42,7 @@ def examine(folder: Path) -> list[Line]:
         "bf16": _bf16,
         "attention": _attention,
         "GPU memory": _gpu_memory,
+        "RAM": _ram,
         "bitsandbytes": _bitsandbytes,
         "Triton": _triton,
         "xFormers": _xformers,
@@ -130,6 +133,15 @@ def _gpu_memory() -> Line:
         return Line("GPU memory", "absent", "no GPU")
     free, total = torch.cuda.mem_get_info()
     return Line("GPU memory", "ok", f"{gib(free)} free of {gib(total)}")
+
+
+def _ram() -> Line:
+    memory = psutil.virtual_memory()
+    detail = f"{gib(memory.available)} free of {gib(memory.total)}"
+    if not segments.under_wsl():
+        return Line("RAM", "ok", detail)
+    mend = "memory=12GB (or what you can spare) under [wsl2] in .wslconfig in your Windows user folder, wsl --shutdown"
+    return Line("RAM", "ok", f"{detail}; WSL takes half of the computer's unless it is told otherwise", mend)
 
 
 def _bitsandbytes() -> Line:

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from PIL import Image
 
@@ -20,6 +21,7 @@ from lowvram_db.families.base import Family
 from lowvram_db.memory.budget import budget_for, cap
 from lowvram_db.memory.device import DTYPES, compute_dtype, encoder_dtype, pick_device, release_memory
 from lowvram_db.memory.out_of_memory import is_out_of_memory, reason
+from lowvram_db.memory.size import gib
 from lowvram_db.plan import make_plan
 from lowvram_db.plan.meter import Meter
 from lowvram_db.plan.result import Plan
@@ -116,7 +118,14 @@ def _plan(config: Config, device: torch.device) -> Plan:
         raise DoesNotFit(does_not_fit(plan))
     cap(budget, device)
     say(f"plan: {summary(plan)}")
+    _warn_of_little_ram(plan, device)
     return plan
+
+
+def _warn_of_little_ram(plan: Plan, device: torch.device) -> None:
+    free = psutil.virtual_memory().available
+    if device.type == "cuda" and free < plan.least_ram_bytes:
+        say(f"{gib(free)} of RAM are free, and about {gib(plan.least_ram_bytes)} are wanted; close other programs")
 
 
 def _photos(config: Config, run: Run) -> list[Path]:
@@ -236,10 +245,17 @@ def _save_model(trainer: Trainer, run: Run, began_at: int) -> None:
         run.model.rename(free_name(run.folder / f"model-before-step-{trainer.step:06d}"))
     dtype = DTYPES[trainer.config.output.dtype]
     release_memory()
-    trainer.finish(dtype)
+    trainer.finish()
     release_memory()
     with creating_folder(run.model) as temporary:
-        trainer.family.save(temporary, dtype, **trainer.modules)
+        trainer.family.save(temporary, dtype, _written(trainer, run), **trainer.modules)
+
+
+def _written(trainer: Trainer, run: Run) -> dict[str, Path]:
+    """Files of the last step's checkpoint that hold what the finished model's would."""
+    if trainer.config.weights != trainer.config.output.dtype:
+        return {}
+    return {part: run.checkpoint(trainer.step) / f"{part}.safetensors" for part in trainer.modules}
 
 
 def _sample_trainer(trainer: Trainer, path: Path) -> None:

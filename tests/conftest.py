@@ -111,7 +111,7 @@ def make_config(tmp_path: Path, miniature: Path, photos: Path) -> Callable[..., 
             "precision": {"compute": "fp32"},
             "sample": {"seeds": 1, "steps": 2, "guidance": [7.0]},
             "checkpoint": {"every": 2},
-            "output": {"dir": str(tmp_path / "runs"), "name": "test"},
+            "output": {"dir": str(tmp_path / "runs"), "name": "test", "dtype": "fp32"},
         }
         tree = {name: defaults.get(name, {}) | sections.get(name, {}) for name in defaults.keys() | sections.keys()}
         return Config.model_validate(tree)

@@ -19,6 +19,14 @@ def test_this_machine_can_train(tmp_path):
     assert all(line.detail for line in lines.values())
 
 
+@pytest.mark.parametrize("release", ["6.1.0-49-amd64", "5.15.153.1-microsoft-standard-WSL2"])
+def test_wsls_half_of_the_memory_is_told_with_the_way_to_more(monkeypatch, release):
+    monkeypatch.setattr("platform.release", lambda: release)
+    line = doctor._ram()
+    assert line.state == "ok" and "free of" in line.detail
+    assert ("WSL takes half" in line.detail) == (".wslconfig" in line.mend) == ("WSL2" in release)
+
+
 def test_what_is_broken_is_named_with_its_mend_and_stops_nothing(tmp_path, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("undefined symbol: cadam8bit\nand more")

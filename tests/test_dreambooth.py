@@ -1,3 +1,4 @@
+import errno
 import gc
 import shutil
 import subprocess
@@ -170,9 +171,39 @@ def test_a_finished_run_is_left_alone(make_config, capfd):
     assert {path: path.stat().st_mtime_ns for path in run.model.rglob("*")} == before
 
 
-def test_half_precision_on_disk(make_config):
-    tensors = unet_of(run_dreambooth(make_config(output={"dtype": "fp16"})))
-    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+def test_half_precision_on_disk_is_the_default_and_rounds_once(make_config):
+    exact = unet_of(run_dreambooth(make_config(output={"name": "exact"})))
+    config = make_config()
+    by_default = type(config.output)(dir=config.output.dir, name="half")
+    tensors = unet_of(run_dreambooth(config.model_copy(update={"output": by_default})))
+    assert all(torch.equal(tensor, exact[name].half()) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_last_step_is_written_once_where_checkpoint_and_model_are_the_same(
+    make_config, monkeypatch, links, precision
+):
+    """And stays when the checkpoint goes; a disk without links has it twice."""
+
+    def no_links(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr("os.link", no_links)
+    settings = {"precision": {"compute": precision}, "train": {"text_encoder": True}, "checkpoint": {"every": 0}}
+    run = run_dreambooth(make_config(**settings, output={"dtype": precision}))
+    for part, name in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        kept, model = run.checkpoint(4) / f"{part}.safetensors", run.model / part / f"{name}.safetensors"
+        assert kept.samefile(model) == links
+        assert kept.read_bytes() == model.read_bytes()
+    before = unet_of(run)
+    longer = make_config(**settings | {"train": {"steps": 5, "text_encoder": True}}, output={"dtype": precision})
+    run_dreambooth(longer)
+    assert list(checkpoint.steps(run.checkpoints)) == [5]
+    aside = load_file(run.folder / "model-before-step-000005" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(tensor, aside[name]) for name, tensor in before.items())
+    assert not all(torch.equal(tensor, aside[name]) for name, tensor in unet_of(run).items())
 
 
 @pytest.mark.parametrize("compute", ["bf16", "fp16"])

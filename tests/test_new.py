@@ -27,12 +27,13 @@ def test_every_offered_line_is_its_default(photos, tmp_path):
     offered = load(path)
     assert (offered.prior.images, offered.train.min_snr_gamma) == ("class_images/dog", 5.0)
     assert (offered.cache.dir, offered.train.gradient_checkpointing, offered.memory.vram) == ("cache", True, "12GiB")
-    changed = ("prior", "train", "precision", "cache", "memory")
+    changed = ("prior", "train", "precision", "cache", "memory", "checkpoint")
     assert offered.model_copy(update={section: getattr(plain, section) for section in changed}) == plain
     assert offered.weights == plain.weights == "bf16"
     assert offered.prior.model_copy(update={"images": None}) == plain.prior
     assert offered.train.model_copy(update={"min_snr_gamma": None, "gradient_checkpointing": None}) == plain.train
     assert offered.cache.model_copy(update={"dir": None}) == plain.cache
+    assert offered.checkpoint.model_copy(update={"every": None}) == plain.checkpoint
 
 
 @pytest.mark.parametrize("word", ['say "hi"', "back\\slash", "naïve 🪼", "{brace"])

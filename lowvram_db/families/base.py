@@ -10,9 +10,10 @@ networks never have to sit in memory together. Tensors cross this border in the 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -97,5 +98,11 @@ class Family(Architecture):
         """A diffusers pipeline for sampling; a part given by name (or None) is used instead of being loaded."""
 
     @abstractmethod
-    def save(self, folder: Path, dtype: torch.dtype, **trained: nn.Module) -> None:
-        """Write a whole diffusers model into an empty folder: the trained parts by name, the rest as they were."""
+    def save(
+        self, folder: Path, dtype: torch.dtype, written: Mapping[str, Path] = MappingProxyType({}), **trained: nn.Module
+    ) -> None:
+        """Write a whole diffusers model into an empty folder: the trained parts by name, the rest as they were.
+
+        dtype: of each part, unless numbers in it are too large for that. written: files that hold a trained part in
+        this dtype already, by its name.
+        """

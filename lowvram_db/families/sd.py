@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from collections.abc import Callable, Mapping
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from lowvram_db.families.configs import (
     read_config,
     read_text_config,
 )
+from lowvram_db.families.finished import save_network
 from lowvram_db.families.schedule import read_schedule, solver
 from lowvram_db.families.source import naming, read_json
 from lowvram_db.families.weight_files import refuse_stand_in, weight_files
@@ -198,17 +201,19 @@ class StableDiffusion(StableDiffusionConfigs, Family):
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    def save(self, folder: Path, dtype: torch.dtype, **trained: nn.Module) -> None:
+    def save(
+        self, folder: Path, dtype: torch.dtype, written: Mapping[str, Path] = MappingProxyType({}), **trained: nn.Module
+    ) -> None:
         # Part by part: a whole pipeline beside the trained denoiser would be the most that a run ever holds.
         without: dict[str, Any] = {part: [None, None] for part in ("safety_checker", "feature_extractor")}
         index = read_json(self.folder / "model_index.json", "it names the parts")
-        written = {key: index[key] for key in ("_class_name", *NAMED_PARTS)} | without
-        text = json.dumps(written | {"requires_safety_checker": False}, indent=2)
+        kept = {key: index[key] for key in ("_class_name", *NAMED_PARTS)} | without
+        text = json.dumps(kept | {"requires_safety_checker": False}, indent=2)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "model_index.json").write_text(text + "\n", encoding="utf-8")
         for part in ("scheduler", "tokenizer"):
             shutil.copytree(self.folder / part, folder / part, copy_function=shutil.copyfile)
-        load = {"vae": self.load_vae, "text_encoder": self.load_text_encoder}
+        load: dict[str, Callable[[], nn.Module]] = {"vae": self.load_vae, "text_encoder": self.load_text_encoder}
         for part in ("unet", "text_encoder", "vae"):
-            module: Any = trained[part] if part in trained else load[part](dtype)
-            module.to(dtype=dtype).save_pretrained(folder / part, safe_serialization=True)
+            network = trained[part] if part in trained else load[part]()
+            save_network(network, folder / part, dtype, written.get(part))

@@ -38,8 +38,8 @@ def write_tensors(
 ) -> int:
     """Write tensors of any device, shape and strides by their names; returns the CRC-32 of the file.
 
-    dtype: of floating-point tensors in the file; default: each one's own. Takes less than 400 MB beside the tensors. Raises
-    KeyError for a dtype that is not in _NAMES, and OSError as the disk does.
+    dtype: of floating-point tensors in the file; default: each one's own. Takes less than 400 MB beside the tensors.
+    Raises KeyError for a dtype that is not in _NAMES, and OSError as the disk does.
     """
     dtypes = {name: (dtype or t.dtype) if t.is_floating_point() else t.dtype for name, t in tensors.items()}
     names = sorted(tensors, key=lambda name: (_PLACES[dtypes[name]], name))

@@ -24,6 +24,9 @@ CUBLAS_WORKSPACES = 2 * 32 * 2**20
 # grow SDXL at 1,024 px needed 5.5% more than its trace, with torch 2.11's allocator over a stand-in for the driver.
 MARGIN = 0.02 if segments.growing() else 0.06
 
+# Host memory of the process itself, with torch and CUDA's libraries loaded.
+RAM_WITH_CUDA = 3 * 2**30
+
 _aten = torch.ops.aten
 _CONVOLUTIONS = {_aten.convolution, _aten.convolution_backward}
 _ATTENTION_BACKWARD = {

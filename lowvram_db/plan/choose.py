@@ -34,7 +34,9 @@ def choose(config: Config, family: Blank, budget: int | None, explain: bool = Fa
     phases = [*drawn, *encoding, *training, sampling]
     fits = None if limit is None else all(phase.peak_bytes <= limit for phase in phases)
     chosen = next(rung.strategy for rung in rungs if rung.chosen)
-    plan = Plan(fits, budget, chosen, batch, phases, rungs)
+    steps = [phase for phase in training if phase.name.endswith("step")]
+    ram = predict.host_memory(steps, [*drawn, *encoding, sampling])
+    plan = Plan(fits, budget, chosen, batch, phases, rungs, *ram)
     if fits is False:
         plan.advice = list(_advice(config, family, budget, plan))
     return plan

@@ -20,7 +20,7 @@ from lowvram_db.config import Config
 from lowvram_db.families.base import Moments
 from lowvram_db.families.blank import Blank
 from lowvram_db.memory.device import DTYPES
-from lowvram_db.memory.overheads import CONTEXT, CUBLAS_WORKSPACES, temporaries
+from lowvram_db.memory.overheads import CONTEXT, CUBLAS_WORKSPACES, RAM_WITH_CUDA, temporaries
 from lowvram_db.memory.trace import TEMPORARY, Trace
 from lowvram_db.optim.adam8 import Adam8
 from lowvram_db.optim.storage import narrowing
@@ -119,7 +119,7 @@ class Rehearsal:
         phases = []
         if self._config.sample.every:
             phases.append(_sampling_on_the_way(self._config, self._family, self._learner, self._trace))
-        return [*phases, _saving(self._config, self._learner, self._trace)]
+        return [*phases, _saving(self._learner, self._trace)]
 
     def _begin_anew(self) -> None:
         optimizer = self._learner.optimizer
@@ -129,6 +129,14 @@ class Rehearsal:
         else:
             optimizer.zero_grad(set_to_none=True)
             optimizer.state.clear()
+
+
+def host_memory(training: list[Phase], others: list[Phase]) -> tuple[int, int]:
+    """Bytes of RAM that a run on a GPU takes, with and without a checkpoint's copy. The networks of a phase pass
+    through it on their way to the card, the trained ones as they are stored there."""
+    saved = max(phase.components["weights"] + phase.components["optimizer"] for phase in training)
+    loaded = max(phase.components["weights"] for phase in [*training, *others])
+    return RAM_WITH_CUDA + max(saved, loaded), RAM_WITH_CUDA + loaded
 
 
 def autocasts(config: Config) -> bool:
@@ -167,15 +175,12 @@ def _sampling_on_the_way(config: Config, family: Blank, learner: Learner, trace:
     return _phase("sampling on the way", trace, start)
 
 
-def _saving(config: Config, learner: Learner, trace: Trace) -> Phase:
-    """A checkpoint goes to the disk tensor by tensor; the finished model is first brought to its precision there."""
+def _saving(learner: Learner, trace: Trace) -> Phase:
+    """All goes to the disk tensor by tensor; the finished model's weights are float32 before, in the place of the
+    optimizer's state."""
     start = trace.mark()
-    dtype = DTYPES[config.output.dtype]
     if isinstance(learner.optimizer, Adam8):
-        learner.optimizer.finish(dtype)
-    else:
-        for parameter in learner.parameters:  # as Module.to does, which refuses fake tensors
-            parameter.data = parameter.data.to(dtype)
+        learner.optimizer.finish()
     trace.label("weights", _tensors(learner.modules.values()))
     return _phase("saving", trace, start)
 

@@ -14,7 +14,7 @@ from lowvram_db.memory import segments
 from lowvram_db.plan.result import Plan
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "bitsandbytes")
-_NO_MATTER: Any = {"subject": True, "checkpoint": True, "memory": True, "output": {"dir", "name"}}
+_NO_MATTER: Any = {"subject": True, "checkpoint": True, "memory": True, "output": True}
 _PACKAGE = Path(__file__).parents[1]
 
 

@@ -54,6 +54,8 @@ class Plan:
     prior_batch: int  # class images made at once
     phases: list[Phase]
     rungs: list[Rung]
+    ram_bytes: int = 0  # host memory of a run on a GPU, with a checkpoint's copy
+    least_ram_bytes: int = 0  # of one that waits while a checkpoint is written
     advice: list[str] = field(default_factory=list)
 
     @property
@@ -76,5 +78,7 @@ class Plan:
         phases = [Phase(**{k: v for k, v in phase.items() if k != "peak_bytes"}) for phase in tree["phases"]]
         rungs = [Rung(**{**rung, "strategy": Strategy(**rung["strategy"])}) for rung in tree["rungs"]]
         strategy = Strategy(**{key: value for key, value in tree["strategy"].items() if key != "name"})
-        known = {key: tree[key] for key in ("fits", "budget_bytes", "prior_batch", "advice")}
+        known = {
+            key: tree[key] for key in ("fits", "budget_bytes", "prior_batch", "ram_bytes", "least_ram_bytes", "advice")
+        }
         return cls(strategy=strategy, phases=phases, rungs=rungs, **known)

@@ -18,6 +18,7 @@ def show(plan: Plan, explain: bool = False, console: Console | None = None) -> N
     console.print(_phases(plan))
     console.print(_bars(plan))
     console.print(summary(plan), markup=False, highlight=False, soft_wrap=True)
+    console.print(ram(plan), markup=False, highlight=False, soft_wrap=True)
     if explain:
         console.print(_ladder(plan))
 
@@ -61,6 +62,11 @@ def summary(plan: Plan) -> str:
     if plan.budget_bytes is None:
         return f"{words}; no budget given, for example --vram 12GiB"
     return f"{words}; budget {gib(plan.budget_bytes)}"
+
+
+def ram(plan: Plan) -> str:
+    """One line: the computer's memory that a run on a GPU takes."""
+    return f"RAM with a GPU: about {gib(plan.ram_bytes)}, {gib(plan.least_ram_bytes)} without the copy of a checkpoint"
 
 
 def _ladder(plan: Plan) -> Table:

@@ -145,8 +145,8 @@ def _checksum(file: Path) -> int:
 
 
 def restore(folder: Path, state: State, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
-    """Copy a checkpoint's tensors into live modules and optimizer, one after the other. Raises UserError for a file that
-    does not fit."""
+    """Copy a checkpoint's tensors into live modules and optimizer, one after the other. Raises UserError for a file
+    that does not fit."""
     try:
         for name, module in modules.items():
             with Reader(folder / f"{name}.safetensors") as file, torch.no_grad():

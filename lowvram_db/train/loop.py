@@ -129,10 +129,10 @@ class Trainer(Learner):
         train = self.config.train
         return learning_rate(self.step, schedule=train.schedule, lr=train.lr, warmup=train.warmup, steps=train.steps)
 
-    def finish(self, dtype: torch.dtype = torch.float32) -> None:
-        """Bring the weights to dtype from what is known of them at best. There is no training after that."""
+    def finish(self) -> None:
+        """Bring the weights to float32 from what is known of them at best. There is no training after that."""
         if isinstance(self.optimizer, Adam8):
-            self.optimizer.finish(dtype)
+            self.optimizer.finish()
 
     @cached_property
     def content(self) -> dict[str, list[str]]:

@@ -87,6 +87,15 @@ def test_phases_are_all_there_in_order(planned, blank):
     assert names == ["latent encoding", "first step", "steady step", "saving", "sampling"]
 
 
+def test_host_memory_holds_what_a_checkpoint_copies_or_the_largest_network(planned, blank):
+    plan = choose(planned(train={"resolution": 64}, optimizer={"name": "adamw"}), blank, None)
+    weights = sum(p.numel() for p in blank.load_denoiser().parameters()) * 4
+    base = 3 * 2**30
+    assert plan.ram_bytes - base == pytest.approx(3 * weights, rel=0.05), "weights and two moments in float32"
+    loaded = max(phase.components["weights"] for phase in plan.phases)
+    assert plan.least_ram_bytes - base == loaded >= weights
+
+
 def test_a_plan_survives_json(planned, blank):
     plan = choose(planned(**SMALL), blank, 2**40, explain=True)
     tree = plan.to_json()

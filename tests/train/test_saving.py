@@ -1,11 +1,8 @@
-import json
 import signal
 import threading
-import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from lowvram_db.errors import Interrupted, UserError
 from lowvram_db.run import Run
@@ -103,24 +100,27 @@ def test_a_checkpoint_that_fails_beside_training_ends_it_with_the_last_good_one_
     assert trainer.step == 3, "at the next checkpoint"
 
 
-@pytest.mark.parametrize("ends", ["an error", "Ctrl-C"])
-def test_training_that_ends_meanwhile_waits_for_the_checkpoint(start, monkeypatch, ends):
+@pytest.mark.parametrize("ends", ["an error", "an error and a full disk", "Ctrl-C"])
+def test_training_that_ends_meanwhile_waits_for_the_checkpoint(start, monkeypatch, capfd, ends):
     trainer, run = start(checkpoint={"every": 2}, train={"steps": 9})
     disk = SlowDisk(monkeypatch, 2)
+    disk.fails = OSError(28, "No space left on device") if "disk" in ends else None
     step = trainer.train_step
 
     def ending():
         if trainer.step == 2:
             threading.Timer(0.2, disk.go_on.set).start()
-            if ends == "an error":
+            if "error" in ends:
                 raise UserError("the end")
             signal.raise_signal(signal.SIGINT)
         return step()
 
     monkeypatch.setattr(trainer, "train_step", ending)
-    with pytest.raises(UserError if ends == "an error" else Interrupted):
+    with pytest.raises(UserError if "error" in ends else Interrupted, match=r"^(the end|stopped after step 3 of 9)"):
         train(trainer, run, sample=lambda path: None)
-    assert list(checkpoint.steps(run.checkpoints)) == [2 if ends == "an error" else 3]
+    wanted = {"an error": [2], "an error and a full disk": [], "Ctrl-C": [3]}
+    assert list(checkpoint.steps(run.checkpoints)) == wanted[ends]
+    assert ("step-000002: the disk is full" in capfd.readouterr().err) == ("disk" in ends)
 
 
 def test_without_memory_for_the_copy_it_is_written_at_once(make_config, make_trainer, monkeypatch):

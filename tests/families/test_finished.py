@@ -1,0 +1,38 @@
+import json
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+
+from lowvram_db.families.finished import save_network
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("part", ["denoiser", "vae", "text_encoder"])
+def test_the_files_are_those_that_save_pretrained_writes(family, tmp_path, part, dtype):
+    """From a network in float32, in memory of any order."""
+    load = getattr(family, f"load_{part}")
+    save_network(load().to(memory_format=torch.channels_last), tmp_path / "ours", dtype)
+    load().to(dtype).save_pretrained(tmp_path / "theirs")
+    ours, theirs = ({path.name: path for path in (tmp_path / who).iterdir()} for who in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys()
+    for name, path in ours.items():
+        if path.suffix == ".json":
+            assert json.loads(path.read_text()) == json.loads(theirs[name].read_text())
+        else:
+            assert path.read_bytes() == theirs[name].read_bytes()
+
+
+def test_numbers_too_large_for_a_precision_are_not_lost(family, tmp_path, capfd):
+    denoiser = family.load_denoiser()
+    with torch.no_grad():
+        denoiser.conv_in.weight[0, 0, 0, 0] = 1e5
+    family.save(tmp_path / "model", torch.float16, unet=denoiser)
+    assert "unet: 1 of its tensors hold numbers too large for float16; it is saved in float32" in capfd.readouterr().err
+    saved = load_file(tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in denoiser.state_dict().items())
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "model")
+    assert pipeline.unet.dtype == torch.float32
+    files = {part: next((tmp_path / "model" / part).glob("*.safetensors")) for part in ("vae", "text_encoder")}
+    assert all(t.dtype == torch.float16 for file in files.values() for t in load_file(file).values())
