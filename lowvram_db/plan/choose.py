@@ -66,7 +66,10 @@ def _training(config: Config, family: Blank, limit: int | None, explain: bool) -
         elif limit is None:
             fits(without_budget(strategies))
         elif not fits(strategies[0]):
-            # More checkpointing never takes more memory, so the first that fits is found by bisection.
+            # Bisection: whether the rung halfway fits tells on which side of it to look on. It ends at a rung that was
+            # seen to fit, and no faster one that was looked at does. As a rule more checkpointing takes less memory and
+            # then it is the fastest of all that fit. A step can take some KiB more, for the inputs that a checkpointed
+            # block keeps until its turn; then a faster one may have been missed by as little.
             whole = [strategy for strategy in strategies if strategy.parts == 1]
             if bisect_left(whole, True, lo=1, key=fits) == len(whole):
                 any(fits(strategy) for strategy in strategies[len(whole) :])
