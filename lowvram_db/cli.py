@@ -18,6 +18,7 @@ from lowvram_db.errors import DoesNotFit, Interrupted, UserError
 from lowvram_db.memory import segments
 from lowvram_db.memory.size import parse_size
 from lowvram_db.quiet import hide_loading_bars, quiet_libraries, skip_unneeded
+from lowvram_db.streams import patient_streams
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -221,14 +222,15 @@ def main() -> None:
     """Entry point of `lowvram-db`: run a command and turn the user's errors into one line and an exit code."""
     quiet_libraries()
     segments.grow()
-    try:
-        app(standalone_mode=True)
-    except UserError as error:
-        _leave(f"error: {error}", error.exit_code, error)
-    except Interrupted as stop:
-        _leave(str(stop), stop.exit_code, stop)
-    except OSError as error:  # a disk that fails where nobody foresaw it
-        _leave(f"error: {error}", UserError.exit_code, error)
+    with patient_streams():
+        try:
+            app(standalone_mode=True)
+        except UserError as error:
+            _leave(f"error: {error}", error.exit_code, error)
+        except Interrupted as stop:
+            _leave(str(stop), stop.exit_code, stop)
+        except OSError as error:  # a disk that fails where nobody foresaw it
+            _leave(f"error: {error}", UserError.exit_code, error)
 
 
 def _leave(message: str, code: int, error: BaseException) -> None:
