@@ -59,11 +59,11 @@ def new(
     debug: Debug = False,
 ) -> None:
     """Write a short, commented config to start from."""
-    from lowvram_db.new import write_config
+    from lowvram_db.new import train_command, write_config
 
     path = Path(name if name.endswith(".toml") else f"{name}.toml")
     write_config(path, photos, class_noun, model, identifier)
-    print(f"wrote {path}; now: lowvram-db train {path}")
+    print(f"wrote {path}; now: {train_command(path)}")
 
 
 @app.command()
