@@ -4,11 +4,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from lowvram_db.config import Config, _apply
 from lowvram_db.errors import UserError
 from lowvram_db.memory.overheads import CONTEXT, CUBLAS_WORKSPACES, MARGIN
 from lowvram_db.memory.trace import OverLimit
 from lowvram_db.plan import predict
-from lowvram_db.plan.choose import _training, choose
+from lowvram_db.plan.choose import _advice, _training, choose
 from lowvram_db.plan.result import Phase, Plan
 from lowvram_db.train.strategy import ladder
 
@@ -85,6 +86,41 @@ def test_advice_that_is_followed_helps(planned, blank):
     assert plan.strategy.checkpointed == 0, "what the user fixed is not changed"
     assert "train.gradient_checkpointing = true" in plan.advice
     assert choose(planned(prior={"batch": 1}, train=fixed | {"gradient_checkpointing": True}), blank, budget).fits
+
+
+@pytest.mark.parametrize(
+    ("sections", "advice"),
+    [
+        ({"precision": {"compute": "fp32"}}, ['precision.compute = "bf16"']),
+        ({"precision": {"weights": "bf16+residual"}}, ['precision.weights = "bf16"']),
+        ({"precision": {"compute": "fp16", "weights": "fp32"}}, ['precision.weights = "fp16"']),
+        (
+            {"precision": {"compute": "fp32", "weights": "fp32"}},
+            ['precision.compute = "bf16" and precision.weights = "bf16"'],
+        ),
+        ({"optimizer": {"name": "adamw"}}, ['optimizer.name = "adam8"']),
+        (
+            {"optimizer": {"name": "adamw"}, "precision": {"weights": "fp32"}},
+            ['optimizer.name = "adam8" and precision.weights = "bf16"'],
+        ),
+        ({"optimizer": {"name": "bnb-adam8"}, "precision": {"compute": "fp32"}}, ['optimizer.name = "adam8"']),
+        ({"train": {"gradient_checkpointing": True, "batch": 1}, "prior": {"batch": 1}}, []),
+        ({"train": {"text_encoder": True, "batch": 2}}, ["train.batch = 1", "train.text_encoder = false"]),
+    ],
+)
+def test_advice_is_written_as_the_config_takes_it_and_names_nothing_that_is_so_already(
+    planned, blank, sections, advice, monkeypatch
+):
+    sections = {**sections, "train": {"resolution": 128, **sections.get("train", {})}}
+    sections["prior"] = {"batch": 1, **sections.get("prior", {})}
+    config, tried = planned(**sections), []
+    monkeypatch.setattr("lowvram_db.plan.choose._fits", lambda changed, *_: tried.append(changed) or True)
+    assert list(_advice(config, blank, 2**30)) == advice
+    for words, changed in zip(advice, tried, strict=True):
+        tree = config.model_dump(exclude_unset=True)
+        for setting in words.split(" and "):
+            _apply(tree, setting)
+        assert Config.model_validate(tree) == changed, "what was found to fit"
 
 
 def test_without_a_budget_memory_is_saved_and_nothing_claimed(planned, blank):
