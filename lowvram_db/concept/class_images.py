@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from PIL import Image
 
 from lowvram_db.atomic import remove_leftovers
@@ -17,6 +17,7 @@ from lowvram_db.config import Config
 from lowvram_db.errors import UserError
 from lowvram_db.families.base import Family
 from lowvram_db.families.draw import draw
+from lowvram_db.lock import hold
 from lowvram_db.memory.device import release_memory
 from lowvram_db.memory.out_of_memory import is_out_of_memory
 from lowvram_db.photos import folders_below, list_photos, load_photo
@@ -134,12 +135,11 @@ def _claimed(folder: Path) -> Iterator[None]:
     """Make the folder, and hold it for one process; wait where another one has it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / _LOCK)
         try:
-            lock.acquire(timeout=0)
+            lock = hold(folder / _LOCK)
         except Timeout:
             say(f"{folder}: another run is making class images there; waiting for it")
-            lock.acquire()
+            lock = hold(folder / _LOCK, timeout=-1)
     except OSError as error:
         raise UserError(f"{folder}: class images cannot be made there ({error}); change prior.images") from error
     try:
@@ -148,7 +148,8 @@ def _claimed(folder: Path) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):  # Windows deletes no open file
             (folder / _LOCK).unlink()
-        lock.release()
+        if lock:
+            lock.release()
 
 
 def _generate(

@@ -28,7 +28,9 @@ def compute_dtype(compute: str, device: torch.device) -> torch.dtype:
     """The dtype of the `precision.compute` setting. Raises UserError where the card has no such arithmetic."""
     if compute == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         name = torch.cuda.get_device_name(device)
-        raise UserError(f'precision.compute: {name} has no bf16 arithmetic; set precision.compute = "fp16"')
+        raise UserError(
+            f'precision.compute: {name} has no bf16 arithmetic; set precision.compute = "fp16", precision.weights likewise if set'
+        )
     return DTYPES[compute]
 
 

@@ -26,6 +26,7 @@ from lowvram_db.optim.adam8 import Adam8
 from lowvram_db.optim.storage import narrowing
 from lowvram_db.plan.result import Phase
 from lowvram_db.train.batches import Batch
+from lowvram_db.train.interrupt import stop_on_request
 from lowvram_db.train.learner import Learner
 from lowvram_db.train.strategy import Strategy
 
@@ -244,10 +245,11 @@ def _phase(name: str, trace: Trace, start: int = 0, flops: int = 0) -> Phase:
 
 @contextmanager
 def tracing(autocast: bool = False, optimizer: str = "adam8") -> Iterator[Trace]:
-    """Everything inside is traced and nothing computed, as a GPU would do it."""
-    trace = Trace(temporaries)
+    """Everything inside is traced and nothing computed, as a GPU would do it. Ctrl-C is heard between operations."""
     generator = torch.get_rng_state()
     with ExitStack() as stack:
+        stopping = stack.enter_context(stop_on_request())
+        trace = Trace(temporaries, stopping)
         # Checkpointing keeps the generator's state for every block, in the CPU's memory.
         stack.enter_context(patch("torch.get_rng_state", lambda: generator))
         # torch's AdamW reads its step count, a tensor, as a number; bitsandbytes computes its table of 256 codes, and
@@ -262,6 +264,8 @@ def tracing(autocast: bool = False, optimizer: str = "adam8") -> Iterator[Trace]
             for norm in ("group_norm", "layer_norm"):
                 stack.enter_context(patch.object(functional, norm, _in_float32(getattr(functional, norm))))
         yield trace
+        if stopping():
+            raise KeyboardInterrupt
 
 
 def _in_float32(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:

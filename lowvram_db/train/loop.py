@@ -73,18 +73,23 @@ class Trainer(Learner):
         try:
             self.scaler.update()
         except FloatingPointError as error:
-            raise UserError(f"{error}; lower train.lr ({train.lr:g})") from error
+            raise UserError(f"{error}; {self._gentler()}") from error
         self.step += 1
         self._losses_skipped = 0 if number else self._losses_skipped + 1
         if self._losses_skipped == PATIENCE:
-            compute = self.config.precision.compute
-            finer = "" if compute == "fp32" else f', or use precision.compute = "fp32" (is "{compute}")'
             raise UserError(
-                f"the loss is {loss.total.item()} in step {self.step} and the {PATIENCE - 1} before it; "
-                f"lower train.lr ({train.lr:g}){finer}"
+                f"the loss is {loss.total.item()} in step {self.step} and the {PATIENCE - 1} before it; {self._gentler()}"
             )
         self.between_steps = True
         return loss
+
+    def _gentler(self) -> str:
+        """What to change where training has gone astray; a run that has begun keeps these settings."""
+        config = self.config
+        finer = ' or set precision.compute = "fp32"' if config.precision.compute != "fp32" else ""
+        if finer and config.precision.weights not in (None, "fp32"):
+            finer += ", leaving out precision.weights"
+        return f"in a new run (another output.name) lower train.lr (is {config.train.lr:g}){finer}"
 
     def _backward_that_fits(self) -> objective.Loss:
         """backward(), repeated one rung further down the ladder for as long as it runs out of memory."""

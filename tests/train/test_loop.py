@@ -218,7 +218,8 @@ def test_a_loss_that_is_no_number_ends_the_run(make_config, make_trainer, tmp_pa
     run = Run.of(config)
     run.folder.mkdir(parents=True)
     with pytest.raises(
-        UserError, match=r"the loss is (nan|inf) in step \d+ and the 19 before it; lower train\.lr \(1e\+30\)$"
+        UserError,
+        match=r"the loss is (nan|inf) in step \d+ and the 19 before it; in a new run .* lower train\.lr \(is 1e\+30\)$",
     ):
         train(make_trainer(config), run, sample=lambda path: None)
     assert not checkpoint.latest(run.checkpoints)
