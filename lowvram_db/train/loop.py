@@ -63,7 +63,6 @@ class Trainer(Learner):
         """One optimizer step on the batch that belongs to its number; where the memory does not suffice, in a smaller
         way, and so from then on. A step whose loss is no number changes nothing. Raises DoesNotFit where there is no
         smaller way, and UserError where losses or gradients stay no numbers."""
-        train = self.config.train
         self.between_steps = False
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
@@ -77,9 +76,8 @@ class Trainer(Learner):
         self.step += 1
         self._losses_skipped = 0 if number else self._losses_skipped + 1
         if self._losses_skipped == PATIENCE:
-            raise UserError(
-                f"the loss is {loss.total.item()} in step {self.step} and the {PATIENCE - 1} before it; {self._gentler()}"
-            )
+            said = f"the loss is {loss.total.item()} in step {self.step} and the {PATIENCE - 1} before it"
+            raise UserError(f"{said}; {self._gentler()}")
         self.between_steps = True
         return loss
 
