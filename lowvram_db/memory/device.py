@@ -29,8 +29,8 @@ def compute_dtype(compute: str, device: torch.device) -> torch.dtype:
     if compute == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         name = torch.cuda.get_device_name(device)
         raise UserError(
-            f'precision.compute: {name} has no bf16 arithmetic; set precision.compute = "fp16", and leave out or change '
-            "precision.weights"
+            f'precision.compute: {name} has no bf16 arithmetic; set precision.compute = "fp16", and leave '
+            "precision.weights out"
         )
     return DTYPES[compute]
 
