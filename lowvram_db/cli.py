@@ -100,7 +100,7 @@ def plan(
 ) -> None:
     """Tell whether a run fits, before anything is downloaded; needs neither weights nor a GPU."""
     settings = load(config, [*(overrides or []), *_vram_override(vram)])
-    skip_unneeded("peft", *([] if settings.optimizer.name == "bnb-adam8" else ["bitsandbytes"]))
+    skip_unneeded(*{"peft", "bitsandbytes"}.difference(settings.optimizer.kind.packages))
     from lowvram_db.plan import make_plan
     from lowvram_db.plan.show import does_not_fit, show
 

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from lowvram_db import folder_name, toml_text
 from lowvram_db.errors import UserError
 from lowvram_db.memory.size import parse_size
+from lowvram_db.optim.kinds import KINDS, Kind, Name
 
 
 class _Section(BaseModel):
@@ -148,13 +149,18 @@ class CacheConfig(_Section):
 
 
 class OptimizerConfig(_Section):
-    name: Literal["adam8", "bnb-adam8", "adamw"] = Field(
+    name: Name = Field(
         "adam8", description="adam8 (16 bits of state, steps inside backward) | bnb-adam8 (bitsandbytes) | adamw (fp32)"
     )
     beta1: Fraction = Field(0.9, description="decay of the first moment")
     beta2: Fraction = Field(0.999, description="decay of the second moment")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay")
+
+    @property
+    def kind(self) -> Kind:
+        """What the optimizer of this name can do."""
+        return KINDS[self.name]
 
 
 class MemoryConfig(_Section):
@@ -222,7 +228,7 @@ class Config(_Section):
     @property
     def weights(self) -> Literal["bf16", "bf16+residual", "fp16", "fp32"]:
         """How the weights are stored in training."""
-        default = self.precision.compute if self.optimizer.name == "adam8" else "fp32"
+        default = self.precision.compute if self.optimizer.kind.stores_weights else "fp32"
         return self.precision.weights or default
 
     def fill(self, template: str) -> str:
@@ -237,7 +243,7 @@ class Config(_Section):
     def _weights_can_be_stepped(self) -> "Config":
         if self.weights == "fp32":
             return self
-        if self.optimizer.name != "adam8":
+        if not self.optimizer.kind.stores_weights:
             raise ValueError(
                 f'precision.weights: {self.weights} weights need optimizer.name = "adam8"; '
                 f"{self.optimizer.name} would lose most updates in rounding; leave precision.weights out"

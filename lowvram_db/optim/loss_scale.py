@@ -1,11 +1,11 @@
-"""The loss scale of an Adam8, which steps inside backward, with the methods of torch.amp.GradScaler."""
+"""The loss scale of an optimizer that steps inside backward, with the methods of torch.amp.GradScaler."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowvram_db.optim.adam8 import Adam8
+from lowvram_db.optim.kinds import StepsInBackward
 
 FIRST = 2.0**16
 GROWTH_INTERVAL = 2000  # steps without an overflow after which it doubles
@@ -17,14 +17,14 @@ class LossScale:
     A tensor with an overflow in its gradient is left as it was, the others are stepped; the scale is then halved.
     """
 
-    def __init__(self, optimizer: Adam8, dynamic: bool) -> None:
+    def __init__(self, optimizer: StepsInBackward, dynamic: bool) -> None:
         """dynamic: False keeps the scale at 1, for bf16 and float32."""
         self._optimizer, self._dynamic = optimizer, dynamic
         optimizer.scaled = dynamic
         self._scale, self._good_steps, self._interval = FIRST if dynamic else 1.0, 0, GROWTH_INTERVAL
 
     def is_enabled(self) -> bool:
-        """Adam8 looks at every gradient, with or without a scale."""
+        """Such an optimizer looks at every gradient, with or without a scale."""
         return True
 
     def scale(self, loss: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ class LossScale:
         optimizer.step()
 
     def update(self) -> None:
-        """Raises FloatingPointError where gradients stay non-finite (see Adam8.count_skipped)."""
+        """Raises FloatingPointError where gradients stay non-finite (see StepsInBackward.count_skipped)."""
         skipped = self._optimizer.count_skipped()
         if not self._dynamic:
             return

@@ -173,7 +173,7 @@ def _smaller_ways(config: Config) -> Iterator[_Change]:
         yield {"train": {"gradient_checkpointing": True}}
     if config.train.batch > 1:
         yield {"train": {"batch": 1}}
-    if config.optimizer.name != "adam8":
+    if not config.optimizer.kind.stores_weights:
         yield {"optimizer": {"name": "adam8"}, "precision": _all_in(config, compute)}
     elif config.weights in ("fp32", "bf16+residual"):
         yield {"precision": _all_in(config, "bf16" if compute == "fp32" else compute)}

@@ -22,7 +22,7 @@ from lowvram_db.families.blank import Blank
 from lowvram_db.memory.device import DTYPES
 from lowvram_db.memory.overheads import CONTEXT, CUBLAS_WORKSPACES, temporaries
 from lowvram_db.memory.trace import TEMPORARY, Trace
-from lowvram_db.optim.adam8 import Adam8
+from lowvram_db.optim.kinds import StepsInBackward
 from lowvram_db.optim.storage import narrowing
 from lowvram_db.plan.result import Phase
 from lowvram_db.train.batches import Batch
@@ -124,12 +124,11 @@ class Rehearsal:
 
     def _begin_anew(self) -> None:
         optimizer = self._learner.optimizer
-        if isinstance(optimizer, Adam8):  # whose state is there from the beginning
+        if isinstance(optimizer, StepsInBackward):
             optimizer.break_off()
             optimizer.step()
         else:
             optimizer.zero_grad(set_to_none=True)
-            optimizer.state.clear()
 
 
 def autocasts(config: Config) -> bool:
@@ -172,7 +171,7 @@ def _saving(config: Config, learner: Learner, trace: Trace) -> Phase:
     """A checkpoint goes to the disk tensor by tensor; the finished model is first brought to its precision there."""
     start = trace.mark()
     dtype = DTYPES[config.output.dtype]
-    if isinstance(learner.optimizer, Adam8):
+    if isinstance(learner.optimizer, StepsInBackward):
         learner.optimizer.finish(dtype)
     else:
         for parameter in learner.parameters:  # as Module.to does, which refuses fake tensors

@@ -14,8 +14,8 @@ from lowvram_db.config import Config
 from lowvram_db.families.base import Architecture
 from lowvram_db.kernels.noise_loss import noise_loss, noisy_latents
 from lowvram_db.memory.device import compute_dtype
-from lowvram_db.optim.adam8 import Adam8
 from lowvram_db.optim.choices import build, make_state
+from lowvram_db.optim.kinds import StepsInBackward
 from lowvram_db.optim.loss_scale import LossScale
 from lowvram_db.optim.storage import DTYPES
 from lowvram_db.train import objective
@@ -45,7 +45,7 @@ class Learner(ABC):
         self.modules = {name: network.requires_grad_().train() for name, network in networks.items()}
         self.denoiser: Any = self.modules[family.denoiser_part]
         self.text_encoder: Any = self.modules.get("text_encoder")
-        if config.optimizer.name != "adam8":  # which brings each weight there by itself, in its final size
+        if not config.optimizer.kind.stores_weights:  # else it brings each there by itself, in its final size
             self._move_to_device()
         self.use(strategy)
         named = {f"{part}.{name}": p for part, module in self.modules.items() for name, p in module.named_parameters()}
@@ -81,7 +81,7 @@ class Learner(ABC):
             self.text_encoder.gradient_checkpointing_disable()
 
     def _loss_scale(self) -> LossScale | torch.amp.GradScaler:
-        if not isinstance(self.optimizer, Adam8):
+        if not isinstance(self.optimizer, StepsInBackward):
             return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.optimizer.attach()
         return LossScale(self.optimizer, dynamic=self.dtype == torch.float16)

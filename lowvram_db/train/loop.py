@@ -18,8 +18,9 @@ from lowvram_db.kernels.launch import runs_triton
 from lowvram_db.memory.attention import use_attention
 from lowvram_db.memory.device import peak_bytes, release_memory
 from lowvram_db.memory.out_of_memory import is_out_of_memory, reason
-from lowvram_db.optim.adam8 import PATIENCE, Adam8
+from lowvram_db.optim.adam8 import PATIENCE
 from lowvram_db.optim.choices import FirstStepCheck
+from lowvram_db.optim.kinds import StepsInBackward
 from lowvram_db.optim.schedule import learning_rate
 from lowvram_db.optim.storage import narrowing
 from lowvram_db.progress import Bar, say
@@ -106,7 +107,7 @@ class Trainer(Learner):
         if not smaller:
             raise DoesNotFit(f"step {self.step + 1} does not fit ({full}); {LESS_MEMORY}")
         moved = 0
-        if isinstance(self.optimizer, Adam8):
+        if isinstance(self.optimizer, StepsInBackward):
             try:
                 moved = self.optimizer.break_off()
             except MemoryError as error:
@@ -133,7 +134,7 @@ class Trainer(Learner):
 
     def finish(self, dtype: torch.dtype = torch.float32) -> None:
         """Bring the weights to dtype from what is known of them at best. There is no training after that."""
-        if isinstance(self.optimizer, Adam8):
+        if isinstance(self.optimizer, StepsInBackward):
             self.optimizer.finish(dtype)
 
     @cached_property
