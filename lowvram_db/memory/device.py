@@ -5,6 +5,7 @@ import gc
 import sys
 
 import torch
+from torch import Tensor
 
 from lowvram_db.errors import UserError
 from lowvram_db.memory import segments
@@ -38,6 +39,12 @@ def encoder_dtype(setting: str, compute: str, device: torch.device) -> torch.dty
     if setting == "auto":
         setting = "fp16" if device.type == "cuda" and compute != "fp32" else "fp32"
     return DTYPES[setting]
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device, by a copy that neither waits for the kernels before it nor is waited for."""
+    # The allocator of pinned memory hands out no block again before the copy that reads it is done.
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def reset_peak(device: torch.device) -> None:
