@@ -30,6 +30,7 @@ class StepsInBackward(Protocol):
     """What an optimizer offers beside torch's own methods when its kind steps in backward."""
 
     loss_scale: Any  # float32 [1]: what the loss is multiplied with before backward
+    skipped: Any  # int32 [4], on the device: what a step has skipped
     scaled: bool  # whether it may be other than 1; an overflow then leaves the whole tensor as it was
 
     def attach(self) -> Any:
@@ -39,9 +40,9 @@ class StepsInBackward(Protocol):
         """After a backward that failed halfway: let the next one make the rest of the same step. Returns how many
         parameters have moved. Raises MemoryError where one was left half stepped."""
 
-    def count_skipped(self) -> int:
-        """How many tensors stayed as they were since the last call, for a gradient was not finite. Raises
-        FloatingPointError where that goes on."""
+    def check_skipped(self, skipped: list[int]) -> int:
+        """How many tensors a step left as they were, for a gradient was not finite: by what `skipped` held after it.
+        Raises FloatingPointError where that goes on."""
 
     def finish(self, dtype: Any) -> None:
         """Bring the weights to dtype from what is known of them at best, and let the state go."""

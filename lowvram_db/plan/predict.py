@@ -137,9 +137,9 @@ def autocasts(config: Config) -> bool:
 
 def _step(learner: "BlankLearner", batch: Batch, trace: Trace, name: str) -> Phase:
     start, before = trace.mark(), trace.flops
-    learner.backward(batch)
+    loss = learner.backward(batch)
     trace.label("gradients", [p.grad for p in learner.parameters if p.grad is not None])
-    learner.update()
+    learner.update(loss.total)
     trace.label("optimizer", state(learner.optimizer))
     return _phase(name, trace, start, flops=trace.flops - before)
 
@@ -196,6 +196,9 @@ class BlankLearner(Learner):
             return self.family.conditioning({"text_encoder": self.text_encoder}, len(prompts))
         return torch.empty(len(prompts), *self.family.conditioning_shape)
 
+    def is_number(self, loss: Tensor) -> bool:
+        return True
+
     def _loss_scale(self) -> Any:
         scaler = super()._loss_scale()
         # torch's own asks after every backward whether a gradient overflowed; it holds two numbers.
@@ -245,15 +248,11 @@ def _phase(name: str, trace: Trace, start: int = 0, flops: int = 0) -> Phase:
 @contextmanager
 def tracing(autocast: bool = False, optimizer: str = "adam8") -> Iterator[Trace]:
     """Everything inside is traced and nothing computed, as a GPU would do it. Ctrl-C is heard between operations."""
-    generator = torch.get_rng_state()
     with ExitStack() as stack:
         stopping = stack.enter_context(stop_on_request())
         trace = Trace(temporaries, stopping)
-        # Checkpointing keeps the generator's state for every block, in the CPU's memory.
-        stack.enter_context(patch("torch.get_rng_state", lambda: generator))
-        # torch's AdamW reads its step count, a tensor, as a number; bitsandbytes computes its table of 256 codes, and
-        # its kernel has no fake of itself. Both work in place; their state is really made.
-        stack.enter_context(patch("torch.optim.adam._get_value", lambda value: 1.0))
+        # bitsandbytes computes its table of 256 codes, and its kernel, which works in place, has no fake of itself; its
+        # state is really made.
         if optimizer == "bnb-adam8":
             stack.enter_context(patch("bitsandbytes.optim.AdamW8bit.update_step", lambda *_: None))
             stack.enter_context(patch("bitsandbytes.functional.create_dynamic_map", lambda **_: torch.empty(256)))

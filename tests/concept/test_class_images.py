@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 def make(make_config, family, tmp_path):
     def make(folder=tmp_path / "class", family=family, base="digest", **settings):
         config = make_config(prior={"count": 5, "steps": 2, "batch": 2} | settings)
-        return class_images(config, family, folder, base, CPU, torch.float32)
+        return class_images(config, family, folder, base, CPU)
 
     return make
 
