@@ -177,8 +177,6 @@ def test_out_of_memory_in_backward_lets_every_weight_make_the_step_once(trainer_
     before = exact(broken)
     broken.train_step()
     assert failed and broken.strategy == Strategy(1, 5) and broken.optimizer.calls == 1
-    assert [name for name, p in broken.denoiser.named_parameters() if torch.equal(p, before[name])] == []
-    for p, state in broken.optimizer.state.items():
-        if "exp_avg" in state:  # after one step, and no second, the moments are these of one gradient
-            ratio = state["exp_avg_sq"] / state["exp_avg"].square().clamp(min=1e-30)
-            assert ratio[state["exp_avg"].abs() > 1e-10].median().item() == pytest.approx(0.1, rel=0.01), p.shape
+    lr = broken.config.train.lr
+    for name, p in broken.denoiser.named_parameters():  # Adam's first step is one lr long, a second would be another
+        assert 0 < (p.detach() - before[name]).abs().mean().item() < 1.2 * lr, name
