@@ -1,6 +1,6 @@
 # make demo   DreamBooth on a miniature model and this machine's CPU, from a bare clone: about 3 minutes
-# make test   lint, types and the fast tests
-# make test-slow   the tests that take minutes
+# make test   lint, types and the fast tests, with the same inputs every time
+# make test-slow   the tests that take minutes, and new inputs for those that make up their own
 
 PYTHON ?= python3
 VENV := .venv
@@ -21,7 +21,7 @@ test: $(INSTALLED)
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4
 
 test-slow: $(INSTALLED)
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m "slow or hypothesis" --hypothesis-profile explore
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'

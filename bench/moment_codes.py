@@ -210,7 +210,7 @@ def recorded(path: Path, overrides: list[str], steps: int) -> dict[str, list[Ten
             )
         for step in range(steps):
             loss = trainer.train_step()
-            print(f"step {step + 1}: loss {loss.total.item():.4f}", flush=True)
+            print(f"step {step + 1}: loss {loss.read().total:.4f}", flush=True)
     return gradients
 
 

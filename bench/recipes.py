@@ -115,8 +115,8 @@ class Ours:
         self._batch = Batch(work.moments(family), [""] * work.rows, work.batch)
 
     def step(self) -> None:
-        self.learner.backward(self._batch)
-        self.learner.update()
+        loss = self.learner.backward(self._batch)
+        self.learner.update(loss.total)
         self.learner.scaler.update()
         self.learner.step += 1
 

@@ -14,6 +14,10 @@ from safetensors import SafetensorError
 
 from lowvram_db.errors import UserError
 
+# What network shares, FUSE and shared folders of virtual machines answer that have no sync (of folders), and what a
+# folder answers that may be written but not read.
+_NO_SYNC_OFFERED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EACCES, errno.EPERM}
+
 
 @contextlib.contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
@@ -96,14 +100,19 @@ def _beside(path: Path) -> Path:
 
 
 def _sync(path: Path) -> None:
+    """Wait until the disk has it, where the file system offers that. Raises OSError, naming `path`, where it failed."""
     if os.name == "nt" and path.is_dir():
         return  # Windows cannot open a folder; its rename is durable with the file's own sync
-    # Windows syncs only a handle that may write.
-    handle = os.open(path, os.O_RDONLY if path.is_dir() or os.name != "nt" else os.O_RDWR)
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        # Windows syncs only a handle that may write.
+        handle = os.open(path, os.O_RDONLY if path.is_dir() or os.name != "nt" else os.O_RDWR)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno not in _NO_SYNC_OFFERED:
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 @contextlib.contextmanager

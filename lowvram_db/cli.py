@@ -18,6 +18,7 @@ from lowvram_db.errors import DoesNotFit, Interrupted, UserError
 from lowvram_db.memory import segments
 from lowvram_db.memory.size import parse_size
 from lowvram_db.quiet import hide_loading_bars, quiet_libraries, skip_unneeded
+from lowvram_db.streams import patient_streams
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -58,11 +59,11 @@ def new(
     debug: Debug = False,
 ) -> None:
     """Write a short, commented config to start from."""
-    from lowvram_db.new import write_config
+    from lowvram_db.new import train_command, write_config
 
     path = Path(name if name.endswith(".toml") else f"{name}.toml")
     write_config(path, photos, class_noun, model, identifier)
-    print(f"wrote {path}; now: lowvram-db train {path}")
+    print(f"wrote {path}; now: {train_command(path)}")
 
 
 @app.command()
@@ -82,7 +83,8 @@ def train(
     hide_loading_bars()
     run = run_dreambooth(settings, resume)
     print(f"model: {run.model}")
-    print(f"pictures: {run.sample_grid(settings.train.steps)}")
+    if (pictures := run.sample_grid(settings.train.steps)).exists():
+        print(f"pictures: {pictures}")
 
 
 @app.command()
@@ -98,7 +100,7 @@ def plan(
 ) -> None:
     """Tell whether a run fits, before anything is downloaded; needs neither weights nor a GPU."""
     settings = load(config, [*(overrides or []), *_vram_override(vram)])
-    skip_unneeded("peft", *([] if settings.optimizer.name == "bnb-adam8" else ["bitsandbytes"]))
+    skip_unneeded(*{"peft", "bitsandbytes"}.difference(settings.optimizer.kind.packages))
     from lowvram_db.plan import make_plan
     from lowvram_db.plan.show import does_not_fit, show
 
@@ -221,14 +223,15 @@ def main() -> None:
     """Entry point of `lowvram-db`: run a command and turn the user's errors into one line and an exit code."""
     quiet_libraries()
     segments.grow()
-    try:
-        app(standalone_mode=True)
-    except UserError as error:
-        _leave(f"error: {error}", error.exit_code, error)
-    except Interrupted as stop:
-        _leave(str(stop), stop.exit_code, stop)
-    except OSError as error:  # a disk that fails where nobody foresaw it
-        _leave(f"error: {error}", UserError.exit_code, error)
+    with patient_streams():
+        try:
+            app(standalone_mode=True)
+        except UserError as error:
+            _leave(f"error: {error}", error.exit_code, error)
+        except Interrupted as stop:
+            _leave(str(stop), stop.exit_code, stop)
+        except OSError as error:  # a disk that fails where nobody foresaw it
+            _leave(f"error: {error}", UserError.exit_code, error)
 
 
 def _leave(message: str, code: int, error: BaseException) -> None:

@@ -1,16 +1,19 @@
 """The TOML file as typed, strict models: an unknown key, a wrong type or an impossible value is refused by name."""
 
 import difflib
+import re
 import string
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from lowvram_db import folder_name, toml_text
 from lowvram_db.errors import UserError
 from lowvram_db.memory.size import parse_size
+from lowvram_db.optim.kinds import KINDS, Kind, Name
 
 
 class _Section(BaseModel):
@@ -25,18 +28,30 @@ class _Section(BaseModel):
     )
 
 
+def _is_a_place(place: str) -> str:
+    if re.search(r"[\x00-\x1f\x7f]", place):
+        raise ValueError(f"{place!r} has control characters in it: {toml_text.BACKSLASHES}")
+    try:
+        Path(place).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{place}: the home folder that ~ stands for is not known; write the whole path") from error
+    return place
+
+
 Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
+Place = Annotated[Text, AfterValidator(_is_a_place)]  # a path, or what may be one
+Count = Annotated[int, Field(ge=1, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 DEFAULT_IDENTIFIER = "ohwx"  # one token of CLIP's vocabulary, and rare
 
 
 class ModelConfig(_Section):
-    name: Text = Field(description="a local folder in diffusers' format, or a hub id")
+    name: Place = Field(description="a local folder in diffusers' format, or a hub id")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id; default: its main branch")
 
 
 class SubjectConfig(_Section):
-    photos: Text = Field(description="folder of 3-6 photos of the one subject")
+    photos: Place = Field(description="folder of 3-6 photos of the one subject")
     identifier: Text = Field(description="a rare word that will come to mean this subject")
     class_noun: Text = Field(alias="class", description="what kind of thing it is")
     prompts: list[Text] = Field(
@@ -55,11 +70,13 @@ class SubjectConfig(_Section):
 class PriorConfig(_Section):
     enabled: bool = Field(True, description="prior preservation: train on class images too, so the class is kept")
     weight: float = Field(1.0, ge=0, description="lambda, the weight of the prior loss")
-    count: int = Field(200, ge=1, description="class images; the missing ones are made with the base model")
+    count: Count = Field(200, description="class images; the missing ones are made with the base model")
     prompt: Text = Field("a photo of a {class}", description="prompt of the class images")
-    images: str | None = Field(None, description="folder of class images; default: class_images/ in the run's folder")
-    batch: int = Field(4, ge=1, description="class images made at once")
-    steps: int = Field(30, ge=1, description="sampling steps a class image")
+    images: Annotated[str, AfterValidator(_is_a_place)] | None = Field(
+        None, description="folder of class images; default: class_images/ in the run's folder"
+    )
+    batch: Count = Field(4, lt=2**16, description="class images made at once")
+    steps: Count = Field(30, description="sampling steps a class image")
     guidance: float = Field(7.5, ge=0, description="guidance scale of the class images")
 
     @field_validator("prompt")
@@ -71,21 +88,19 @@ class PriorConfig(_Section):
 
 
 class TrainConfig(_Section):
-    resolution: int = Field(512, ge=8, description="pixels a side; photos are resized and cropped to it")
+    resolution: int = Field(512, ge=8, le=2**14, description="pixels a side; photos are resized and cropped to it")
     crop: Literal["square", "buckets"] = Field(
         "square", description="square | buckets (photos keep about their shape, at the square's area)"
     )
-    variants: int = Field(
-        1, ge=1, description="crops of each photo that are cached and drawn from; 1: the middle alone"
-    )
+    variants: Count = Field(1, description="crops of each photo that are cached and drawn from; 1: the middle alone")
     flip: bool = Field(
         False, description="every other variant is mirrored; not for writing or what has a left and right"
     )
-    steps: int = Field(800, ge=1, description="optimizer steps")
+    steps: Count = Field(800, description="optimizer steps")
     lr: float = Field(2e-6, gt=0, description="learning rate")
-    batch: int = Field(1, ge=1, description="photos a step; as many class images join them")
+    batch: Count = Field(1, lt=2**16, description="photos a step; as many class images join them")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="constant | linear | cosine")
-    warmup: int = Field(0, ge=0, description="steps over which the learning rate rises to lr")
+    warmup: int = Field(0, ge=0, lt=2**31, description="steps over which the learning rate rises to lr")
     seed: int = Field(0, ge=0, lt=2**63, description="every random draw follows from it")
     gradient_checkpointing: bool | None = Field(
         None,
@@ -124,7 +139,7 @@ class PrecisionConfig(_Section):
 
 
 class CacheConfig(_Section):
-    dir: Text | None = Field(
+    dir: Place | None = Field(
         None, description="folder of what is encoded, shareable by runs; default: cache/ in the run"
     )
     precision: Literal["auto", "fp32", "fp16", "bf16"] = Field(
@@ -134,13 +149,18 @@ class CacheConfig(_Section):
 
 
 class OptimizerConfig(_Section):
-    name: Literal["adam8", "bnb-adam8", "adamw"] = Field(
+    name: Name = Field(
         "adam8", description="adam8 (16 bits of state, steps inside backward) | bnb-adam8 (bitsandbytes) | adamw (fp32)"
     )
     beta1: Fraction = Field(0.9, description="decay of the first moment")
     beta2: Fraction = Field(0.999, description="decay of the second moment")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay")
+
+    @property
+    def kind(self) -> Kind:
+        """What the optimizer of this name can do."""
+        return KINDS[self.name]
 
 
 class MemoryConfig(_Section):
@@ -165,27 +185,32 @@ class SampleConfig(_Section):
     guidance: list[Annotated[float, Field(ge=0)]] = Field(
         [7.0, 11.0], min_length=1, description="guidance scales, columns of the grid"
     )
-    seeds: int = Field(2, ge=1, description="pictures a prompt and guidance scale: seeds 0, 1, ...")
-    steps: int = Field(30, ge=1, description="sampling steps a picture")
-    every: int = Field(0, ge=0, description="also sample every N training steps; 0: only at the end")
+    seeds: Count = Field(2, description="pictures a prompt and guidance scale: seeds 0, 1, ...")
+    steps: Count = Field(30, description="sampling steps a picture")
+    every: int = Field(0, ge=0, lt=2**31, description="also sample every N training steps; 0: only at the end")
 
 
 class CheckpointConfig(_Section):
     every: int | None = Field(
-        None, ge=0, description="save every N steps, to resume from; 0: only at the end; default: by minutes"
+        None, ge=0, lt=2**31, description="save every N steps, to resume from; 0: only at the end; default: by minutes"
     )
     minutes: float = Field(10, gt=0, description="save after so many minutes of training, where every is not set")
-    keep: int = Field(1, ge=1, description="how many checkpoints to keep")
+    keep: Count = Field(1, description="how many checkpoints to keep")
 
 
 class OutputConfig(_Section):
-    dir: Text = Field("runs", description="folder in which runs are kept")
-    name: str = Field(
-        "", pattern=r"^[\w.-]*$", description="the run's folder in it; default: the name of the TOML file"
-    )
+    dir: Place = Field("runs", description="folder in which runs are kept")
+    name: str = Field("", description="the run's folder in it; default: the name of the TOML file")
     dtype: Literal["fp32", "fp16", "bf16"] = Field(
         "fp16", description="precision of the finished model on disk: fp16 (what web UIs take) | bf16 | fp32"
     )
+
+    @field_validator("name")
+    @classmethod
+    def _can_be_a_folder(cls, name: str) -> str:
+        if name and (problem := folder_name.problem(name)):
+            raise ValueError(f"{name!r} {problem}; choose another name")
+        return name
 
 
 class Config(_Section):
@@ -208,7 +233,7 @@ class Config(_Section):
     @property
     def weights(self) -> Literal["bf16", "bf16+residual", "fp16", "fp32"]:
         """How the weights are stored in training."""
-        default = self.precision.compute if self.optimizer.name == "adam8" else "fp32"
+        default = self.precision.compute if self.optimizer.kind.stores_weights else "fp32"
         return self.precision.weights or default
 
     def fill(self, template: str) -> str:
@@ -223,15 +248,16 @@ class Config(_Section):
     def _weights_can_be_stepped(self) -> "Config":
         if self.weights == "fp32":
             return self
-        if self.optimizer.name != "adam8":
+        if not self.optimizer.kind.stores_weights:
             raise ValueError(
                 f'precision.weights: {self.weights} weights need optimizer.name = "adam8"; '
-                f"{self.optimizer.name} would lose most updates in rounding"
+                f"{self.optimizer.name} would lose most updates in rounding; leave precision.weights out"
             )
         if not self.weights.startswith(self.precision.compute):
             raise ValueError(
-                f"precision.weights: {self.weights} weights compute in that precision, "
-                f"precision.compute is {self.precision.compute}; make them the same"
+                f"precision.weights: {self.weights} weights compute in that precision, precision.compute is "
+                f'"{self.precision.compute}"; leave precision.weights out, or set precision.compute = '
+                f'"{self.weights.partition("+")[0]}"'
             )
         return self
 
@@ -259,26 +285,17 @@ def template_fields(template: str) -> set[str]:
 
 def load(path: Path, overrides: list[str] | None = None) -> Config:
     """Read a TOML file, apply `key=value` overrides, and validate. Raises UserError naming the file and the key."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; `lowvram-db new` writes one") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
-    return parse(text, path, overrides)
+    return parse(toml_text.read(path), path, overrides)
 
 
 def parse(text: str, path: Path, overrides: list[str] | None = None) -> Config:
     """As load, for the text that stands, or will stand, in `path`."""
-    try:
-        tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from error
+    tree = toml_text.parse(text, path)
     for override in overrides or []:
         _apply(tree, override)
     output = tree.setdefault("output", {})
     if isinstance(output, dict) and not output.get("name"):
-        output["name"] = path.stem
+        output["name"] = folder_name.from_any(path.stem)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -286,20 +303,40 @@ def parse(text: str, path: Path, overrides: list[str] | None = None) -> Config:
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
-    """Set one dotted key, its value written as in TOML (a bare word counts as a string)."""
-    key, separator, text = override.partition("=")
-    if not separator or not key.strip():
+    """Set one dotted key, its value written as in TOML; where a text is wanted it needs no quotes."""
+    dotted, separator, text = override.partition("=")
+    key = ".".join(part.strip() for part in dotted.split("."))
+    if not separator or not key:
         raise UserError(f"--set {override}: write it as key=value, for example --set train.steps=400")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()
-    *parents, leaf = key.strip().split(".")
+    *parents, leaf = key.split(".")
     for parent in parents:
         tree = tree.setdefault(parent, {})
         if not isinstance(tree, dict):
             raise UserError(f"--set {override}: {parent} is not a section")
-    tree[leaf] = value
+    tree[leaf] = _value(override, text.strip(), is_text=_takes_text(key))
+
+
+def _value(override: str, text: str, is_text: bool) -> Any:
+    quoted = text[:1] in ("'", '"')
+    try:
+        override.encode()
+        read = tomllib.loads(f"value = {text}")
+    except UnicodeEncodeError as error:
+        raise UserError(f"--set {override}: has bytes in it that are no characters; rename what it names") from error
+    except (ValueError, RecursionError) as error:
+        if quoted:
+            raise UserError(f"--set {override}: {toml_text.BACKSLASHES}, and end it as it begins") from error
+        return text
+    return read["value"] if list(read) == ["value"] and (quoted or not is_text) else text
+
+
+def _takes_text(key: str) -> bool:
+    """Whether a setting is a text, or a text or nothing."""
+    field = known_keys().get(key)
+    kinds = [] if field is None else [field.annotation]
+    if kinds and type(None) in get_args(kinds[0]):
+        kinds = [getattr(kind, "__origin__", kind) for kind in get_args(kinds[0])]  # without what is annotated to it
+    return str in kinds
 
 
 def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
@@ -328,7 +365,15 @@ def _first_problem(error: ValidationError) -> str:
         return ": ".join(filter(None, [key, problem["msg"].removeprefix("Value error, ")]))
     if problem["type"] == "model_type":
         return f"{key}: must be a section, written [{key}]"
-    return f"{key}: {problem['msg'].replace('Input should', 'should')} (is {problem['input']!r})"
+    return f"{key}: {problem['msg'].replace('Input should', 'should')} (is {_shown(problem['input'])})"
+
+
+def _shown(value: Any) -> str:
+    try:
+        shown = repr(value)
+    except ValueError:  # Python writes no number of so many digits
+        return "a very large number"
+    return shown if len(shown) <= 80 else shown[:80] + "..."
 
 
 def _nearest(key: str) -> str:

@@ -19,7 +19,7 @@ from lowvram_db.errors import LESS_MEMORY, DoesNotFit, Interrupted, UserError
 from lowvram_db.families import check_trainable, open_model
 from lowvram_db.families.base import Family
 from lowvram_db.memory.budget import budget_for, cap
-from lowvram_db.memory.device import DTYPES, compute_dtype, encoder_dtype, pick_device, release_memory
+from lowvram_db.memory.device import DTYPES, compute_dtype, encoder_dtype, pick_device, picture_dtypes, release_memory
 from lowvram_db.memory.out_of_memory import is_out_of_memory, reason
 from lowvram_db.memory.size import gib
 from lowvram_db.plan import make_plan
@@ -83,7 +83,7 @@ def _problems_named() -> Iterator[None]:
 
 def _run(config: Config, resume: str) -> Run:
     run, device = Run.of(config), pick_device()
-    dtype = compute_dtype(config.precision.compute, device)
+    compute_dtype(config.precision.compute, device)  # before anything is done: the card may not have it
     photos = _photos(config, run)
     with run.locked():
         start = choose(run, resume)
@@ -106,7 +106,7 @@ def _run(config: Config, resume: str) -> Run:
                 _train(config, family, run, concept, cached, device, start, plan.strategy, meter)
                 release_memory()
                 meter.begins("sampling")
-                optional(partial(_sample_result, config, run, device, dtype), "pictures of the result")
+                optional(partial(_sample_result, config, run, device), "pictures of the result")
     return run
 
 
@@ -177,8 +177,7 @@ def _concept(
         return describe(config, photos, [])
     folder = Path(config.prior.images).expanduser() if config.prior.images else run.class_images
     base = model_digest(family, store.catalogue)
-    dtype = compute_dtype(config.precision.compute, device)
-    made = class_images(config, family, folder, base, device, dtype, at_once, store.catalogue.is_good)
+    made = class_images(config, family, folder, base, device, at_once, store.catalogue.is_good)
     return describe(config, photos, made)
 
 
@@ -277,10 +276,11 @@ def _sample_trainer(trainer: Trainer, path: Path) -> None:
     release_memory()
 
 
-def _sample_result(config: Config, run: Run, device: torch.device, dtype: torch.dtype) -> None:
+def _sample_result(config: Config, run: Run, device: torch.device) -> None:
     """The sample grid of model/, drawn by what stands on the disk."""
+    dtype, wider = picture_dtypes(config.precision.compute, device)
     pipeline = open_model(str(run.model)).pipeline(dtype).to(device)
-    _write_grid(config, pipeline, run.sample_grid(config.train.steps))
+    _write_grid(config, pipeline, run.sample_grid(config.train.steps), wider=wider)
 
 
 def _write_grid(config: Config, pipeline: Any, path: Path, **how: Any) -> None:

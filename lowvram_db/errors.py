@@ -19,4 +19,4 @@ class Interrupted(Exception):
     exit_code = 130
 
 
-LESS_MEMORY = "finished work is kept. To need less: a smaller train.batch or train.resolution"
+LESS_MEMORY = "finished work is kept; `lowvram-db plan CONFIG --explain` tells what a new run needs in each way"

@@ -1,13 +1,19 @@
 """Write a short, commented TOML to start from; its comments come from the settings themselves."""
 
 import json
+import os
+import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
+import tomli_w
+
+from lowvram_db import folder_name
 from lowvram_db.atomic import replacing_file
+from lowvram_db.concept.photos import find_photos, load_photo
 from lowvram_db.config import known_keys, parse
 from lowvram_db.errors import UserError
-from lowvram_db.photos import find_photos, load_photo
 
 # What people change, in the order in which they meet it; everything else stays at its default unless it is added.
 _WRITTEN = ["model.name", "subject.photos", "subject.identifier", "subject.class"]
@@ -32,21 +38,31 @@ _EXAMPLES: dict[str, Any] = {
 
 
 def write_config(path: Path, photos: str, class_noun: str, model: str, identifier: str) -> None:
-    """Write `path` and check that it loads. Raises UserError where it exists already or a photo is bad."""
+    """Write `path` and check that it loads. Raises UserError where it exists already, its name cannot be a run's, or a
+    photo is bad."""
+    name = path.name.removesuffix(".toml")
+    if problem := folder_name.problem(name):
+        raise UserError(f"NAME: {name!r} {problem}; choose another name")
     if path.exists():
         raise UserError(f"{path}: exists already; choose another name or edit it")
+    text = _toml(path, dict(zip(_WRITTEN, [model, photos, identifier, class_noun], strict=True)))
+    parse(text, path)
     for photo in find_photos(Path(photos).expanduser(), "--photos"):
         load_photo(photo)
-    text = _toml(path.stem, dict(zip(_WRITTEN, [model, photos, identifier, class_noun], strict=True)))
-    parse(text, path)
     with replacing_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def _toml(name: str, values: dict[str, str]) -> str:
+def train_command(path: Path) -> str:
+    """The command that trains from `path`, as a shell takes it."""
+    words = ["lowvram-db", "train", f"./{path}" if str(path).startswith("-") else str(path)]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def _toml(path: Path, values: dict[str, str]) -> str:
     fields = known_keys()
     lines = [
-        f"# DreamBooth run {name!r}: lowvram-db train {name}.toml",
+        f"# DreamBooth run {path.stem!r}: {train_command(path)}",
         "# Lines behind '# ' show the defaults; remove the mark to change one. Paths start from the current folder.",
     ]
     section = ""
@@ -57,7 +73,7 @@ def _toml(name: str, values: dict[str, str]) -> str:
             section = parent
         field = fields[key]
         if key in values:
-            lines.append(f"{leaf} = {json.dumps(values[key], ensure_ascii=False)}  # {field.description}")
+            lines.append(f"{tomli_w.dumps({leaf: values[key]}).strip()}  # {field.description}")
         else:
             default = _EXAMPLES.get(key, field.get_default())
             lines.append(f"# {leaf} = {json.dumps(default, ensure_ascii=False)}  # {field.description}")

@@ -4,11 +4,12 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from lowvram_db.atomic import remove_leftovers, replacing_file
 from lowvram_db.config import Config
 from lowvram_db.errors import UserError
+from lowvram_db.lock import hold, hold_by_existence
 
 _HEADER = "# The settings of this run as they were resolved, written by lowvram-db.\n"
 _STEP = r"step-\d{6,}"  # names of checkpoints
@@ -36,12 +37,15 @@ class Run:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the folder for one process. Raises UserError where another one has it or it cannot be made."""
-        lock = FileLock(self.folder / ".lock", timeout=0)
+        in_use = self.folder / ".in-use"  # instead of a lock, where the file system offers none
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
+            lock = hold(self.folder / ".lock") or hold_by_existence(in_use)
         except Timeout as error:
-            raise UserError(f"{self.folder}: another process is training there; choose another output.name") from error
+            stale = f"; if none is, a killed one has left {in_use} behind: delete it" if in_use.exists() else ""
+            raise UserError(
+                f"{self.folder}: another process is training there; choose another output.name{stale}"
+            ) from error
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be used as a folder ({error}); change output.dir") from error
         try:

@@ -12,7 +12,7 @@ from lowvram_db.atomic import replacing_file
 from lowvram_db.errors import UserError
 from lowvram_db.families import open_model
 from lowvram_db.families.draw import draw
-from lowvram_db.memory.device import compute_dtype, pick_device
+from lowvram_db.memory.device import pick_device, picture_dtypes
 from lowvram_db.progress import Bar
 
 _GAP = 4  # pixels between cells
@@ -28,11 +28,13 @@ def sample_grid(
     steps: int,
     resolution: int,
     inputs: Callable[[str], dict[str, Any]] = lambda prompt: {"prompt": prompt},
+    wider: torch.dtype | None = None,
 ) -> Image.Image:
     """Draw every prompt at every guidance scale with seeds 0..seeds-1, one picture at a time, into a labelled grid.
 
     pipeline: a diffusers text-to-image pipeline on its device. A seed gives the same starting noise on every device.
     inputs: what to hand the pipeline for a prompt; the prompt itself, or embeddings where it has no text encoder.
+    wider: as for draw().
     """
     columns = [(scale, seed) for scale in guidance for seed in range(seeds)]
     rows: list[list[Image.Image]] = []
@@ -42,12 +44,13 @@ def sample_grid(
             for scale, seed in columns:
                 rows[-1] += draw(
                     pipeline,
+                    [seed],
+                    wider,
                     **inputs(prompt),
                     guidance_scale=scale,
                     num_inference_steps=steps,
                     height=resolution,
                     width=resolution,
-                    generator=torch.Generator().manual_seed(seed),
                 )
                 bar.advance()
     return draw_grid(rows, prompts, [f"guidance {scale:g}, seed {seed}" for scale, seed in columns])
@@ -71,13 +74,15 @@ def sample_model(
         raise UserError(f"--resolution {resolution}: not divisible by 8")
     family, device = open_model(model), pick_device()
     family.check_prompts(prompts)
+    dtype, wider = picture_dtypes(compute, device)
     grid = sample_grid(
-        family.pipeline(compute_dtype(compute, device)).to(device),
+        family.pipeline(dtype).to(device),
         prompts,
         guidance=guidance,
         seeds=seeds,
         steps=steps,
         resolution=resolution or family.native_resolution,
+        wider=wider,
     )
     with replacing_file(out) as temporary:
         grid.save(temporary, format="PNG")

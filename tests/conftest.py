@@ -18,15 +18,18 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from lowvram_db.config import Config
 from lowvram_db.demo.miniature import write_photos, write_pipeline
 from lowvram_db.families import open_model
 from lowvram_db.families.base import Family
 
-settings.register_profile("shared machine", deadline=None)  # a slow moment is no failure
-settings.load_profile("shared machine")
+# A slow moment is no failure, and fixtures of one test may serve all its examples: ours are factories.
+_PATIENT = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
+settings.register_profile("explore", **_PATIENT)  # new examples each time: `make test-slow`
+settings.register_profile("the same every time", **_PATIENT, derandomize=True, database=None)
+settings.load_profile("the same every time")
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 

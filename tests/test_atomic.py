@@ -1,5 +1,7 @@
 import errno
 import os
+import re
+import stat
 
 import pytest
 import torch
@@ -92,6 +94,54 @@ def test_a_full_disk_is_named(tmp_path, number):
 def test_a_folder_that_may_not_be_written_is_named(tmp_path):
     with pytest.raises(UserError, match="file: cannot be written"), replacing_file(tmp_path / "file"):
         raise PermissionError(errno.EACCES, "Permission denied")
+
+
+@pytest.fixture
+def sync_answers(monkeypatch):
+    """Let os.fsync fail with `number` for folders, or for files."""
+    real = os.fsync
+
+    def answer(number, *, folders):
+        def fsync(handle):
+            if stat.S_ISDIR(os.fstat(handle).st_mode) == folders:
+                raise OSError(number, os.strerror(number))
+            real(handle)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+
+    return answer
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows syncs no folder")
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOSYS, errno.EACCES])
+def test_a_file_system_that_syncs_no_folders_is_good_enough(tmp_path, sync_answers, number):
+    sync_answers(number, folders=True)
+    with replacing_file(tmp_path / "file") as temporary:
+        temporary.write_text("new")
+    with creating_folder(tmp_path / "folder") as temporary:
+        (temporary / "file").write_text("x")
+    assert names(tmp_path) == ["file", "folder"]
+
+
+@pytest.mark.parametrize("folders", [False, pytest.param(True, marks=pytest.mark.skipif(os.name == "nt", reason=""))])
+def test_a_sync_that_fails_is_an_error_that_names_what_it_was_of(tmp_path, sync_answers, folders):
+    sync_answers(errno.EIO, folders=folders)
+    with (
+        pytest.raises(OSError, match=re.escape(str(tmp_path))) as caught,
+        replacing_file(tmp_path / "file") as temporary,
+    ):
+        temporary.write_text("new")
+    assert caught.value.errno == errno.EIO
+    assert names(tmp_path) == (["file"] if folders else [])
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read every folder")
+def test_a_folder_that_may_not_be_read_can_be_written(tmp_path):
+    tmp_path.chmod(0o300)
+    with replacing_file(tmp_path / "file") as temporary:
+        temporary.write_text("new")
+    tmp_path.chmod(0o700)
+    assert names(tmp_path) == ["file"]
 
 
 def test_a_disk_that_is_really_full(small_disk):

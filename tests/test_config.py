@@ -1,5 +1,6 @@
 import contextlib
 import re
+import sys
 import tomllib
 
 import pytest
@@ -52,6 +53,32 @@ def test_overrides_take_toml_values_and_bare_words(toml):
     assert not config.prior.enabled
 
 
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("subject.class=golden retriever", "golden retriever"),
+        ("subject.class = 1984 ", "1984"),
+        ("subject.class=true", "true"),
+        ("subject.class=2024-01-01", "2024-01-01"),
+        ("subject.class=dog # 1", "dog # 1"),
+        ("subject.class='dog'", "dog"),
+        ('subject.class="a \\"dog\\""', 'a "dog"'),
+        ("subject.photos=C:\\new\\tests", "C:\\new\\tests"),
+        ("prior.images=5", "5"),
+        ("subject.class=dog\nx = 3", "dog\nx = 3"),
+        (" output . name =x", "x"),
+        ("train.steps=3\n[train]", None),
+    ],
+)
+def test_a_text_needs_no_quotes_on_the_command_line(toml, override, value):
+    if value is None:
+        with pytest.raises(UserError, match=r"train\.steps: should be a valid integer"):
+            load(toml, [override])
+    else:
+        section, _, key = override.partition("=")[0].strip().replace(" ", "").partition(".")
+        assert load(toml, [override]).model_dump()[section][key] == value
+
+
 WRONG = {
     "train.stepz=3": "unknown key train.stepz; did you mean train.steps?",
     "stepz=3": "unknown key stepz; did you mean prior.steps or train.steps or sample.steps?",
@@ -79,7 +106,19 @@ WRONG = {
     "kernels=cuda": "kernels: should be 'auto', 'triton' or 'torch' (is 'cuda')",
     "precision.weights=bf15": "precision.weights: should be 'bf16', ",
     "attention=flash": "attention: should be 'auto', 'sdpa' or 'xformers' (is 'flash')",
-    'output.name="../elsewhere"': "output.name: ",
+    "output.name=../elsewhere": "output.name: '../elsewhere' has '/' in it",
+    "output.name=..": "output.name: '..' is no name",
+    "output.name=what?": "output.name: 'what?' has '?' in it",
+    'output.name="dog. "': "ends in a dot or a space",
+    "output.name=aux.v2": "is the name of a device on Windows",
+    "train.steps=0x" + "f" * 5000: "train.steps: should be less than 2147483648 (is a very large number)",
+    "train.steps=" + "9" * 5000: "train.steps: should be a valid integer (is '999",
+    "sample.guidance=" + "[" * 5000: "sample.guidance: should be a valid list (is '[[[",
+    "output.name=\udcff": "has bytes in it that are no characters",
+    'subject.photos="C:\\Users\\me"': "write the path with / or in 'single quotes'",
+    'subject.photos="C:\\new\\tests"': "subject.photos: 'C:\\new\\tests' has control characters in it",
+    "subject.class='open": "and end it as it begins",
+    "output.dir=~nobody-of-that-name/runs": "output.dir: ~nobody-of-that-name/runs: the home folder",
     "train.steps": "write it as key=value",
     "train.steps.more=1": "not a section",
 }
@@ -102,15 +141,28 @@ def test_a_missing_key_is_named(tmp_path):
         load(path)
 
 
-def test_a_missing_or_broken_file_is_named(tmp_path):
-    with pytest.raises(UserError, match="no such file"):
-        load(tmp_path / "none.toml")
-    (tmp_path / "broken.toml").write_text("[train\nsteps = 3")
-    with pytest.raises(UserError, match=r"broken\.toml: not valid TOML"):
-        load(tmp_path / "broken.toml")
-    (tmp_path / "latin.toml").write_bytes(b'name = "caf\xe9"')
-    with pytest.raises(UserError, match=r"latin\.toml: cannot be read"):
-        load(tmp_path / "latin.toml")
+@pytest.mark.parametrize("name", ["my dog", "jelly (1)", "Hund & Katze", "dog's", "犬 🐶", "-x", ".x", "a.b", "100%"])
+def test_names_that_every_system_takes_are_taken(tmp_path, name):
+    (tmp_path / f"{name}.toml").write_text(SMALLEST)
+    assert load(tmp_path / f"{name}.toml").output.name == name
+    assert load(tmp_path / f"{name}.toml", [f"output.name={name} two"]).output.name == f"{name} two"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="files that cannot be there")
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("a:b?", "a-b-"),
+        ("con", "run-con"),
+        ("dog. ", "dog"),
+        (" .", "run"),
+        ("LPT1.old", "run-LPT1.old"),
+        ("\udcff", "-"),
+    ],
+)
+def test_a_file_whose_name_no_folder_can_have_everywhere_still_names_a_run(tmp_path, file, name):
+    (tmp_path / f"{file}.toml").write_text(SMALLEST)
+    assert load(tmp_path / f"{file}.toml").output.name == name
 
 
 @given(word=st.text(min_size=1, max_size=20))
@@ -159,10 +211,10 @@ def test_weights_are_stored_as_optimizer_and_arithmetic_allow(toml, changes, wei
     ("changes", "message"),
     [
         (["precision.weights=bf16", "optimizer.name=bnb-adam8"], 'bf16 weights need optimizer.name = "adam8"'),
-        (["precision.weights=fp16"], "fp16 weights compute in that precision, precision.compute is bf16"),
+        (["precision.weights=fp16"], 'fp16 weights compute in that precision, precision.compute is "bf16"'),
         (
             ["precision.weights=bf16+residual", "precision.compute=fp32"],
-            "precision.compute is fp32; make them the same",
+            'precision.compute is "fp32"; leave precision.weights out, or set precision.compute = "bf16"',
         ),
     ],
 )

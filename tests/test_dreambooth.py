@@ -10,10 +10,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from lowvram_db import dreambooth as room
 from lowvram_db.config import load
 from lowvram_db.dreambooth import build_cache, run_dreambooth
 from lowvram_db.errors import DoesNotFit, UserError
 from lowvram_db.families.sd import StableDiffusion
+from lowvram_db.memory.device import pick_device
 from lowvram_db.train import checkpoint
 
 
@@ -260,3 +262,23 @@ def test_a_run_killed_before_its_last_pictures_only_draws_them(make_config):
     run_dreambooth(make_config())
     assert run.sample_grid(4).read_bytes() == grid
     assert {path: path.stat().st_mtime_ns for path in run.model.rglob("*")} == before
+
+
+@pytest.mark.parametrize("begin", [run_dreambooth, build_cache])
+def test_the_allocator_is_capped_at_the_budget_before_anything_is_loaded(make_config, monkeypatch, begin):
+    done = []
+
+    def budget_for(vram, device):
+        done.append(("budget of", vram))
+        return 2**35
+
+    def stop(*_):
+        done.append("loads")
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(room, "budget_for", budget_for)
+    monkeypatch.setattr(room, "cap", lambda budget, device: done.append(("cap", budget, device.type)))
+    monkeypatch.setattr(room, "class_images", stop)
+    with pytest.raises(ZeroDivisionError):
+        begin(make_config(memory={"vram": "12GiB"}))
+    assert done == [("budget of", "12GiB"), ("cap", 2**35, pick_device().type), "loads"]

@@ -1,10 +1,13 @@
+import os
 import re
+import shlex
+from pathlib import Path
 
 import pytest
 
 from lowvram_db.config import load
 from lowvram_db.errors import UserError
-from lowvram_db.new import write_config
+from lowvram_db.new import train_command, write_config
 
 MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
@@ -36,10 +39,36 @@ def test_every_offered_line_is_its_default(photos, tmp_path):
     assert offered.checkpoint.model_copy(update={"every": None}) == plain.checkpoint
 
 
-@pytest.mark.parametrize("word", ['say "hi"', "back\\slash", "naïve 🪼", "{brace"])
+@pytest.mark.parametrize(
+    "word", ['say "hi"', "back\\slash", "naïve 🪼", "{brace", "C:\\new\\tests", "two\nlines", "\x7f"]
+)
 def test_odd_words_survive(photos, tmp_path, word):
     write_config(tmp_path / "odd.toml", str(photos), word, MODEL, "pkblz")
     assert load(tmp_path / "odd.toml").subject.class_noun == word
+
+
+def test_a_path_of_windows_loads_as_it_was_given(photos, tmp_path):
+    write_config(tmp_path / "dog.toml", str(photos), "dog", "C:\\Users\\new\\a model", "pkblz")
+    assert load(tmp_path / "dog.toml").model.name == "C:\\Users\\new\\a model"
+
+
+@pytest.mark.parametrize("name", ["my dog", "jelly (1)", "Hund & Katze", "dog's", "🐶", "-x"])
+def test_any_name_can_be_a_runs_and_its_command_can_be_pasted(photos, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    path = Path(f"{name}.toml")
+    write_config(path, str(photos), "dog", MODEL, "pkblz")
+    assert load(path).output.name == name
+    if os.name != "nt":
+        program, command, word = shlex.split(train_command(path))
+        assert (program, command, Path(word)) == ("lowvram-db", "train", path) and not word.startswith("-")
+    assert train_command(path) in path.read_text(encoding="utf-8").splitlines()[0]
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a\nb", "what?", "nul", "dog ", "d" * 256, "\udcff"])
+def test_a_name_that_can_be_no_folders_is_refused(photos, tmp_path, name):
+    with pytest.raises(UserError, match=r"^NAME: .*; choose another name$"):
+        write_config(tmp_path / f"{name}.toml", str(photos), "dog", MODEL, "pkblz")
+    assert not list(tmp_path.iterdir())
 
 
 def test_nothing_is_overwritten(photos, tmp_path):

@@ -1,3 +1,8 @@
+import errno
+import os
+import subprocess
+import sys
+
 import pytest
 
 from lowvram_db.config import load
@@ -14,6 +19,37 @@ def test_one_process_at_a_time(run):
     with run.locked(), pytest.raises(UserError, match="another process is training there"), Run(run.folder).locked():
         pass
     with Run(run.folder).locked():
+        pass
+
+
+@pytest.fixture(params=[errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS], ids=os.strerror)
+def share_without_locks(request, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(handle, operation):
+        raise OSError(request.param, os.strerror(request.param))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+def test_one_process_at_a_time_where_there_are_no_locks(run, share_without_locks):
+    with run.locked(), pytest.raises(UserError, match="another process is training there"), Run(run.folder).locked():
+        pass
+    with Run(run.folder).locked():
+        pass
+
+
+def test_what_a_killed_process_left_where_there_are_no_locks_is_named(run, monkeypatch):
+    monkeypatch.setattr("lowvram_db.run.hold", lambda path: None)
+    killed = "import os, sys, pathlib; from lowvram_db.lock import hold_by_existence as hold; "
+    killed += "held = hold(pathlib.Path(sys.argv[1])); os._exit(9)"
+    run.folder.mkdir(parents=True)
+    assert subprocess.run([sys.executable, "-c", killed, run.folder / ".in-use"]).returncode == 9
+    monkeypatch.setattr("filelock._soft.owner_is_stale", lambda *_, **__: False, raising=False)  # as of another machine
+    with pytest.raises(UserError, match=r"a killed one has left .*\.in-use behind: delete it"), run.locked():
+        pass
+    (run.folder / ".in-use").unlink()
+    with run.locked():
         pass
 
 

@@ -11,17 +11,18 @@ import json
 import os
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from filelock import FileLock
 from PIL import Image
 
 from lowvram_db.atomic import replacing_file
 from lowvram_db.cache.framing import Size
 from lowvram_db.cache.key import pixels_digest
+from lowvram_db.concept.photos import DECODER, decode_photo, read_photo
 from lowvram_db.errors import UserError
-from lowvram_db.photos import DECODER, decode_photo, read_photo
+from lowvram_db.lock import hold
 from lowvram_db.progress import say
 
 _BUSY_SECONDS = 30.0  # how long to wait for another process that is writing
@@ -136,8 +137,15 @@ class Catalogue:
             self._saved = _read(self._path) or {}
         return self._saved
 
-    def _file_lock(self) -> FileLock:
-        return FileLock(self._path.with_name(f".{self._path.name}.lock"), timeout=_BUSY_SECONDS)
+    @contextlib.contextmanager
+    def _file_lock(self) -> Iterator[None]:
+        """Where no lock is to be had it goes without: another process's last facts may be lost, and learned again."""
+        lock = hold(self._path.with_name(f".{self._path.name}.lock"), timeout=_BUSY_SECONDS)
+        try:
+            yield
+        finally:
+            if lock:
+                lock.release()
 
 
 def _read(path: Path) -> Facts | None:

@@ -7,19 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from PIL import Image
 
 from lowvram_db.atomic import remove_leftovers
 from lowvram_db.concept import generated
 from lowvram_db.concept.generated import Recipe
+from lowvram_db.concept.photos import folders_below, list_photos, load_photo
 from lowvram_db.config import Config
 from lowvram_db.errors import UserError
 from lowvram_db.families.base import Family
 from lowvram_db.families.draw import draw
-from lowvram_db.memory.device import release_memory
+from lowvram_db.lock import hold
+from lowvram_db.memory.device import picture_dtypes, release_memory
 from lowvram_db.memory.out_of_memory import is_out_of_memory
-from lowvram_db.photos import folders_below, list_photos, load_photo
 from lowvram_db.progress import Bar, say
 
 _LOCK = ".lowvram-db.lock"
@@ -31,7 +32,6 @@ def class_images(
     folder: Path,
     base: str,
     device: torch.device,
-    dtype: torch.dtype,
     at_once: int | None = None,
     is_good: Callable[[Path], bool] = lambda photo: False,
 ) -> list[Path]:
@@ -52,7 +52,7 @@ def class_images(
         with _claimed(folder):
             found = _look(config, folder, recipe, is_good)  # another run may have made some meanwhile
             if found.missing:
-                _generate(config, family, recipe, found, device, dtype, at_once or config.prior.batch)
+                _generate(config, family, recipe, found, device, at_once or config.prior.batch)
     return found.images
 
 
@@ -134,12 +134,11 @@ def _claimed(folder: Path) -> Iterator[None]:
     """Make the folder, and hold it for one process; wait where another one has it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / _LOCK)
         try:
-            lock.acquire(timeout=0)
+            lock = hold(folder / _LOCK)
         except Timeout:
             say(f"{folder}: another run is making class images there; waiting for it")
-            lock.acquire()
+            lock = hold(folder / _LOCK, timeout=-1)
     except OSError as error:
         raise UserError(f"{folder}: class images cannot be made there ({error}); change prior.images") from error
     try:
@@ -148,7 +147,8 @@ def _claimed(folder: Path) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):  # Windows deletes no open file
             (folder / _LOCK).unlink()
-        lock.release()
+        if lock:
+            lock.release()
 
 
 def _generate(
@@ -157,16 +157,16 @@ def _generate(
     recipe: Recipe,
     found: _Found,
     device: torch.device,
-    dtype: torch.dtype,
     at_once: int,
 ) -> None:
+    dtype, wider = picture_dtypes(config.precision.compute, device)
     pipeline = family.pipeline(dtype).to(device)
     total = len(found.generated)
     with Bar("class images", total=total, done=total - len(found.missing)) as bar:
         left = list(found.missing)
         while left:
             numbers = left[:at_once]
-            images = _drawn(pipeline, recipe, numbers)
+            images = _drawn(pipeline, recipe, numbers, wider)
             if images is None:
                 at_once = len(numbers) // 2
                 say(f"class images: out of memory; {at_once} at once from here on")
@@ -178,18 +178,19 @@ def _generate(
             left = left[at_once:]
 
 
-def _drawn(pipeline: Any, recipe: Recipe, numbers: list[int]) -> list[Image.Image] | None:
+def _drawn(pipeline: Any, recipe: Recipe, numbers: list[int], wider: torch.dtype | None) -> list[Image.Image] | None:
     """The pictures of these numbers; None where memory does not suffice for so many: whoever tries again must not do it
     inside `except`, which keeps it full."""
     try:
         return draw(
             pipeline,
+            [_image_seed(recipe.seed, number) for number in numbers],
+            wider,
             prompt=[recipe.prompt] * len(numbers),
             height=recipe.resolution,
             width=recipe.resolution,
             num_inference_steps=recipe.steps,
             guidance_scale=recipe.guidance,
-            generator=[torch.Generator().manual_seed(_image_seed(recipe.seed, number)) for number in numbers],
         )
     except Exception as error:
         if len(numbers) == 1 or not is_out_of_memory(error):

@@ -31,6 +31,7 @@ from lowvram_db.families.schedule import read_schedule, solver
 from lowvram_db.families.source import naming, read_json
 from lowvram_db.families.weight_files import refuse_stand_in, weight_files
 from lowvram_db.families.weights import Narrow, read_weights
+from lowvram_db.memory.device import sent
 
 # What CLIPTokenizer.from_pretrained reads.
 _TOKENIZER_FILES = (
@@ -179,7 +180,7 @@ class StableDiffusion(StableDiffusionConfigs, Family):
             return_tensors="pt",
         )
         device = next(text_encoder.parameters()).device
-        return text_encoder(tokens.input_ids.to(device)).last_hidden_state
+        return text_encoder(sent(tokens.input_ids, device)).last_hidden_state
 
     def load_denoiser(self, narrow: Narrow = lambda weight: weight) -> nn.Module:
         return read_weights(self._build_denoiser, self._weights["unet"], narrow)

@@ -1,11 +1,11 @@
 """Where a model comes from: a local folder in diffusers' format, or a hub id that is downloaded once."""
 
+import contextlib
 import json
 import math
 import re
 import textwrap
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +46,18 @@ def find_configs(name: str, revision: str | None = None) -> Path:
 
     Raises UserError as find_model does.
     """
-    known = known_configs(name) if revision is None and not Path(name).expanduser().exists() else None
+    known = known_configs(name) if revision is None and not _local(name).exists() else None
     return known or _find(name, revision, _CONFIG_FILES)
 
 
+def _local(name: str) -> Path:
+    with contextlib.suppress(RuntimeError):  # ~ of a user that there is not
+        return Path(name).expanduser()
+    return Path(name)
+
+
 def _find(name: str, revision: str | None, files: list[str]) -> Path:
-    folder = Path(name).expanduser()
+    folder = _local(name)
     if folder.is_dir():
         if revision is not None:
             raise UserError(f"model.revision: {name} is a local folder, which has no revisions; remove the key")
@@ -99,7 +105,7 @@ def _finite(text: str) -> float:
     return number
 
 
-@contextmanager
+@contextlib.contextmanager
 def naming(path: Path, meaning: str) -> Iterator[None]:
     """Whatever a library raises over the content of a model's file becomes a UserError: the file, what that means, and
     the library's words. To be used where content that nobody foresaw can end in any exception."""

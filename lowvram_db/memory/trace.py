@@ -60,16 +60,22 @@ class Trace(TorchDispatchMode):
 
     temporaries(operation, arguments, outputs): bytes an operation needs beside its arguments and outputs while it
         runs. Nothing in a trace can see those.
+    stopping(): raise KeyboardInterrupt as soon as it says so. No signal handler may raise while a trace runs: PyTorch
+        also calls Python from C++ that lets no exception through, and then the process aborts.
     limit: raise OverLimit as soon as more bytes are in use; may be set on the way.
     live: bytes in use now.
     flops: floating point operations in matrix products, convolutions and attention so far.
     """
 
-    def __init__(self, temporaries: Callable[[Any, Any, Any], int] | None = None) -> None:
+    def __init__(
+        self,
+        temporaries: Callable[[Any, Any, Any], int] | None = None,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
         super().__init__()
         self.limit: int | None = None
         self.flops = 0
-        self._temporaries = temporaries
+        self._temporaries, self._stopping = temporaries, stopping
         self.live = 0
         self._alive: dict[int, tuple[int, weakref.ref[Any]]] = {}  # storages by address: their number
         self._labels: list[str] = []  # by number
@@ -138,6 +144,8 @@ class Trace(TorchDispatchMode):
         self._log.append((number, size))
         if self.limit is not None and size > 0 and self.live > self.limit:
             raise OverLimit(self.live)
+        if size > 0 and self._stopping():
+            raise KeyboardInterrupt
 
 
 def _gradients(args: Any, places: tuple[int, ...]) -> Any:

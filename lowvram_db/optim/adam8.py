@@ -99,7 +99,9 @@ class Adam8(torch.optim.Optimizer):
         self._norm = torch.zeros(1, device=device)  # of all gradients, what max_norm goes by; 0: not known yet
         self._skipped = torch.zeros(len(self._places), dtype=torch.int32, device=device)
         self._skipped_by_place = self._skipped.split(1)
-        self._in_a_row = [0] * len(self._places)
+        self._in_a_row = torch.zeros_like(self._skipped)  # steps in which each was skipped
+        self.skipped = torch.zeros(4, dtype=torch.int32, device=device)  # of the last step: see check_skipped
+        self._skipping = False
         for p in self._places:
             if p.numel() >= SMALLEST:
                 self.state[p] = store(p, weights, device)
@@ -152,6 +154,7 @@ class Adam8(torch.optim.Optimizer):
         self._arrived.clear()
         self._moved.clear()
         self._note_norm()
+        self._note_skipped()
         self._note_calls(self.calls + 1)
 
     def write_numbers(self) -> None:
@@ -200,24 +203,21 @@ class Adam8(torch.optim.Optimizer):
             self._note_norm()
             self._measuring = False
 
-    def count_skipped(self) -> int:
-        """How many tensors the steps since the last call left, at least in part, as they were because a gradient was
-        not finite.
+    def check_skipped(self, skipped: list[int]) -> int:
+        """How many tensors a step left, at least in part, as they were because a gradient was not finite.
 
-        Waits for the device. Warns when it begins; raises FloatingPointError, with the tensor's name, after PATIENCE
-        calls in a row.
+        skipped: what `skipped` held after the step, read from the device at any time since: how many, the place of the
+        first of them, how many steps in a row it has been for the tensor that it was longest for, and that one's place.
+        Warns when it begins; raises FloatingPointError, with the tensor's name, after PATIENCE steps in a row.
         """
-        skipped = self._skipped.tolist()
-        self._skipped.zero_()
-        if any(skipped) and not any(self._in_a_row):
-            name = self._names[next(place for place, count in enumerate(skipped) if count)]
+        count, first, longest, place = skipped
+        if count and not self._skipping:
+            name = self._names[first]
             warnings.warn(f"a gradient of {name} is not finite: what it would have changed stays", stacklevel=2)
-        self._in_a_row = [before + 1 if count else 0 for before, count in zip(self._in_a_row, skipped, strict=True)]
-        worst = max(self._in_a_row)
-        if worst >= PATIENCE:
-            name = self._names[self._in_a_row.index(worst)]
-            raise FloatingPointError(f"the gradient of {name} was not finite in {worst} steps in a row")
-        return sum(count > 0 for count in skipped)
+        self._skipping = count > 0
+        if longest >= PATIENCE:
+            raise FloatingPointError(f"the gradient of {self._names[place]} was not finite in {longest} steps in a row")
+        return count
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -352,6 +352,13 @@ class Adam8(torch.optim.Optimizer):
         self._norm.copy_(self._squares.sum().sqrt())
         self._this_unscale = None
         self._squares.zero_()
+
+    def _note_skipped(self) -> None:
+        was = self._skipped > 0
+        self._in_a_row.add_(1).mul_(was)
+        longest, place = self._in_a_row.max(0)
+        self.skipped = torch.stack([was.sum(), was.int().argmax(), longest, place]).int()
+        self._skipped.zero_()
 
     def _note_calls(self, calls: int) -> None:
         self.calls = calls

@@ -44,8 +44,9 @@ def build(
         )
     plain = [parameter for _, parameter in named]
     if settings.name == "adamw":
+        # Fused: few launches, and on the device it is read there whether a gradient overflowed.
         return torch.optim.AdamW(
-            plain, lr=lr, betas=betas, eps=settings.eps, weight_decay=settings.weight_decay, foreach=False
+            plain, lr=lr, betas=betas, eps=settings.eps, weight_decay=settings.weight_decay, fused=True
         )
     import bitsandbytes
 

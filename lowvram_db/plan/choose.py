@@ -1,5 +1,6 @@
 """Walk the ladder from the fastest strategy down to the first that fits."""
 
+import json
 import multiprocessing
 import signal
 import sys
@@ -38,7 +39,7 @@ def choose(config: Config, family: Blank, budget: int | None, explain: bool = Fa
     ram = predict.host_memory(steps, [*drawn, *encoding, sampling])
     plan = Plan(fits, budget, chosen, batch, phases, rungs, *ram)
     if fits is False:
-        plan.advice = list(_advice(config, family, budget, plan))
+        plan.advice = list(_advice(config, family, budget))
     return plan
 
 
@@ -68,7 +69,10 @@ def _training(config: Config, family: Blank, limit: int | None, explain: bool) -
         elif limit is None:
             fits(without_budget(strategies))
         elif not fits(strategies[0]):
-            # More checkpointing never takes more memory, so the first that fits is found by bisection.
+            # Bisection: whether the rung halfway fits tells on which side of it to look on. It ends at a rung that was
+            # seen to fit, and no faster one that was looked at does. As a rule more checkpointing takes less memory and
+            # then it is the fastest of all that fit. A step can take some KiB more, for the inputs that a checkpointed
+            # block keeps until its turn; then a faster one may have been missed by as little.
             whole = [strategy for strategy in strategies if strategy.parts == 1]
             if bisect_left(whole, True, lo=1, key=fits) == len(whole):
                 any(fits(strategy) for strategy in strategies[len(whole) :])
@@ -148,35 +152,51 @@ _Change = dict[str, dict[str, object]]  # section -> key -> value
 _SMALLER_SIDES = (1024, 768, 640, 512, 384, 256)
 
 
-def _advice(config: Config, family: Blank, budget: int | None, plan: Plan) -> Iterator[str]:
+def _advice(config: Config, family: Blank, budget: int | None) -> Iterator[str]:
     """Changes of the config that have been traced and fit, each alone; all of them together where none does alone."""
-    changes: dict[str, _Change] = {}
-    if config.train.gradient_checkpointing is False:
-        changes["train.gradient_checkpointing = true"] = {"train": {"gradient_checkpointing": True}}
-    if config.train.batch > 1:
-        changes["train.batch = 1"] = {"train": {"batch": 1}}
-    if config.optimizer.name != "adam8":
-        changes['optimizer.name = "adam8"'] = {"optimizer": {"name": "adam8"}, "precision": {"weights": None}}
-    elif config.weights in ("fp32", "bf16+residual"):
-        bf16: dict[str, object] = {"compute": "bf16", "weights": "bf16"}
-        changes['precision.compute = "bf16" and precision.weights = "bf16"'] = {"precision": bf16}
-    if config.train.text_encoder:
-        changes["train.text_encoder = false"] = {"train": {"text_encoder": False}}
-    if config.prior.enabled and config.prior.batch > 1:
-        changes["prior.batch = 1"] = {"prior": {"batch": 1}}
-    smaller = [side for side in _SMALLER_SIDES if side < config.train.resolution]
-    together = dict(changes)
-    for side in smaller[:2]:
-        changes[f"train.resolution = {side}"] = {"train": {"resolution": side}}
-    alone = [text for text, change in changes.items() if _fits(_changed(config, [change]), family, budget)]
+    changes = list(_smaller_ways(config))
+    smaller: list[_Change] = [
+        {"train": {"resolution": side}} for side in _SMALLER_SIDES if side < config.train.resolution
+    ]
+    alone = [change for change in (*changes, *smaller[:2]) if _fits(_changed(config, [change]), family, budget)]
     if alone:
-        yield from alone
+        yield from (_words(config, change) for change in alone)
         return
     for side in smaller:
-        sized: dict[str, _Change] = {**together, f"train.resolution = {side}": {"train": {"resolution": side}}}
-        if _fits(_changed(config, list(sized.values())), family, budget):
-            yield ", ".join(sized)
+        if _fits(_changed(config, [*changes, side]), family, budget):
+            yield ", ".join(_words(config, change) for change in (*changes, side))
             return
+
+
+def _smaller_ways(config: Config) -> Iterator[_Change]:
+    """Settings other than the resolution that take less memory than what is set."""
+    compute = config.precision.compute
+    if config.train.gradient_checkpointing is False:
+        yield {"train": {"gradient_checkpointing": True}}
+    if config.train.batch > 1:
+        yield {"train": {"batch": 1}}
+    if not config.optimizer.kind.stores_weights:
+        yield {"optimizer": {"name": "adam8"}, "precision": _all_in(config, compute)}
+    elif config.weights in ("fp32", "bf16+residual"):
+        yield {"precision": _all_in(config, "bf16" if compute == "fp32" else compute)}
+    if config.train.text_encoder:
+        yield {"train": {"text_encoder": False}}
+    if config.prior.enabled and config.prior.batch > 1:
+        yield {"prior": {"batch": 1}}
+
+
+def _all_in(config: Config, precision: str) -> dict[str, object]:
+    """Arithmetic and weights in one precision; weights that are not set follow by themselves."""
+    return {"compute": precision, "weights": config.precision.weights and precision}
+
+
+def _words(config: Config, change: _Change) -> str:
+    """A change as it is written in the TOML file, without what is set so already."""
+    now = config.model_dump()
+    settings = [(section, key, value) for section, values in change.items() for key, value in values.items()]
+    return " and ".join(
+        f"{section}.{key} = {json.dumps(value)}" for section, key, value in settings if now[section][key] != value
+    )
 
 
 def _changed(config: Config, changes: list[_Change]) -> Config:

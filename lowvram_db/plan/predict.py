@@ -22,10 +22,11 @@ from lowvram_db.families.blank import Blank
 from lowvram_db.memory.device import DTYPES
 from lowvram_db.memory.overheads import CONTEXT, CUBLAS_WORKSPACES, RAM_WITH_CUDA, temporaries
 from lowvram_db.memory.trace import TEMPORARY, Trace
-from lowvram_db.optim.adam8 import Adam8
+from lowvram_db.optim.kinds import StepsInBackward
 from lowvram_db.optim.storage import narrowing
 from lowvram_db.plan.result import Phase
 from lowvram_db.train.batches import Batch
+from lowvram_db.train.interrupt import stop_on_request
 from lowvram_db.train.learner import Learner
 from lowvram_db.train.strategy import Strategy
 
@@ -123,12 +124,11 @@ class Rehearsal:
 
     def _begin_anew(self) -> None:
         optimizer = self._learner.optimizer
-        if isinstance(optimizer, Adam8):  # whose state is there from the beginning
+        if isinstance(optimizer, StepsInBackward):
             optimizer.break_off()
             optimizer.step()
         else:
             optimizer.zero_grad(set_to_none=True)
-            optimizer.state.clear()
 
 
 def host_memory(training: list[Phase], others: list[Phase]) -> tuple[int, int]:
@@ -145,9 +145,9 @@ def autocasts(config: Config) -> bool:
 
 def _step(learner: "BlankLearner", batch: Batch, trace: Trace, name: str) -> Phase:
     start, before = trace.mark(), trace.flops
-    learner.backward(batch)
+    loss = learner.backward(batch)
     trace.label("gradients", [p.grad for p in learner.parameters if p.grad is not None])
-    learner.update()
+    learner.update(loss.total)
     trace.label("optimizer", state(learner.optimizer))
     return _phase(name, trace, start, flops=trace.flops - before)
 
@@ -179,8 +179,8 @@ def _saving(learner: Learner, trace: Trace) -> Phase:
     """All goes to the disk tensor by tensor; the finished model's weights are float32 before, in the place of the
     optimizer's state."""
     start = trace.mark()
-    if isinstance(learner.optimizer, Adam8):
-        learner.optimizer.finish()
+    if isinstance(learner.optimizer, StepsInBackward):
+        learner.optimizer.finish(torch.float32)
     trace.label("weights", _tensors(learner.modules.values()))
     return _phase("saving", trace, start)
 
@@ -200,6 +200,9 @@ class BlankLearner(Learner):
         if self.text_encoder:
             return self.family.conditioning({"text_encoder": self.text_encoder}, len(prompts))
         return torch.empty(len(prompts), *self.family.conditioning_shape)
+
+    def is_number(self, loss: Tensor) -> bool:
+        return True
 
     def _loss_scale(self) -> Any:
         scaler = super()._loss_scale()
@@ -249,15 +252,12 @@ def _phase(name: str, trace: Trace, start: int = 0, flops: int = 0) -> Phase:
 
 @contextmanager
 def tracing(autocast: bool = False, optimizer: str = "adam8") -> Iterator[Trace]:
-    """Everything inside is traced and nothing computed, as a GPU would do it."""
-    trace = Trace(temporaries)
-    generator = torch.get_rng_state()
+    """Everything inside is traced and nothing computed, as a GPU would do it. Ctrl-C is heard between operations."""
     with ExitStack() as stack:
-        # Checkpointing keeps the generator's state for every block, in the CPU's memory.
-        stack.enter_context(patch("torch.get_rng_state", lambda: generator))
-        # torch's AdamW reads its step count, a tensor, as a number; bitsandbytes computes its table of 256 codes, and
-        # its kernel has no fake of itself. Both work in place; their state is really made.
-        stack.enter_context(patch("torch.optim.adam._get_value", lambda value: 1.0))
+        stopping = stack.enter_context(stop_on_request())
+        trace = Trace(temporaries, stopping)
+        # bitsandbytes computes its table of 256 codes, and its kernel, which works in place, has no fake of itself; its
+        # state is really made.
         if optimizer == "bnb-adam8":
             stack.enter_context(patch("bitsandbytes.optim.AdamW8bit.update_step", lambda *_: None))
             stack.enter_context(patch("bitsandbytes.functional.create_dynamic_map", lambda **_: torch.empty(256)))
@@ -267,6 +267,8 @@ def tracing(autocast: bool = False, optimizer: str = "adam8") -> Iterator[Trace]
             for norm in ("group_norm", "layer_norm"):
                 stack.enter_context(patch.object(functional, norm, _in_float32(getattr(functional, norm))))
         yield trace
+        if stopping():
+            raise KeyboardInterrupt
 
 
 def _in_float32(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -9,7 +9,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from lowvram_db.config import Config
 from lowvram_db.families.blank import Blank
 from lowvram_db.plan import predict
-from lowvram_db.train.batches import Batch
+from lowvram_db.train.learner import Inputs
 from lowvram_db.train.strategy import Strategy
 
 
@@ -20,14 +20,13 @@ def tracked_bytes(config: Config, family: Blank, strategy: Strategy) -> int:
         learner: Any = predict.blank_learner(config, family, strategy, trace)
         batch, forward = predict.blank_batch(config, family), learner.forward
 
-        def forward_anew(batch: Batch, part: slice) -> tuple[Tensor, Tensor]:
+        def forward_anew(inputs: Inputs, prompts: list[str], part: slice) -> tuple[Tensor, Tensor]:
             tracker.reset_mod_stats()  # it follows one call of a module, or says so
-            return forward(batch, part)
+            return forward(inputs, prompts, part)
 
         learner.forward = forward_anew
         tracker.track_external(*learner.modules.values(), *predict.state(learner.optimizer), *batch.moments)
         with tracker:
             for _ in range(2):
-                learner.backward(batch)
-                learner.update()
+                learner.update(learner.backward(batch).total)
     return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]

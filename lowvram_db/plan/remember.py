@@ -19,7 +19,7 @@ _PACKAGE = Path(__file__).parents[1]
 
 
 def folder() -> Path:
-    """Where plans are kept: the user's cache folder."""
+    """Where plans are kept: the user's cache folder. Raises RuntimeError where no home is known."""
     base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or Path.home() / ".cache"
     return Path(base) / "lowvram-db" / "plans"
 
@@ -41,14 +41,14 @@ def recall(key: str) -> Plan | None:
     """The plan kept under this key; None where there is none or it cannot be read."""
     try:
         return Plan.from_json(json.loads((folder() / f"{key}.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def keep(key: str, plan: Plan) -> None:
     """A folder that cannot be written only means that the next plan takes as long."""
-    path = folder() / f"{key}.json"
     try:
+        path = folder() / f"{key}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing_file(path) as temporary:
             temporary.write_text(json.dumps(plan.to_json()), encoding="utf-8")

@@ -4,23 +4,36 @@ It reads no files and waits for no value, so that a plan runs the very same code
 """
 
 from abc import ABC, abstractmethod
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
+from torch.utils.checkpoint import checkpoint
 
 from lowvram_db.config import Config
 from lowvram_db.families.base import Architecture
 from lowvram_db.kernels.noise_loss import noise_loss, noisy_latents
-from lowvram_db.memory.device import compute_dtype
-from lowvram_db.optim.adam8 import Adam8
+from lowvram_db.memory.device import compute_dtype, sent
 from lowvram_db.optim.choices import build, make_state
+from lowvram_db.optim.kinds import StepsInBackward
 from lowvram_db.optim.loss_scale import LossScale
 from lowvram_db.optim.storage import DTYPES
 from lowvram_db.train import objective
 from lowvram_db.train.batches import Batch
 from lowvram_db.train.strategy import Strategy
+
+
+class Inputs(NamedTuple):
+    """What a step reads beside the weights, all of it on the device."""
+
+    mean: Tensor  # float32 [B, C, h, w], as logvar
+    logvar: Tensor
+    timesteps: Tensor  # int64 [B]
+    address: Tensor  # int64 [2]: seed and step of all draws
+    weights: Tensor  # float32 [B], of each row's loss
+    conditioning: Tensor | None  # [B, ...]; None where the text encoder is trained, which makes it in the forward pass
 
 
 class Learner(ABC):
@@ -45,7 +58,7 @@ class Learner(ABC):
         self.modules = {name: network.requires_grad_().train() for name, network in networks.items()}
         self.denoiser: Any = self.modules[family.denoiser_part]
         self.text_encoder: Any = self.modules.get("text_encoder")
-        if config.optimizer.name != "adam8":  # which brings each weight there by itself, in its final size
+        if not config.optimizer.kind.stores_weights:  # else it brings each there by itself, in its final size
             self._move_to_device()
         self.use(strategy)
         named = {f"{part}.{name}": p for part, module in self.modules.items() for name, p in module.named_parameters()}
@@ -70,18 +83,18 @@ class Learner(ABC):
     def use(self, strategy: Strategy) -> None:
         """Trade time for memory in this way from now on."""
         self.strategy = strategy
-        self.denoiser.enable_gradient_checkpointing()
+        self.denoiser.enable_gradient_checkpointing(_recomputing(self.denoiser))
         for block in self.family.checkpoint_blocks(self.denoiser)[strategy.checkpointed :]:
             for module in block.modules():
                 if hasattr(module, "gradient_checkpointing"):
                     vars(module)["gradient_checkpointing"] = False
         if self.text_encoder and strategy.checkpointed:
-            self.text_encoder.gradient_checkpointing_enable()
+            self.text_encoder.gradient_checkpointing_enable(_how(self.text_encoder))
         elif self.text_encoder:
             self.text_encoder.gradient_checkpointing_disable()
 
     def _loss_scale(self) -> LossScale | torch.amp.GradScaler:
-        if not isinstance(self.optimizer, Adam8):
+        if not isinstance(self.optimizer, StepsInBackward):
             return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.optimizer.attach()
         return LossScale(self.optimizer, dynamic=self.dtype == torch.float16)
@@ -102,46 +115,72 @@ class Learner(ABC):
 
     def backward(self, batch: Batch) -> objective.Loss:
         """The loss of a batch and its gradients; with adam8 the weights have moved then."""
-        size = len(batch.moments.mean) // self.strategy.parts
+        inputs = self.inputs(batch)
+        size = len(inputs.mean) // self.strategy.parts
         totals, rows = [], []
-        for first in range(0, len(batch.moments.mean), size):
-            total, losses = self.forward(batch, slice(first, first + size))
+        for first in range(0, len(inputs.mean), size):
+            total, losses = self.forward(inputs, batch.prompts, slice(first, first + size))
             self.scaler.scale(total).backward()
             totals.append(total.detach())
             rows.append(losses)
         return objective.split(torch.stack(totals).sum(), torch.cat(rows), batch.instances)
 
-    def forward(self, batch: Batch, part: slice) -> tuple[Tensor, Tensor]:
-        """What the rows in `part` add to the loss, and the loss of each, with the draws that belong to the step."""
-        train = self.config.train
-        mean, logvar = (tensor.to(self.device) for tensor in batch.moments)
-        timesteps = self.timesteps(len(mean)).to(self.device)
-        address = torch.tensor([train.seed, self.step], device=self.device)
+    def inputs(self, batch: Batch) -> Inputs:
+        """What the step in hand reads. Made whole before its first kernel is launched: a copy in the middle of a step
+        would wait for the device, and the device then for whatever comes after it."""
+        rows = len(batch.moments.mean)
+        weights = objective.row_weights(rows, batch.instances, self.config.prior.weight)
+        address = torch.tensor([self.config.train.seed, self.step])
+        given = (*batch.moments, self.timesteps(rows), address, weights)
+        mean, logvar, timesteps, address, weights = (sent(tensor, self.device) for tensor in given)
+        conditioning = None if self.text_encoder else self.conditioning(batch.prompts).to(self.weights)
+        return Inputs(mean, logvar, timesteps, address, weights, conditioning)
 
+    def forward(self, inputs: Inputs, prompts: list[str], part: slice) -> tuple[Tensor, Tensor]:
+        """What the rows in `part` add to the loss, and the loss of each, with the draws that belong to the step."""
+        mean, logvar, timesteps, address, weights, conditioning = inputs
         noisy = noisy_latents(mean, logvar, timesteps, self.table, address, self.triton)[part]
         with self.autocast():
             prediction = self.family.denoise(
                 self.denoiser,
                 noisy.to(self.weights),
                 timesteps[part],
-                self.conditioning(batch.prompts[part]).to(self.weights),
+                self.conditioning(prompts[part]).to(self.weights) if conditioning is None else conditioning[part],
             )
         # A draw belongs to a row's number in the whole batch: the other rows stand in with a weight of zero.
         before, after = part.start, len(mean) - part.start - len(prediction)
-        inside = torch.zeros(len(mean)).index_fill_(0, torch.arange(len(mean))[part], 1.0)
-        weights = objective.row_weights(len(mean), batch.instances, self.config.prior.weight) * inside
-        prediction = pad(prediction, (0, 0, 0, 0, 0, 0, before, after)) if before or after else prediction
-        total, rows = noise_loss(
-            prediction, mean, logvar, timesteps, self.table, address, weights.to(self.device), triton=self.triton
-        )
+        if before or after:
+            prediction = pad(prediction, (0, 0, 0, 0, 0, 0, before, after))
+            weights = pad(weights[part], (before, after))
+        total, rows = noise_loss(prediction, mean, logvar, timesteps, self.table, address, weights, triton=self.triton)
         return total, rows[part]
 
-    def update(self, number: bool = True) -> None:
-        """Step the weights that backward has not stepped yet, and let the gradients go.
-
-        number: whether the loss was one. Where no scaler looks at every gradient, an optimizer would take one that is
-        none into the weights for good.
-        """
-        if number or self.scaler.is_enabled():
+    def update(self, loss: Tensor) -> None:
+        """Step the weights that backward has not stepped yet, and let the gradients go. A loss that is no number
+        changes nothing."""
+        if self.scaler.is_enabled():  # which looks at every gradient
             self.scaler.step(self.optimizer)
+        elif getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            # As a GradScaler tells torch's fused optimizers, which then read it on the device.
+            self.optimizer.found_inf = (~loss.isfinite()).float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+            del self.optimizer.found_inf  # type: ignore[attr-defined]
+        elif self.is_number(loss):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def is_number(self, loss: Tensor) -> bool:
+        """Waits for the device, as bitsandbytes does after every tensor."""
+        return bool(loss.isfinite())
+
+
+def _how(network: nn.Module) -> dict[str, Any]:
+    """How to checkpoint a network. Where it draws nothing, no state of a generator has to be fetched from the device
+    for every block, to draw the same again."""
+    draws = any(isinstance(module, nn.Dropout) and module.p > 0 for module in network.modules())
+    draws = draws or getattr(network.config, "attention_dropout", 0) > 0  # functional, in CLIP's text encoder
+    return {"use_reentrant": False, "preserve_rng_state": draws}
+
+
+def _recomputing(network: nn.Module) -> Any:
+    return partial(checkpoint, **_how(network))

@@ -1,10 +1,13 @@
 """The training loop: from cached latents to a trained denoiser."""
 
+import contextlib
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -16,10 +19,11 @@ from lowvram_db.errors import LESS_MEMORY, DoesNotFit, Interrupted, UserError
 from lowvram_db.families.base import Family
 from lowvram_db.kernels.launch import runs_triton
 from lowvram_db.memory.attention import use_attention
-from lowvram_db.memory.device import peak_bytes, release_memory
+from lowvram_db.memory.device import peak_bytes, release_memory, sent
 from lowvram_db.memory.out_of_memory import is_out_of_memory, reason
-from lowvram_db.optim.adam8 import PATIENCE, Adam8
+from lowvram_db.optim.adam8 import PATIENCE
 from lowvram_db.optim.choices import FirstStepCheck
+from lowvram_db.optim.kinds import StepsInBackward
 from lowvram_db.optim.schedule import learning_rate
 from lowvram_db.optim.storage import narrowing
 from lowvram_db.progress import Bar, say
@@ -29,6 +33,7 @@ from lowvram_db.train.batches import Batches
 from lowvram_db.train.interrupt import stop_on_request
 from lowvram_db.train.learner import Learner
 from lowvram_db.train.metrics import Metrics
+from lowvram_db.train.outcome import Numbers, Outcome
 from lowvram_db.train.saving import Saver
 from lowvram_db.train.strategy import Strategy, ladder, without_budget
 
@@ -54,38 +59,47 @@ class Trainer(Learner):
             raise UserError(f'kernels: {error}; use kernels = "auto"') from error
         self.batches = batches
         self.between_steps = True  # so that all of it is of one step
+        self.lag = 1 if device.type == "cuda" else 0  # steps whose outcome may be on its way when the next one begins
         self._losses_skipped = 0  # in a row, for they were no numbers
         self._ladder = ladder(config, family.checkpoint_steps)
         super().__init__(config, family, networks, device, strategy or without_budget(self._ladder), triton)
         self.family: Family = family
         self.attention = use_attention(self.denoiser, config.attention, device, self.dtype)
 
-    def train_step(self) -> objective.Loss:
+    def train_step(self) -> Outcome:
         """One optimizer step on the batch that belongs to its number; where the memory does not suffice, in a smaller
-        way, and so from then on. A step whose loss is no number changes nothing. Raises DoesNotFit where there is no
-        smaller way, and UserError where losses or gradients stay no numbers."""
-        train = self.config.train
+        way, and so from then on. A step whose loss is no number changes nothing. Waits for nothing that the device has
+        to find first. Raises DoesNotFit where there is no smaller way."""
         self.between_steps = False
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         loss = self._backward_that_fits()
-        number = math.isfinite(loss.total.item())
-        self.update(number)
-        try:
-            self.scaler.update()
-        except FloatingPointError as error:
-            raise UserError(f"{error}; lower train.lr ({train.lr:g})") from error
+        self.update(loss.total)
+        self.scaler.update()
         self.step += 1
-        self._losses_skipped = 0 if number else self._losses_skipped + 1
-        if self._losses_skipped == PATIENCE:
-            compute = self.config.precision.compute
-            finer = "" if compute == "fp32" else f', or use precision.compute = "fp32" (is "{compute}")'
-            raise UserError(
-                f"the loss is {loss.total.item()} in step {self.step} and the {PATIENCE - 1} before it; "
-                f"lower train.lr ({train.lr:g}){finer}"
-            )
         self.between_steps = True
-        return loss
+        return Outcome(loss, self.optimizer.skipped if isinstance(self.optimizer, StepsInBackward) else None)
+
+    def judge(self, step: int, numbers: Numbers) -> None:
+        """Told of every step in turn. Raises UserError where losses or gradients stay no numbers."""
+        if isinstance(self.optimizer, StepsInBackward):
+            try:
+                self.optimizer.check_skipped(numbers.skipped)
+            except FloatingPointError as error:
+                raise UserError(f"{error}; {self._gentler()}") from error
+        self._losses_skipped = 0 if math.isfinite(numbers.total) else self._losses_skipped + 1
+        if self._losses_skipped == PATIENCE:
+            raise UserError(
+                f"the loss is {numbers.total} in step {step} and the {PATIENCE - 1} before it; {self._gentler()}"
+            )
+
+    def _gentler(self) -> str:
+        """What to change where training has gone astray; a run that has begun keeps these settings."""
+        config = self.config
+        finer = ' or set precision.compute = "fp32"' if config.precision.compute != "fp32" else ""
+        if finer and config.precision.weights not in (None, "fp32"):
+            finer += ", leaving out precision.weights"
+        return f"in a new run (another output.name) lower train.lr (is {config.train.lr:g}){finer}"
 
     def _backward_that_fits(self) -> objective.Loss:
         """backward(), repeated one rung further down the ladder for as long as it runs out of memory."""
@@ -104,7 +118,7 @@ class Trainer(Learner):
         if not smaller:
             raise DoesNotFit(f"step {self.step + 1} does not fit ({full}); {LESS_MEMORY}")
         moved = 0
-        if isinstance(self.optimizer, Adam8):
+        if isinstance(self.optimizer, StepsInBackward):
             try:
                 moved = self.optimizer.break_off()
             except MemoryError as error:
@@ -123,7 +137,7 @@ class Trainer(Learner):
         """[len(prompts), tokens, width]: from the cache, or from the text encoder while it is being trained."""
         if self.text_encoder:
             return self.family.encode_prompts(self.text_encoder, prompts)
-        return self.batches.cached.conditioning(prompts).to(self.device)
+        return sent(self.batches.cached.conditioning(prompts), self.device)
 
     def learning_rate(self) -> float:
         train = self.config.train
@@ -131,8 +145,8 @@ class Trainer(Learner):
 
     def finish(self) -> None:
         """Bring the weights to float32 from what is known of them at best. There is no training after that."""
-        if isinstance(self.optimizer, Adam8):
-            self.optimizer.finish()
+        if isinstance(self.optimizer, StepsInBackward):
+            self.optimizer.finish(torch.float32)
 
     @cached_property
     def content(self) -> dict[str, list[str]]:
@@ -191,33 +205,28 @@ def _train(
         Metrics(run.metrics, run.tensorboard, done=trainer.step) as metrics,
         Bar("training", total=steps, done=trainer.step, unit="step") as bar,
         stop_on_request() as stop_requested,
+        _Journal(trainer, metrics, bar) as journal,
     ):
         begins("first step")
         while trainer.step < steps:
-            began, lr = time.perf_counter(), trainer.learning_rate()
+            journal.begin()
             scale = trainer.scaler.get_scale() if check else 0.0
-            loss = trainer.train_step()
-            # A lower loss scale says that fp16 gradients overflowed and the optimizer did not step.
-            if check and trainer.scaler.get_scale() >= scale:
+            outcome = trainer.train_step()
+            # A lower loss scale says that fp16 gradients overflowed and the optimizer did not step; nor does it step
+            # where the loss is no number.
+            if check and trainer.scaler.get_scale() >= scale and math.isfinite(outcome.read().total):
                 check.verify(trainer.optimizer)
                 check = None
-            peak = peak_bytes(trainer.device)
-            metrics.log(
-                trainer.step,
-                loss=loss.total.item(),
-                instance_loss=loss.instance.item(),
-                prior_loss=loss.prior.item(),
-                lr=lr,
-                seconds=time.perf_counter() - began,
-                peak_bytes=peak,
-            )
-            bar.advance(note=f"loss {loss.total.item():.4f}  peak {peak / 2**30:.2f} GiB")
+            journal.note(outcome)
 
             if first:
                 begins("steady step")
                 first = False
             last, stopping = trainer.step == steps, stop_requested()
-            if last or stopping or _checkpoint_due(config.checkpoint, trainer.step, time.monotonic() - saved_at):
+            saving = last or stopping or _checkpoint_due(config.checkpoint, trainer.step, time.monotonic() - saved_at)
+            sampling = not last and _due(trainer.step, config.sample.every)
+            journal.settle(0 if saving or sampling else trainer.lag)
+            if saving:
                 saver.save(trainer.contents(), beside=not (last or stopping))
                 saved_at = time.monotonic()
             if stopping and not last:
@@ -225,10 +234,57 @@ def _train(
                     f"stopped after step {trainer.step} of {steps}; saved {run.checkpoint(trainer.step)}; "
                     "the same command goes on from there"
                 )
-            if not last and _due(trainer.step, config.sample.every):
+            if sampling:
                 begins("sampling on the way")
                 optional(partial(sample, run.sample_grid(trainer.step)), f"step {trainer.step}: pictures")
                 begins("steady step")
+
+
+class _Journal:
+    """Writes down every step, once its numbers have come from the device. A context manager."""
+
+    def __init__(self, trainer: Trainer, metrics: Metrics, bar: Bar):
+        self._trainer, self._metrics, self._bar = trainer, metrics, bar
+        self._unread: deque[tuple[int, float, Outcome]] = deque()
+        self._settled = self._lr = 0.0
+
+    def begin(self) -> None:
+        """A step begins. What lies between steps that are settled, as saving does, counts for none of them."""
+        self._lr = self._trainer.learning_rate()
+        if not self._unread:
+            self._settled = time.perf_counter()
+
+    def note(self, outcome: Outcome) -> None:
+        """Of the step that was begun last."""
+        self._unread.append((self._trainer.step, self._lr, outcome))
+
+    def settle(self, lag: int = 0) -> None:
+        """Read and write all but the last `lag` steps. Raises UserError as Trainer.judge does."""
+        while len(self._unread) > lag:
+            step, lr, outcome = self._unread.popleft()
+            numbers = outcome.read()
+            self._trainer.judge(step, numbers)
+            before, self._settled = self._settled, time.perf_counter()
+            peak = peak_bytes(self._trainer.device)
+            self._metrics.log(
+                step,
+                loss=numbers.total,
+                instance_loss=numbers.instance,
+                prior_loss=numbers.prior,
+                lr=lr,
+                seconds=self._settled - before,
+                peak_bytes=peak,
+            )
+            self._bar.advance(note=f"loss {numbers.total:.4f}  peak {peak / 2**30:.2f} GiB")
+
+    def __enter__(self) -> "_Journal":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with contextlib.suppress(Exception):  # where one is leaving already
+            self.settle()
 
 
 def optional(work: Callable[[], None], what: str) -> None:

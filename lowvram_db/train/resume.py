@@ -30,7 +30,7 @@ def choose(run: Run, resume: str) -> Path | None:
         if latest:
             raise UserError(
                 f"{run.folder}: has {latest.name} already, which --resume never would overwrite; "
-                "choose another output.name, or --resume auto to go on"
+                "choose another output.name, or leave --resume out to go on with the same settings"
             )
         return None
     chosen = Path(resume)

@@ -31,7 +31,7 @@ def ladder(config: Config, blocks: int) -> list[Strategy]:
     counts = range(blocks + 1) if wanted is None else [blocks if wanted else 0]
     rungs = [Strategy(count, blocks) for count in counts]
     rows = config.train.batch * (2 if config.prior.enabled else 1)
-    if config.optimizer.name != "adam8":
+    if not config.optimizer.kind.steps_in_backward:
         parts = [2**power for power in range(1, rows.bit_length()) if rows % 2**power == 0]
         rungs += [Strategy(rungs[-1].checkpointed, blocks, count) for count in parts]
     return rungs

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 def make(make_config, family, tmp_path):
     def make(folder=tmp_path / "class", family=family, base="digest", **settings):
         config = make_config(prior={"count": 5, "steps": 2, "batch": 2} | settings)
-        return class_images(config, family, folder, base, CPU, torch.float32)
+        return class_images(config, family, folder, base, CPU)
 
     return make
 
@@ -216,11 +216,11 @@ def test_a_model_that_draws_nothing_ends_the_run_before_it_trains(make, tmp_path
 def test_fewer_are_made_at_once_where_memory_is_full(make, tmp_path, monkeypatch, capfd):
     straight, tried = pixels(make(folder=tmp_path / "straight")), []
 
-    def small(pipeline, *, prompt, **inputs):
-        tried.append(len(prompt))
-        if len(prompt) > 1:
+    def small(pipeline, seeds, wider, **inputs):
+        tried.append(len(seeds))
+        if len(seeds) > 1:
             raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
-        return draw(pipeline, prompt=prompt, **inputs)
+        return draw(pipeline, seeds, wider, **inputs)
 
     monkeypatch.setattr(room, "draw", small)
     for one, other in zip(pixels(make()), straight, strict=True):

@@ -47,8 +47,8 @@ def test_good_steps_double_the_scale_and_are_kept_in_checkpoints():
     scale.load_state_dict({"scale": 8.0, "good_steps": GROWTH_INTERVAL - 2, "growth_interval": GROWTH_INTERVAL})
     step(parameter, optimizer, scale, torch.ones(64, 64))
     assert scale.get_scale() == 8.0
-    again = LossScale(optimizer, dynamic=True)
-    again.load_state_dict(scale.state_dict())
+    saved, again = scale.state_dict(), LossScale(optimizer, dynamic=True)
+    again.load_state_dict(saved)
     step(parameter, optimizer, again, torch.ones(64, 64))
     assert again.get_scale() == 16.0
 

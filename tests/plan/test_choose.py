@@ -1,10 +1,16 @@
-import pytest
+from contextlib import nullcontext
 
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from lowvram_db.config import Config, _apply
 from lowvram_db.errors import UserError
 from lowvram_db.memory.overheads import CONTEXT, CUBLAS_WORKSPACES, MARGIN
+from lowvram_db.memory.trace import OverLimit
 from lowvram_db.plan import predict
-from lowvram_db.plan.choose import choose
-from lowvram_db.plan.result import Plan
+from lowvram_db.plan.choose import _advice, _training, choose
+from lowvram_db.plan.result import Phase, Plan
 from lowvram_db.train.strategy import ladder
 
 SMALL = {"prior": {"batch": 1}, "train": {"resolution": 128, "batch": 4}}
@@ -26,6 +32,42 @@ def test_the_fastest_that_fits_is_taken(planned, blank):
         assert plan.fits and plan.peak.peak_bytes * (1 + MARGIN) <= just
 
 
+class Peaks:
+    """A rehearsal of strategies whose peaks are given, which notes what was looked at."""
+
+    def __init__(self, peaks):
+        self.peaks, self.looked_at = peaks, set()
+
+    def steps(self, strategy, limit):
+        self.looked_at.add(strategy)
+        if limit is not None and self.peaks[strategy] > limit:
+            raise OverLimit(self.peaks[strategy])
+        return [Phase("first step", {"weights": self.peaks[strategy]}, flops=1)]
+
+    def end(self):
+        return []
+
+
+@given(needed=st.lists(st.integers(1, 9), min_size=8, max_size=8), limit=st.integers(0, 9), falling=st.booleans())
+@example(needed=[9, 9, 5, 6, 6, 4, 3, 2], limit=5, falling=False)  # as the trace of a miniature has been seen to do
+def test_a_ladder_that_rises_here_and_there_still_ends_at_a_rung_that_fits(planned, blank, needed, limit, falling):
+    config = planned(train={"batch": 2}, optimizer={"name": "bnb-adam8"})
+    rungs = ladder(config, blank.checkpoint_steps)  # six of checkpointing, and two of batches in parts
+    peaks = Peaks(dict(zip(rungs, sorted(needed, reverse=True) if falling else needed, strict=True)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(predict, "rehearsal", lambda config, family: nullcontext(peaks))
+        chosen = next(rung for rung in _training(config, blank, limit, explain=False)[1] if rung.chosen)
+    assert chosen.peak_bytes == peaks.peaks[chosen.strategy]
+    fitting = [rung for rung in rungs if peaks.peaks[rung] <= limit]
+    seen = [rung for rung in fitting if rung in peaks.looked_at]
+    if seen:
+        assert chosen.strategy == seen[0], "the fastest of those that were seen to fit"
+    else:
+        assert rungs[5] in peaks.looked_at and chosen.peak_bytes == min(peaks.peaks[rung] for rung in rungs[5:])
+    if falling:
+        assert seen[:1] == fitting[:1], "the fastest there is"
+
+
 def test_what_does_not_fit_says_what_would(planned, blank):
     config = planned(**SMALL)
     plan = choose(config, blank, int(peaks(config, blank)[-1] * (1 + MARGIN)) - 2**20)
@@ -44,6 +86,41 @@ def test_advice_that_is_followed_helps(planned, blank):
     assert plan.strategy.checkpointed == 0, "what the user fixed is not changed"
     assert "train.gradient_checkpointing = true" in plan.advice
     assert choose(planned(prior={"batch": 1}, train=fixed | {"gradient_checkpointing": True}), blank, budget).fits
+
+
+@pytest.mark.parametrize(
+    ("sections", "advice"),
+    [
+        ({"precision": {"compute": "fp32"}}, ['precision.compute = "bf16"']),
+        ({"precision": {"weights": "bf16+residual"}}, ['precision.weights = "bf16"']),
+        ({"precision": {"compute": "fp16", "weights": "fp32"}}, ['precision.weights = "fp16"']),
+        (
+            {"precision": {"compute": "fp32", "weights": "fp32"}},
+            ['precision.compute = "bf16" and precision.weights = "bf16"'],
+        ),
+        ({"optimizer": {"name": "adamw"}}, ['optimizer.name = "adam8"']),
+        (
+            {"optimizer": {"name": "adamw"}, "precision": {"weights": "fp32"}},
+            ['optimizer.name = "adam8" and precision.weights = "bf16"'],
+        ),
+        ({"optimizer": {"name": "bnb-adam8"}, "precision": {"compute": "fp32"}}, ['optimizer.name = "adam8"']),
+        ({"train": {"gradient_checkpointing": True, "batch": 1}, "prior": {"batch": 1}}, []),
+        ({"train": {"text_encoder": True, "batch": 2}}, ["train.batch = 1", "train.text_encoder = false"]),
+    ],
+)
+def test_advice_is_written_as_the_config_takes_it_and_names_nothing_that_is_so_already(
+    planned, blank, sections, advice, monkeypatch
+):
+    sections = {**sections, "train": {"resolution": 128, **sections.get("train", {})}}
+    sections["prior"] = {"batch": 1, **sections.get("prior", {})}
+    config, tried = planned(**sections), []
+    monkeypatch.setattr("lowvram_db.plan.choose._fits", lambda changed, *_: tried.append(changed) or True)
+    assert list(_advice(config, blank, 2**30)) == advice
+    for words, changed in zip(advice, tried, strict=True):
+        tree = config.model_dump(exclude_unset=True)
+        for setting in words.split(" and "):
+            _apply(tree, setting)
+        assert Config.model_validate(tree) == changed, "what was found to fit"
 
 
 def test_without_a_budget_memory_is_saved_and_nothing_claimed(planned, blank):

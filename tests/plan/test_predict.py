@@ -1,17 +1,22 @@
+import os
+import signal
+from itertools import pairwise
+
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowvram_db.families import open_blank
 from lowvram_db.families.known import known_configs
 from lowvram_db.memory import trace as trace_room
-from lowvram_db.memory.overheads import CONTEXT, CUBLAS_WORKSPACES
+from lowvram_db.memory.overheads import CONTEXT, CUBLAS_WORKSPACES, MARGIN
 from lowvram_db.memory.trace import OverLimit, Trace
 from lowvram_db.plan import predict
 from lowvram_db.plan.reference import tracked_bytes
 from lowvram_db.train.strategy import Strategy, ladder
 
+_SLOWEST = "bnb-adam8 under autocast, in parts"
 FIVE = {
     "adam8, everywhere": ({}, Strategy(5, 5)),
     "adam8, nowhere": ({}, Strategy(0, 5)),
@@ -20,11 +25,13 @@ FIVE = {
         {"precision": {"compute": "fp32"}, "optimizer": {"name": "adamw"}, "train": {"batch": 2}},
         Strategy(0, 5),
     ),
-    "bnb-adam8 under autocast, in parts": ({"optimizer": {"name": "bnb-adam8"}}, Strategy(5, 5, parts=2)),
+    _SLOWEST: ({"optimizer": {"name": "bnb-adam8"}}, Strategy(5, 5, parts=2)),
 }
 
 
-@pytest.mark.parametrize("name", FIVE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == _SLOWEST else []) for name in FIVE]
+)
 def test_within_1_percent_of_memtracker(planned, blank, name, monkeypatch):
     """torch's own tracker, which takes 30 times as long, on the same steps. It does not round on a CPU."""
     sections, strategy = FIVE[name]
@@ -61,20 +68,20 @@ def drawn(planned, given):
     )
 
 
-one_folder = settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@one_folder
+@settings(max_examples=2)  # each goes down the whole ladder
 @given(CONFIGS)
-def test_more_checkpointing_never_needs_more(planned, blank, given):
+@example({"batch": 3, "resolution": 32, "prior": True, "optimizer": "bnb-adam8"})  # one step of it takes 38 KiB more
+def test_more_checkpointing_needs_less_but_for_what_the_margin_covers(planned, blank, given):
     config = drawn(planned, given)
     rungs = [rung for rung in ladder(config, blank.checkpoint_steps) if rung.parts == 1]
     with predict.rehearsal(config, blank) as traced:
-        peaks = [max(phase.peak_bytes for phase in traced.steps(rung)) for rung in rungs]
-    assert peaks == sorted(peaks, reverse=True)
+        phases = [max(traced.steps(rung), key=lambda phase: phase.peak_bytes) for rung in rungs]
+    peaks = [phase.peak_bytes - CONTEXT - CUBLAS_WORKSPACES for phase in phases]
+    assert peaks[-1] <= peaks[0]
+    assert all(more <= fewer * (1 + MARGIN / 2) for fewer, more in pairwise(peaks)), peaks
 
 
-@one_folder
+@settings(max_examples=4)
 @given(CONFIGS, st.sampled_from([0, 1, 2]))
 def test_more_pictures_or_larger_ones_never_need_less(planned, blank, given, level):
     rung = Strategy(level, 5)
@@ -83,7 +90,7 @@ def test_more_pictures_or_larger_ones_never_need_less(planned, blank, given, lev
     assert peak(drawn(planned, {**given, "resolution": given["resolution"] + 32}), blank, rung) >= here
 
 
-@one_folder
+@settings(max_examples=4)
 @given(CONFIGS, st.sampled_from([0, 1, 2]))
 def test_the_components_add_up_to_the_peak(planned, blank, given, level):
     """The trace's own running sum is the witness: a limit at the predicted peak is kept, one a byte below is not."""
@@ -107,6 +114,24 @@ def test_a_strategy_that_was_broken_off_leaves_nothing_to_the_next(planned, blan
             with pytest.raises(OverLimit):
                 traced.steps(Strategy(0, 5), floor + int(part * (most - floor)))
         assert [*traced.steps(Strategy(5, 5)), *traced.end()] == alone
+
+
+def test_ctrl_c_ends_a_trace_between_two_operations(planned, blank, monkeypatch):
+    """Not inside one: PyTorch's C++ aborts the process where it lets no exception through."""
+    operations = []
+
+    def pressed(operation, args, outputs):
+        if len(operations) == 20:
+            os.kill(os.getpid(), signal.SIGINT)
+        operations.append(operation)
+        return 0
+
+    monkeypatch.setattr(predict, "temporaries", pressed)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        predict.training(planned(train={"resolution": 64}), blank, Strategy(0, 5))
+    assert 20 < len(operations) < 40
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_adam8_keeps_its_state_and_one_gradient_adamw_all_of_them(planned, blank):

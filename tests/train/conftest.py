@@ -10,13 +10,15 @@ from lowvram_db.families import open_model
 from lowvram_db.train.batches import Batches
 from lowvram_db.train.loop import Trainer
 
+CPU = torch.device("cpu")
+
 
 @pytest.fixture
-def make_trainer(tmp_path) -> Callable[[Config], Trainer]:
+def make_trainer(tmp_path) -> Callable[..., Trainer]:
     """A trainer at step 0; the subject's own photos stand in for class images, which saves generating them."""
 
-    def make(config: Config) -> Trainer:
-        family, device = open_model(config.model.name), torch.device("cpu")
+    def make(config: Config, device: torch.device = CPU) -> Trainer:
+        family = open_model(config.model.name)
         photos = subject_photos(config)
         concept = describe(config, photos, photos[::-1] if config.prior.enabled else [])
         prompts = [] if config.train.text_encoder else concept.prompts

@@ -58,7 +58,7 @@ def test_before_a_weight_has_moved_the_repeated_step_is_the_same(make_config, ma
     config = make_config(**OPTIMIZERS[optimizer])
     straight, broken = start(make_trainer, config), start(make_trainer, config)
     failed = fail_once(broken, at_step=1, name=where)
-    losses = [[trainer.train_step().total.item() for _ in range(3)] for trainer in (straight, broken)]
+    losses = [[trainer.train_step().read().total for _ in range(3)] for trainer in (straight, broken)]
     assert failed
     assert losses[0] == losses[1]
     assert all(torch.equal(tensor, weights(broken)[name]) for name, tensor in weights(straight).items())

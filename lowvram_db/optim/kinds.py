@@ -1,0 +1,48 @@
+"""The optimizers there are, and what each can do: asked wherever something depends on which one it is.
+
+Imports nothing heavy: the settings ask, before torch is there. choices.py builds them.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+Name = Literal["adam8", "bnb-adam8", "adamw"]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What one optimizer can do."""
+
+    steps_in_backward: bool  # no gradient waits for another; but a batch cannot be split, for it has stepped by then
+    stores_weights: bool  # brings them to the device in half precision, and loses no update in rounding; else float32
+    packages: tuple[str, ...] = ()  # that it needs
+
+
+KINDS: dict[Name, Kind] = {
+    "adam8": Kind(steps_in_backward=True, stores_weights=True),
+    "bnb-adam8": Kind(steps_in_backward=False, stores_weights=False, packages=("bitsandbytes",)),
+    "adamw": Kind(steps_in_backward=False, stores_weights=False),
+}
+
+
+@runtime_checkable
+class StepsInBackward(Protocol):
+    """What an optimizer offers beside torch's own methods when its kind steps in backward."""
+
+    loss_scale: Any  # float32 [1]: what the loss is multiplied with before backward
+    skipped: Any  # int32 [4], on the device: what a step has skipped
+    scaled: bool  # whether it may be other than 1; an overflow then leaves the whole tensor as it was
+
+    def attach(self) -> Any:
+        """Step each parameter inside backward from now on, and free its gradient there."""
+
+    def break_off(self) -> int:
+        """After a backward that failed halfway: let the next one make the rest of the same step. Returns how many
+        parameters have moved. Raises MemoryError where one was left half stepped."""
+
+    def check_skipped(self, skipped: list[int]) -> int:
+        """How many tensors a step left as they were, for a gradient was not finite: by what `skipped` held after it.
+        Raises FloatingPointError where that goes on."""
+
+    def finish(self, dtype: Any) -> None:
+        """Bring the weights to dtype from what is known of them at best, and let the state go."""
