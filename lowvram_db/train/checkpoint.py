@@ -7,6 +7,7 @@ all that an exact resume needs.
 import json
 import re
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -140,12 +141,23 @@ def restore(folder: Path, state: State, modules: dict[str, nn.Module], optimizer
         optimizer.load_state_dict({**current, "state": _unflatten(tensors, state.optimizer)})
     except ValueError as error:
         raise UserError(f"{folder}: {error}; start a new run with another output.name") from error
+    _let_go_of(tensors.values(), optimizer)
 
 
 def keep_last(folder: Path, count: int) -> None:
     """Delete all but the last `count` checkpoints in a folder."""
     for old in list(steps(folder).values())[:-count]:
         remove_folder(old)
+
+
+def _let_go_of(mapped: Iterable[Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """Copy what the optimizer has taken over of a mapped file as it was, as torch's own do on a CPU: Windows neither
+    renames nor deletes a file that is mapped."""
+    addresses = {tensor.untyped_storage().data_ptr() for tensor in mapped}
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.untyped_storage().data_ptr() in addresses:
+                state[name] = value.clone()
 
 
 def _copy_weights(path: Path, module: nn.Module) -> None:
