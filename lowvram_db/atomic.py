@@ -5,9 +5,11 @@ import errno
 import os
 import re
 import shutil
+import stat
+import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -17,6 +19,8 @@ from lowvram_db.errors import UserError
 # What network shares, FUSE and shared folders of virtual machines answer that have no sync (of folders), and what a
 # folder answers that may be written but not read.
 _NO_SYNC_OFFERED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EACCES, errno.EPERM}
+_HELD_OPEN = 5, 32  # ERROR_ACCESS_DENIED, ERROR_SHARING_VIOLATION
+_PAUSES = [0.01 * 2**power for power in range(10)]  # seconds, 10 in all
 
 
 @contextlib.contextmanager
@@ -31,7 +35,7 @@ def replacing_file(path: Path) -> Iterator[Path]:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             _sync(temporary)
-            temporary.replace(path)
+            _patiently(temporary.replace, path)
             _sync(path.parent)
     finally:
         with contextlib.suppress(OSError):  # a read-only disk refuses this too, and has been named already
@@ -55,17 +59,22 @@ def creating_folder(path: Path) -> Iterator[Path]:
             for file in temporary.rglob("*"):
                 _sync(file)
             _sync(temporary)
-            temporary.rename(path)
+            rename(temporary, path)
             _sync(path.parent)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
 
 
 def remove_folder(path: Path) -> None:
     """Delete a folder so that a kill in the middle leaves no half of it under its own name."""
     doomed = _beside(path)
-    path.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    rename(path, doomed)
+    _remove(doomed)
+
+
+def rename(path: Path, new: Path) -> None:
+    """Give a file or folder a name that is free; on Windows, patiently."""
+    _patiently(path.rename, new)
 
 
 def free_name(path: Path) -> Path:
@@ -90,13 +99,35 @@ def remove_leftovers(folder: Path, names: str, older_than: float = 0.0) -> None:
             if older_than and time.time() - leftover.stat().st_mtime < older_than:
                 continue
         if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
+            _remove(leftover)
         else:
             leftover.unlink(missing_ok=True)
 
 
 def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:8]}")
+
+
+def _patiently(move: Callable[[Path], Path], new: Path) -> None:
+    """On Windows a virus scanner or an indexer opens what was just written, and nothing that is open can be moved."""
+    for pause in _PAUSES:
+        try:
+            move(new)
+            return
+        except PermissionError as error:
+            if getattr(error, "winerror", None) not in _HELD_OPEN:
+                raise
+            time.sleep(pause)
+    move(new)
+
+
+def _remove(folder: Path) -> None:
+    """As much of a folder as can be; Windows deletes nothing that is marked read-only, as copied files may be."""
+    if sys.platform == "win32":
+        for file in folder.rglob("*"):
+            with contextlib.suppress(OSError):
+                file.chmod(stat.S_IWRITE)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

@@ -10,7 +10,7 @@ import psutil
 import torch
 from PIL import Image
 
-from lowvram_db.atomic import creating_folder, free_name, replacing_file
+from lowvram_db.atomic import creating_folder, free_name, rename, replacing_file
 from lowvram_db.cache import Cached, Framing, Store, catalogue_of, model_digest, precompute
 from lowvram_db.concept import Concept, check_folders, describe, subject_photos
 from lowvram_db.concept.class_images import class_images
@@ -241,7 +241,7 @@ def _save_model(trainer: Trainer, run: Run, began_at: int) -> None:
     if run.model.exists():
         if began_at == trainer.step:
             return  # it is this step's own: only its pictures are missing
-        run.model.rename(free_name(run.folder / f"model-before-step-{trainer.step:06d}"))
+        rename(run.model, free_name(run.folder / f"model-before-step-{trainer.step:06d}"))
     dtype = DTYPES[trainer.config.output.dtype]
     release_memory()
     trainer.finish()

@@ -1,13 +1,17 @@
 import errno
 import os
 import re
+import shutil
 import stat
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from lowvram_db.atomic import creating_folder, free_name, remove_folder, remove_leftovers, replacing_file
+from lowvram_db.atomic import creating_folder, free_name, remove_folder, remove_leftovers, rename, replacing_file
 from lowvram_db.errors import UserError
 
 
@@ -156,3 +160,93 @@ def test_a_disk_that_is_really_full(small_disk):
         (temporary / "big").write_bytes(b"x" * 2_000_000)
     assert path.read_bytes() == before
     assert names(folder) == ["weights.safetensors"]
+
+
+def write_file(path):
+    with replacing_file(path) as temporary:
+        temporary.write_text("new")
+
+
+def write_folder(path):
+    with creating_folder(path) as temporary:
+        (temporary / "file").write_text("new")
+
+
+def move_aside(path):
+    path.mkdir()
+    rename(path, path.with_name("aside"))
+
+
+def remove(path):
+    path.mkdir()
+    remove_folder(path)
+
+
+@pytest.fixture
+def held_open(monkeypatch):
+    """As Windows has it while a scanner reads what was written: the next so many renames fail. Returns the pauses."""
+
+    def hold(times, winerror):
+        pauses, left = [], [times]
+
+        def refusing(move):
+            def moved(self, target):
+                if left[0]:
+                    left[0] -= 1
+                    error = PermissionError(errno.EACCES, "in use by another process")
+                    error.winerror = winerror
+                    raise error
+                return move(self, target)
+
+            return moved
+
+        for name in ("rename", "replace"):
+            monkeypatch.setattr(Path, name, refusing(getattr(Path, name)))
+        monkeypatch.setattr(time, "sleep", pauses.append)
+        return pauses
+
+    return hold
+
+
+@pytest.mark.parametrize("winerror", [5, 32])
+@pytest.mark.parametrize(
+    ("work", "left"),
+    [(write_file, ["path"]), (write_folder, ["path"]), (move_aside, ["aside"]), (remove, [])],
+)
+def test_what_a_scanner_holds_open_is_waited_for(tmp_path, held_open, work, left, winerror):
+    pauses = held_open(4, winerror)
+    work(tmp_path / "path")
+    assert names(tmp_path) == left
+    assert len(pauses) == 4 and pauses == sorted(pauses)
+
+
+def test_what_stays_open_is_named_after_some_seconds(tmp_path, held_open):
+    pauses = held_open(1000, 32)
+    with pytest.raises(UserError, match="path: cannot be written"):
+        write_file(tmp_path / "path")
+    assert 5 < sum(pauses) < 20
+    assert names(tmp_path) == []
+
+
+def test_elsewhere_nothing_is_waited_for(tmp_path, held_open):
+    pauses = held_open(1, None)
+    with pytest.raises(UserError, match="path: cannot be written"):
+        write_file(tmp_path / "path")
+    assert not pauses
+
+
+def test_what_is_marked_read_only_is_deleted_on_windows_too(tmp_path, monkeypatch):
+    rmtree = shutil.rmtree
+
+    def as_windows_does(folder, ignore_errors):
+        if all(os.access(file, os.W_OK) and file.stat().st_mode & 0o200 for file in folder.rglob("*")):
+            rmtree(folder, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(shutil, "rmtree", as_windows_does)
+    folder = tmp_path / "step"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "inner" / "file").write_text("x")
+    (folder / "inner" / "file").chmod(0o400)
+    remove_folder(folder)
+    assert names(tmp_path) == []

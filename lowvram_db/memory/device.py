@@ -23,7 +23,8 @@ def pick_device() -> torch.device:
         segments.asked()
     ):  # again: importing bitsandbytes, as diffusers does, has made the allocator read its environment
         torch._C._accelerator_setAllocatorSettings(segments.GROWING)
-    return torch.device("cuda")
+    # By number: where two are there, nothing later means another one.
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _settle_arithmetic() -> None:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -19,6 +20,7 @@ from torch.nn import functional
 from lowvram_db.config import Config
 from lowvram_db.families.base import Moments
 from lowvram_db.families.blank import Blank
+from lowvram_db.kernels import adam8
 from lowvram_db.memory.device import DTYPES
 from lowvram_db.memory.overheads import CONTEXT, CUBLAS_WORKSPACES, RAM_WITH_CUDA, temporaries
 from lowvram_db.memory.trace import TEMPORARY, Trace
@@ -89,7 +91,7 @@ def training(config: Config, family: Blank, strategy: Strategy, limit: int | Non
 @contextmanager
 def rehearsal(config: Config, family: Blank) -> Iterator["Rehearsal"]:
     """Training, traced under one strategy after the other."""
-    with tracing(autocasts(config), config.optimizer.name) as trace:
+    with tracing(autocasts(config), config.optimizer.name, twin=config.kernels == "torch") as trace:
         yield Rehearsal(config, family, trace)
 
 
@@ -251,8 +253,9 @@ def _phase(name: str, trace: Trace, start: int = 0, flops: int = 0) -> Phase:
 
 
 @contextmanager
-def tracing(autocast: bool = False, optimizer: str = "adam8") -> Iterator[Trace]:
-    """Everything inside is traced and nothing computed, as a GPU would do it. Ctrl-C is heard between operations."""
+def tracing(autocast: bool = False, optimizer: str = "adam8", twin: bool = False) -> Iterator[Trace]:
+    """Everything inside is traced and nothing computed, as a GPU would do it. twin: adam8 without its kernel. Ctrl-C is
+    heard between operations."""
     with ExitStack() as stack:
         stopping = stack.enter_context(stop_on_request())
         trace = Trace(temporaries, stopping)
@@ -263,12 +266,20 @@ def tracing(autocast: bool = False, optimizer: str = "adam8") -> Iterator[Trace]
             stack.enter_context(patch("bitsandbytes.functional.create_dynamic_map", lambda **_: torch.empty(256)))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(trace)
+        if twin:
+            stack.enter_context(patch.object(adam8, "update_", partial(_twins_memory, trace)))
         if autocast:
             for norm in ("group_norm", "layer_norm"):
                 stack.enter_context(patch.object(functional, norm, _in_float32(getattr(functional, norm))))
         yield trace
         if stopping():
             raise KeyboardInterrupt
+
+
+def _twins_memory(trace: Trace, weight: Tensor, *_: Any) -> None:
+    """What the twin takes for its chunk: to follow its operations would take longer than all the rest of a trace."""
+    size = min(len(weight), adam8.GPU_CHUNK) * adam8.TWIN_BYTES
+    trace.label(TEMPORARY, [torch.empty(size, dtype=torch.uint8)])
 
 
 def _in_float32(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:

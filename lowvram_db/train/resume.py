@@ -3,7 +3,7 @@
 from collections import Counter
 from pathlib import Path
 
-from lowvram_db.atomic import free_name
+from lowvram_db.atomic import free_name, rename
 from lowvram_db.config import Config, differences
 from lowvram_db.errors import UserError
 from lowvram_db.progress import say
@@ -75,7 +75,7 @@ def whole(run: Run, start: Path | None) -> Path | None:
 
 def _set_aside(damaged: Path, damage: UserError) -> None:
     aside = free_name(damaged.with_name(f"damaged-{damaged.name}"))
-    damaged.rename(aside)
+    rename(damaged, aside)
     say(f"{damage}; it stands aside as {aside.name}, and training goes on from before it")
 
 

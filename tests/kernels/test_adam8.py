@@ -1,12 +1,19 @@
 """The 16-bit AdamW: state code, update and rounding against float64 and fp32 Adam; kernel beside twin."""
 
 import math
+from collections import Counter
+from functools import partial
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from lowvram_db.families.source import find_configs
 from lowvram_db.kernels import adam8, bits
-from lowvram_db.kernels.adam8_step import step_numbers
+from lowvram_db.kernels.adam8_step import Step, step_numbers
+from lowvram_db.memory.trace import Trace
+from lowvram_db.optim.storage import SMALLEST
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODES = {"bf16": torch.bfloat16, "bf16+residual": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -224,3 +231,72 @@ def test_compiled_chunks_mean_what_the_twin_means(mode, monkeypatch):
     assert max((d > 0).float().mean() for d in difference) <= 1e-4
     assert torch.allclose(compiled.exact, plain.exact, rtol=2**-7, atol=1e-8)
     assert mode == "fp32" or (compiled.weight.float() != plain.weight.float()).float().mean() <= 1e-4
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that would be a kernel on a GPU: all but views and mere allocations."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += not (operation.is_view or "empty" in str(operation))
+        return operation(*args, **(kwargs or {}))
+
+
+def twin_of_nothing(n, mode):
+    """The twin's step of n weights whose tensors have no values, which counts as a GPU."""
+    with torch.device("meta"):
+        weight, codes = torch.empty(n, dtype=MODES[mode]), torch.empty(n, dtype=torch.int16)
+        residual = torch.empty(n, dtype=torch.int8) if mode == "bf16+residual" else None
+        scales, skipped = (torch.empty(size, dtype=torch.int32) for size in (math.ceil(n / 256), 1))
+        numbers, step = torch.empty(len(Step._fields)), torch.empty(1, dtype=torch.int64)
+        unscale, grad = torch.empty(1), torch.empty_like(weight)
+        address = adam8.Address(3, step, 2, 1)
+        return partial(
+            adam8.update_, weight, residual, grad, codes, scales, skipped, unscale, numbers, address, triton=False
+        )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_without_triton_a_gpu_is_launched_at_most_100_000_times_a_step(mode):
+    """Of the UNet of Stable Diffusion 1.5; in a CPU's chunks it would be 4 million."""
+    configs = find_configs("stable-diffusion-v1-5/stable-diffusion-v1-5")
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(configs / "unet"))
+    sizes = Counter(p.numel() for p in unet.parameters() if p.numel() >= SMALLEST)
+    launches = 0
+    for n, times in sizes.items():
+        step = twin_of_nothing(n, mode)
+        with Launches() as one:
+            step()
+        launches += times * (one.count + 4)  # and what the optimizer does of its own for each
+    assert 50_000 < launches <= 100_000
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_the_twin_takes_is_what_it_says(mode):
+    n = 2**22
+    step = twin_of_nothing(n, mode)
+    with Trace() as trace:
+        start = trace.mark()
+        step()
+    held = sum(trace.peak(start).values()) - step_arguments(step)
+    assert adam8.TWIN_BYTES - 9 <= held / n <= adam8.TWIN_BYTES
+
+
+def step_arguments(step):
+    return sum(tensor.nbytes for tensor in step.args if torch.is_tensor(tensor))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_twins_chunks_change_nothing(mode, monkeypatch):
+    steps = []
+    for chunk in (2**24, 1024):
+        monkeypatch.setattr(adam8, "chunk_of", lambda device, chunk=chunk: chunk)
+        tensors = Tensors(0.05 * torch.randn(4099, generator=torch.Generator().manual_seed(1)), mode)
+        for g in gradients(4099, 1.5, 3):
+            tensors.step(g)
+        steps.append(tensors)
+    whole, chunked = steps
+    assert torch.equal(whole.exact, chunked.exact)
+    assert torch.equal(whole.codes, chunked.codes) and torch.equal(whole.scales, chunked.scales)

@@ -39,8 +39,9 @@ def test_an_allocator_that_has_read_its_environment_is_told_again(monkeypatch):
     """As it has when bitsandbytes is imported: seen with torch 2.11."""
     told: list[str] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", told.append)
-    assert pick_device() == torch.device("cuda")
+    assert pick_device() == torch.device("cuda", 1), "the one that is current, by number"
     assert told == ["expandable_segments:True"]
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True,max_split_size_mb:512")
     pick_device()
