@@ -102,13 +102,14 @@ def _twin(
     n = len(weight)
     whole = n == CHUNK and weight.device.type == "cpu"
     draw, advance = (_compiled_lanes, _compiled_advance) if whole else (bits.lanes, _advance)
+    where: tuple[bits.Number, ...] = address
     if whole:  # numbers would be compiled for themselves; as tensors, on a GPU, they would be launches
         seed, step, tensor, stream = address
-        address = torch.cat([torch.tensor([seed]), step, torch.tensor([tensor, stream])]).unbind()
+        where = torch.cat([torch.tensor([seed]), step, torch.tensor([tensor, stream])]).unbind()
     w, g = _blocks(_widen(weight, residual)), _blocks(grad.float())
     present = _blocks(torch.ones(n, dtype=torch.bool, device=weight.device))
     groups = torch.arange(first_group, first_group + w.numel() // 8, device=weight.device)
-    random = draw(groups, *address).view_as(w)
+    random = draw(groups, *where).view_as(w)
     w, new_codes, new_scales, finite = advance(
         w, g, _blocks(codes).int(), scales.unsqueeze(1), random, present, unscale, numbers
     )

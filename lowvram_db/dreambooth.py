@@ -19,6 +19,7 @@ from lowvram_db.families import check_trainable, open_model
 from lowvram_db.families.base import Family
 from lowvram_db.memory.budget import budget_for, cap
 from lowvram_db.memory.device import DTYPES, compute_dtype, encoder_dtype, full, pick_device, release_memory
+from lowvram_db.optim.choices import that_runs
 from lowvram_db.plan import make_plan
 from lowvram_db.plan.meter import Meter
 from lowvram_db.plan.result import Plan
@@ -78,6 +79,7 @@ def _problems_named() -> Iterator[None]:
 
 def _run(config: Config, resume: str) -> Run:
     run, device = Run.of(config), pick_device()
+    config = that_runs(config, device)
     dtype = compute_dtype(config.precision.compute, device)
     photos = _photos(config, run)
     with run.locked():

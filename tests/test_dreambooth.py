@@ -229,3 +229,14 @@ def test_a_run_killed_before_its_last_pictures_only_draws_them(make_config):
     run_dreambooth(make_config())
     assert run.sample_grid(4).read_bytes() == grid
     assert {path: path.stat().st_mtime_ns for path in run.model.rglob("*")} == before
+
+
+def test_a_run_has_the_optimizer_that_runs_here(make_config, monkeypatch):
+    """As on a GPU without Triton."""
+
+    def refused(config, device):
+        raise UserError("optimizer.name: adam8 needs Triton on a GPU")
+
+    monkeypatch.setattr("lowvram_db.dreambooth.that_runs", refused)
+    with pytest.raises(UserError, match="adam8 needs Triton"):
+        run_dreambooth(make_config())
