@@ -102,7 +102,7 @@ def _twin(
     n = len(weight)
     whole = n == CHUNK and weight.device.type == "cpu"
     draw, advance = (_compiled_lanes, _compiled_advance) if whole else (bits.lanes, _advance)
-    where: tuple[int | Tensor, ...] = address
+    where: tuple[bits.Number, ...] = address
     if whole:  # numbers would be compiled for themselves; as tensors, on a GPU, they would be launches
         seed, step, tensor, stream = address
         where = torch.cat([torch.tensor([seed]), step, torch.tensor([tensor, stream])]).unbind()

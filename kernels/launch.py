@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
+import sys
+import sysconfig
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -44,17 +48,35 @@ def runs_triton(choice: Choice, device: torch.device) -> bool:
     """Whether kernels on tensors of `device` run as Triton. Raises RuntimeError where "triton" is asked for in vain."""
     if choice == "torch":
         return False
-    if choice == "triton":
-        problem = _problem(device.type)
-        if problem:
-            raise RuntimeError(f"Triton does not run here: {problem}")
-        return True
-    if device.type != "cuda":
+    if choice == "auto" and device.type != "cuda":
         return False
-    problem = _problem(device.type)
-    if problem:
-        warnings.warn(f"Triton does not run here ({problem}); PyTorch's own operations are used", stacklevel=2)
-    return not problem
+    why_not = problem(device.type)
+    if why_not and choice == "triton":
+        raise RuntimeError(f"Triton does not run here: {why_not}")
+    if why_not:
+        warnings.warn(f"Triton does not run here ({why_not}); PyTorch's own operations are used", stacklevel=2)
+    return not why_not
+
+
+# The release of Triton that a release of torch is built with: another one may miss what torch calls.
+_RELEASES = {"2.11": "3.6", "2.12": "3.7", "2.13": "3.7", "2.14": "3.8"}
+
+
+def mend() -> str:
+    """The command that lets Triton run on this system's GPU, by what is missing here."""
+    if triton is None:
+        package = "triton-windows" if sys.platform == "win32" else "triton"
+        release = _RELEASES.get(".".join(torch.__version__.split(".")[:2]))
+        return f'pip install "{package}=={release}.*"' if release else f"pip install {package}"
+    # On Linux it compiles a piece of C against Python.h; triton-windows brings a compiler and the headers.
+    missing = []
+    if sys.platform == "linux":
+        if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+            missing.append("gcc")
+        if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+            missing.append(f"python{sys.version_info.major}.{sys.version_info.minor}-dev")
+    reinstall = "triton-windows" if sys.platform == "win32" else "triton"
+    return f"apt install {' '.join(missing)}" if missing else f"pip install --force-reinstall {reinstall}"
 
 
 def compiled_for_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -80,7 +102,7 @@ def compiled_for_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @functools.cache
-def _problem(device: str) -> str:
+def problem(device: str) -> str:
     """Why no kernel can run, found by running one; empty where all is well."""
     if triton is None:
         return "it is not installed"

@@ -99,7 +99,7 @@ def plan(
     debug: Debug = False,
 ) -> None:
     """Tell whether a run fits, before anything is downloaded; needs neither weights nor a GPU."""
-    settings = load(config, [*(overrides or []), *_vram_override(vram)])
+    settings = _as_trained_here(load(config, [*(overrides or []), *_vram_override(vram)]))
     skip_unneeded(*{"peft", "bitsandbytes"}.difference(settings.optimizer.kind.packages))
     from lowvram_db.plan import make_plan
     from lowvram_db.plan.show import does_not_fit, show
@@ -116,6 +116,16 @@ def plan(
 
 def _vram_override(vram: str | None) -> list[str]:
     return [] if vram is None else [f"memory.vram={json.dumps(vram)}"]
+
+
+def _as_trained_here(settings: Config) -> Config:
+    """What `train` would make of them on this machine's card, where there is one."""
+    if not shutil.which("nvidia-smi"):
+        return settings
+    from lowvram_db.memory.device import pick_device
+    from lowvram_db.optim.choices import that_runs
+
+    return that_runs(settings, pick_device())
 
 
 def _budget(settings: Config) -> int | None:

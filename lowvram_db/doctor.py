@@ -160,20 +160,18 @@ def _bitsandbytes() -> Line:
 
 
 def _triton() -> Line:
-    from lowvram_db.kernels.launch import interpreted, runs_triton
+    from lowvram_db.kernels.launch import interpreted, mend, runs_triton
 
     installed = _version("triton") or _version("triton-windows")
     if installed is None:
-        package = "triton-windows" if sys.platform == "win32" else "triton"
-        detail = "not installed; PyTorch's own operations do its work, more slowly"
-        return Line("Triton", "absent", detail, f"pip install {package}" if sys.platform != "darwin" else "")
+        detail = 'not installed; optimizer.name = "adam8", the default, needs it on a GPU'
+        return Line("Triton", "absent", detail, mend() if sys.platform != "darwin" else "")
     if _device().type != "cuda" and not interpreted():
         return Line("Triton", "absent", f"{installed}, which has no compiler for this CPU; needs an NVIDIA GPU")
     try:
         runs_triton("triton", _device())
     except RuntimeError as error:
-        mend = "install a C compiler (apt install gcc), or " + _reinstall("Triton")
-        return Line("Triton", "broken", f"{installed}: {error}", mend)
+        return Line("Triton", "broken", f"{installed}: {error}", mend())
     return Line("Triton", "ok", f"{installed}, compiled and ran a kernel" + (" (interpreted)" if interpreted() else ""))
 
 

@@ -22,6 +22,7 @@ from lowvram_db.memory.budget import budget_for, cap
 from lowvram_db.memory.device import DTYPES, compute_dtype, encoder_dtype, pick_device, picture_dtypes, release_memory
 from lowvram_db.memory.out_of_memory import is_out_of_memory, reason
 from lowvram_db.memory.size import gib
+from lowvram_db.optim.choices import that_runs
 from lowvram_db.plan import make_plan
 from lowvram_db.plan.meter import Meter
 from lowvram_db.plan.result import Plan
@@ -83,6 +84,7 @@ def _problems_named() -> Iterator[None]:
 
 def _run(config: Config, resume: str) -> Run:
     run, device = Run.of(config), pick_device()
+    config = that_runs(config, device)
     compute_dtype(config.precision.compute, device)  # before anything is done: the card may not have it
     photos = _photos(config, run)
     with run.locked():

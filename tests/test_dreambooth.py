@@ -282,3 +282,14 @@ def test_the_allocator_is_capped_at_the_budget_before_anything_is_loaded(make_co
     with pytest.raises(ZeroDivisionError):
         begin(make_config(memory={"vram": "12GiB"}))
     assert done == [("budget of", "12GiB"), ("cap", 2**35, pick_device().type), "loads"]
+
+
+def test_a_run_has_the_optimizer_that_runs_here(make_config, monkeypatch):
+    """As on a GPU without Triton."""
+
+    def refused(config, device):
+        raise UserError("optimizer.name: adam8 needs Triton on a GPU")
+
+    monkeypatch.setattr("lowvram_db.dreambooth.that_runs", refused)
+    with pytest.raises(UserError, match="adam8 needs Triton"):
+        run_dreambooth(make_config())

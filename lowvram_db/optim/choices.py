@@ -5,13 +5,39 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from lowvram_db.config import OptimizerConfig
+from lowvram_db.config import Config, OptimizerConfig
 from lowvram_db.errors import UserError
+from lowvram_db.kernels import launch
 from lowvram_db.kernels.launch import Choice
 from lowvram_db.optim.adam8 import Adam8
 from lowvram_db.optim.storage import Weights
+from lowvram_db.progress import say
 
 _MIN_8_BIT_SIZE = 4096  # smaller tensors keep float32 state: their blocks are too few to matter and too small to trust
+
+
+def that_runs(config: Config, device: torch.device) -> Config:
+    """The config with an optimizer that works on this device: on a GPU adam8 needs Triton, without which it would take
+    a minute where it takes a second.
+
+    Where Triton does not run and the user has asked neither for adam8 nor for weights that no other can step, it is
+    bnb-adam8, with weights in float32, and that is said. Raises UserError with the mend where the user has.
+    """
+    if device.type != "cuda" or config.optimizer.name != "adam8" or config.kernels == "torch":
+        return config
+    problem = launch.problem(device.type)
+    if not problem:
+        return config
+    because = f"adam8 needs Triton on a GPU, which does not run here ({problem})"
+    asked_for_weights = config.precision.weights not in (None, "fp32")
+    if "name" in config.optimizer.model_fields_set or asked_for_weights or config.kernels == "triton":
+        without = " and without precision.weights" if asked_for_weights else ""
+        raise UserError(
+            f'optimizer.name: {because}; {launch.mend()}, or go on with optimizer.name = "bnb-adam8"{without}'
+        )
+    say(f"{because}: going on with bnb-adam8 and float32 weights, which take more memory. The mend: {launch.mend()}")
+    optimizer = config.optimizer.model_copy(update={"name": "bnb-adam8"})
+    return config.model_copy(update={"optimizer": optimizer, "kernels": "torch"})
 
 
 def build(

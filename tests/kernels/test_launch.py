@@ -12,14 +12,15 @@ import torch
 
 from lowvram_db.kernels import adam8, launch, noise_loss
 
+HEADERS = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.fixture(autouse=True)
 def _ask_again():
-    launch._problem.cache_clear()
+    launch.problem.cache_clear()
     yield
-    launch._problem.cache_clear()
+    launch.problem.cache_clear()
 
 
 def test_cpu_tensors_take_the_twin_unless_triton_is_asked_for():
@@ -115,6 +116,30 @@ def test_a_kernel_is_launched_on_its_tensors_card(monkeypatch, name):
     ((guard, tensors),) = launched
     assert guard is not None and guard.data_ptr() in {tensor.data_ptr() for tensor in tensors}
     assert current == [None]
+
+
+@pytest.mark.parametrize(
+    ("system", "installed", "compiler", "headers", "mend"),
+    [
+        ("win32", False, False, False, 'pip install "triton-windows==3.7.*"'),
+        ("win32", True, False, False, "pip install --force-reinstall triton-windows"),
+        ("linux", False, True, True, 'pip install "triton==3.7.*"'),
+        ("linux", True, False, True, "apt install gcc"),
+        ("linux", True, True, False, f"apt install {HEADERS}"),
+        ("linux", True, False, False, f"apt install gcc {HEADERS}"),
+        ("linux", True, True, True, "pip install --force-reinstall triton"),
+    ],
+)
+def test_the_mend_is_what_is_missing(monkeypatch, tmp_path, system, installed, compiler, headers, mend):
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")
+    monkeypatch.setattr(launch, "triton", object() if installed else None)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/gcc" if compiler and name == "gcc" else None)
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": str(tmp_path)})
+    if headers:
+        (tmp_path / "Python.h").touch()
+    assert launch.mend() == mend
 
 
 def test_triton_is_there_where_it_should_be():

@@ -2,9 +2,11 @@ import bitsandbytes
 import pytest
 import torch
 
+from lowvram_db import cli
 from lowvram_db.config import OptimizerConfig
 from lowvram_db.errors import UserError
-from lowvram_db.optim.choices import FirstStepCheck, build
+from lowvram_db.kernels import launch
+from lowvram_db.optim.choices import FirstStepCheck, build, that_runs
 
 
 @pytest.fixture
@@ -71,3 +73,53 @@ def test_state_that_is_not_8_bit_is_noticed(parameters):
     one_step(optimizer, parameters)
     with pytest.raises(UserError, match=r"keeps torch\.float32 state where 8 bits were asked for"):
         check.verify(optimizer)
+
+
+@pytest.fixture
+def no_triton(monkeypatch):
+    """A GPU on which no kernel compiles."""
+    monkeypatch.setattr(launch, "problem", lambda device: "RuntimeError: Failed to find C compiler")
+    monkeypatch.setattr(launch, "mend", lambda: "apt install gcc")
+    return torch.device("cuda", 0)
+
+
+def test_without_triton_a_gpu_gets_bitsandbytes_adam_and_says_so(make_config, no_triton, capfd):
+    config = that_runs(make_config(precision={"compute": "bf16"}), no_triton)
+    assert (config.optimizer.name, config.weights, config.kernels) == ("bnb-adam8", "fp32", "torch")
+    said = capfd.readouterr().err
+    assert "Failed to find C compiler" in said and "bnb-adam8 and float32 weights" in said and "apt install gcc" in said
+    assert that_runs(config, no_triton) == config and not capfd.readouterr().err, "once"
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"optimizer": {"name": "adam8"}},
+        {"precision": {"compute": "bf16", "weights": "bf16+residual"}},
+        {"precision": {"compute": "fp16", "weights": "fp16"}},
+        {"kernels": "triton"},
+    ],
+)
+def test_without_triton_adam8_that_was_asked_for_is_refused_with_the_mend(make_config, no_triton, asked):
+    config = make_config().model_validate(make_config().model_dump(exclude_unset=True) | asked)
+    with pytest.raises(UserError) as refused:
+        that_runs(config, no_triton)
+    said = str(refused.value)
+    assert said.startswith("optimizer.name: adam8 needs Triton") and "apt install gcc, or go on with" in said
+    assert ("without precision.weights" in said) == ("precision" in asked) and "\n" not in said
+
+
+@pytest.mark.parametrize("other", [{"optimizer": {"name": "adamw"}}, {"kernels": "torch"}])
+def test_what_needs_no_triton_stays(make_config, no_triton, other, capfd):
+    config = make_config().model_validate(make_config().model_dump(exclude_unset=True) | other)
+    assert that_runs(config, no_triton) is config
+    assert that_runs(make_config(), torch.device("cpu")) == make_config()
+    assert not capfd.readouterr().err
+
+
+def test_a_plan_is_made_for_the_optimizer_that_will_run(make_config, no_triton, monkeypatch):
+    monkeypatch.setattr("lowvram_db.memory.device.pick_device", lambda: no_triton)
+    monkeypatch.setattr("shutil.which", lambda program: None)
+    assert cli._as_trained_here(make_config()).optimizer.name == "adam8", "where there is no card"
+    monkeypatch.setattr("shutil.which", lambda program: program)
+    assert cli._as_trained_here(make_config()).optimizer.name == "bnb-adam8"

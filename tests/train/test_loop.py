@@ -119,7 +119,7 @@ def test_adam8_learns_as_adamw_does(make_config, make_trainer, weights, toleranc
 
 
 def test_kernels_that_cannot_run_here_are_refused_by_name(make_config, make_trainer, monkeypatch):
-    monkeypatch.setattr("lowvram_db.kernels.launch._problem", lambda device: "it is not installed")
+    monkeypatch.setattr("lowvram_db.kernels.launch.problem", lambda device: "it is not installed")
     with pytest.raises(
         UserError, match=r'kernels: Triton does not run here: it is not installed; use kernels = "auto"'
     ):
