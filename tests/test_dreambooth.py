@@ -231,12 +231,15 @@ def test_a_run_killed_before_its_last_pictures_only_draws_them(make_config):
     assert {path: path.stat().st_mtime_ns for path in run.model.rglob("*")} == before
 
 
-def test_a_run_has_the_optimizer_that_runs_here(make_config, monkeypatch):
-    """As on a GPU without Triton."""
+def test_what_keeps_a_run_from_its_gpu_comes_first(make_config, monkeypatch, capfd):
+    """A card that torch cannot use; and one on which Triton does not run."""
 
     def refused(config, device):
         raise UserError("optimizer.name: adam8 needs Triton on a GPU")
 
+    monkeypatch.setattr("lowvram_db.memory.driver.version", lambda: "470.256.02")
     monkeypatch.setattr("lowvram_db.dreambooth.that_runs", refused)
     with pytest.raises(UserError, match="adam8 needs Triton"):
         run_dreambooth(make_config())
+    said = capfd.readouterr().err
+    assert torch.cuda.is_available() or "training on the CPU, though there is an NVIDIA driver (470.256.02)" in said

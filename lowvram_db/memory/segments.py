@@ -29,7 +29,11 @@ def growing() -> bool:
     own = _users_own()
     if own is not None:
         return sys.platform == "linux" and GROWING in own.replace(" ", "")
-    return sys.platform == "linux" and "microsoft" not in platform.release().lower()
+    return sys.platform == "linux" and not under_wsl()
+
+
+def under_wsl() -> bool:
+    return sys.platform == "linux" and "microsoft" in platform.release().lower()
 
 
 def asked() -> bool:
