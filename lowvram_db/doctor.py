@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import platform
 import shutil
 import sys
@@ -15,10 +16,9 @@ from typing import Any, Literal
 import psutil
 import torch
 
-from lowvram_db.memory import segments
+from lowvram_db.memory import driver, segments
 from lowvram_db.memory.size import gib
 
-_INSTALL_TORCH = "pip install torch --index-url https://download.pytorch.org/whl/cu128"
 _DISK_WANTED = 20 * 2**30  # a Stable Diffusion 1.5 model, one checkpoint and the result, in float32
 
 
@@ -102,11 +102,15 @@ def _gpu() -> Line:
             return Line("GPU", "broken", "a matrix product came out wrong", "update the GPU's driver", True)
         major, minor = torch.cuda.get_device_capability()
         return Line("GPU", "ok", f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}", needed=True)
-    if shutil.which("nvidia-smi") and not torch.version.cuda:
-        return Line("GPU", "broken", "there is an NVIDIA driver, but this torch has no CUDA", _INSTALL_TORCH)
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
+        return Line("GPU", "absent", "CUDA_VISIBLE_DEVICES hides it", "unset CUDA_VISIBLE_DEVICES")
+    there = driver.version()
+    if there and not torch.version.cuda:
+        return Line("GPU", "broken", f"there is an NVIDIA driver ({there}), but this torch has no CUDA", driver.mend())
     if torch.version.cuda:
-        return Line("GPU", "broken", "torch finds none; its driver is missing or too old", "update the GPU's driver")
-    return Line("GPU", "absent", "training runs on the CPU, which is for trying things out", _INSTALL_TORCH)
+        reason = f"its driver ({there}) is too old for CUDA {torch.version.cuda}" if there else "its driver is missing"
+        return Line("GPU", "broken", f"torch finds none; {reason} or broken", driver.mend())
+    return Line("GPU", "absent", "training runs on the CPU, which is for trying things out", driver.mend())
 
 
 def _bf16() -> Line:
@@ -132,7 +136,10 @@ def _gpu_memory() -> Line:
     if _device().type != "cuda":
         return Line("GPU memory", "absent", "no GPU")
     free, total = torch.cuda.mem_get_info()
-    return Line("GPU memory", "ok", f"{gib(free)} free of {gib(total)}")
+    detail = f"{gib(free)} free of {gib(total)}"
+    if segments.under_wsl():  # Windows' counters know no process of Linux
+        detail += "; under WSL 2 nothing tells when it spills into system memory, which is 10 to 100 times slower"
+    return Line("GPU memory", "ok", detail)
 
 
 def _ram() -> Line:

@@ -18,6 +18,7 @@ from lowvram_db.config import Config
 from lowvram_db.errors import LESS_MEMORY, DoesNotFit, Interrupted, UserError
 from lowvram_db.families import check_trainable, open_model
 from lowvram_db.families.base import Family
+from lowvram_db.memory import driver
 from lowvram_db.memory.budget import budget_for, cap
 from lowvram_db.memory.device import DTYPES, compute_dtype, encoder_dtype, pick_device, picture_dtypes, release_memory
 from lowvram_db.memory.out_of_memory import is_out_of_memory, reason
@@ -84,6 +85,8 @@ def _problems_named() -> Iterator[None]:
 
 def _run(config: Config, resume: str) -> Run:
     run, device = Run.of(config), pick_device()
+    if device.type == "cpu" and (there := driver.version()):
+        say(f"training on the CPU, though there is an NVIDIA driver ({there}): `lowvram-db doctor` tells why")
     config = that_runs(config, device)
     compute_dtype(config.precision.compute, device)  # before anything is done: the card may not have it
     photos = _photos(config, run)

@@ -49,12 +49,23 @@ def test_attention_that_computes_nonsense_makes_training_impossible(tmp_path, mo
     assert not doctor.possible(list(lines.values()))
 
 
-def test_a_driver_without_a_cuda_torch_is_told_which_torch(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.version, "cuda", None)
+@pytest.mark.parametrize(
+    ("visible", "release", "cuda", "parts"),
+    [
+        ("0", "580.95.05", None, ["driver (580.95.05), but this torch has no CUDA", "pip install torch==X"]),
+        ("0", "470.256.02", "13.0", ["driver (470.256.02) is too old for CUDA 13.0", "pip install torch==X"]),
+        ("0", "", "13.0", ["its driver is missing", "pip install torch==X"]),
+        ("", "580.95.05", "13.0", ["CUDA_VISIBLE_DEVICES hides it", "unset CUDA_VISIBLE_DEVICES"]),
+    ],
+)
+def test_a_gpu_that_torch_cannot_use_says_why(tmp_path, monkeypatch, visible, release, cuda, parts):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr("lowvram_db.memory.driver.version", lambda: release)
+    monkeypatch.setattr("lowvram_db.memory.driver.mend", lambda: "pip install torch==X")
     line = by_name(tmp_path)["GPU"]
-    assert line.state == "broken" and line.mend.startswith("pip install torch --index-url")
+    assert parts[0] in line.detail and line.mend == parts[1]
 
 
 def test_triton_that_cannot_compile_is_broken(tmp_path, monkeypatch):

@@ -287,9 +287,16 @@ def test_the_allocator_is_capped_at_the_budget_before_anything_is_loaded(make_co
 def test_a_run_has_the_optimizer_that_runs_here(make_config, monkeypatch):
     """As on a GPU without Triton."""
 
+
+def test_what_keeps_a_run_from_its_gpu_comes_first(make_config, monkeypatch, capfd):
+    """A card that torch cannot use; and one on which Triton does not run."""
+
     def refused(config, device):
         raise UserError("optimizer.name: adam8 needs Triton on a GPU")
 
+    monkeypatch.setattr("lowvram_db.memory.driver.version", lambda: "470.256.02")
     monkeypatch.setattr("lowvram_db.dreambooth.that_runs", refused)
     with pytest.raises(UserError, match="adam8 needs Triton"):
         run_dreambooth(make_config())
+    said = capfd.readouterr().err
+    assert torch.cuda.is_available() or "training on the CPU, though there is an NVIDIA driver (470.256.02)" in said

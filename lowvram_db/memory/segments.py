@@ -33,7 +33,7 @@ def growing() -> bool:
 
 
 def under_wsl() -> bool:
-    return "microsoft" in platform.release().lower()
+    return sys.platform == "linux" and "microsoft" in platform.release().lower()
 
 
 def asked() -> bool:

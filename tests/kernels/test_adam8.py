@@ -284,6 +284,17 @@ def test_what_the_twin_takes_is_what_it_says(mode):
     assert adam8.TWIN_BYTES - 9 <= held / n <= adam8.TWIN_BYTES
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="wants a GPU")
+@pytest.mark.parametrize("mode", MODES)
+def test_a_gpu_gives_the_twin_no_more_than_that(mode):
+    n = adam8.GPU_CHUNK + 4096
+    tensors, grad = Tensors(torch.zeros(n), mode), torch.ones(n, dtype=MODES[mode], device=DEVICE)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    tensors.step(grad)
+    assert torch.cuda.max_memory_allocated() - before <= adam8.TWIN_BYTES * adam8.GPU_CHUNK + 2**24
+
+
 def step_arguments(step):
     return sum(tensor.nbytes for tensor in step.args if torch.is_tensor(tensor))
 
