@@ -284,10 +284,6 @@ def test_the_allocator_is_capped_at_the_budget_before_anything_is_loaded(make_co
     assert done == [("budget of", "12GiB"), ("cap", 2**35, pick_device().type), "loads"]
 
 
-def test_a_run_has_the_optimizer_that_runs_here(make_config, monkeypatch):
-    """As on a GPU without Triton."""
-
-
 def test_what_keeps_a_run_from_its_gpu_comes_first(make_config, monkeypatch, capfd):
     """A card that torch cannot use; and one on which Triton does not run."""
 
