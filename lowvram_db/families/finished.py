@@ -25,7 +25,8 @@ def save_network(network: Any, folder: Path, dtype: torch.dtype, written: Path |
         dtype, written = torch.float32, None
     if isinstance(network, PreTrainedModel):
         config: Any = copy.deepcopy(network.config)
-        config.architectures, config.dtype = [type(network).__name__], dtype
+        # Without a dtype asked for, diffusers loads its networks in float32, but transformers in the one named here.
+        config.architectures, config.dtype = [type(network).__name__], torch.float32
         config.save_pretrained(folder)
         file = folder / "model.safetensors"
     else:

@@ -16,7 +16,7 @@ from lowvram_db.kernels import adam8, bits
 from lowvram_db.optim.adam8 import PATIENCE, Adam8
 from lowvram_db.optim.bucket import Bucket
 from lowvram_db.optim.storage import flat
-from lowvram_db.train.checkpoint import _flatten, _unflatten
+from lowvram_db.train.checkpoint import _flatten
 
 
 class Network(nn.Module):
@@ -52,7 +52,10 @@ def trained(steps=6, attach=False, checkpointing=False, layout=torch.contiguous_
     for step in range(steps):
         if step == resume_at:
             tensors, numbers = _flatten(optimizer.state_dict()["state"])
-            state = {"state": _unflatten(load(save(tensors)), numbers), "param_groups": []}
+            state: dict[str, dict] = {"state": {}}
+            for name, value in {**load(save(tensors)), **numbers}.items():
+                place, key = name.split("/")
+                state["state"].setdefault(int(place), {})[key] = value
             weights = copy.deepcopy(network.state_dict())
             network = Network().to(memory_format=layout)
             optimizer = Adam8(network.named_parameters(), lr=1e-3, kernels="torch", **settings)

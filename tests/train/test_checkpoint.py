@@ -53,7 +53,7 @@ def test_a_checkpoint_that_was_resumed_is_not_held_open(make_config, make_traine
     config = make_config(optimizer={"name": optimizer})
     before = make_trainer(config)
     before.train_step()
-    before.save(tmp_path / "step-000001")
+    checkpoint.save(tmp_path / "step-000001", before.contents())
     resumed = make_trainer(config)
     resumed.restore(tmp_path / "step-000001")
     assert "step-000001" not in Path("/proc/self/maps").read_text()

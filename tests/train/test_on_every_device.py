@@ -7,6 +7,7 @@ import torch
 
 from lowvram_db.kernels import adam8, launch
 from lowvram_db.optim.adam8 import Adam8
+from lowvram_db.train import checkpoint
 from lowvram_db.train.strategy import Strategy, ladder
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -138,7 +139,7 @@ def test_checkpointing_changes_no_bit(trainer_on):
 def test_resumed_as_if_never_stopped(trainer_on, tmp_path, compute):
     straight, resumed = (trainer_on(precision={"compute": compute}) for _ in range(2))
     straight.train_step()
-    straight.save(tmp_path / "step-000001")
+    checkpoint.save(tmp_path / "step-000001", straight.contents())
     resumed.restore(tmp_path / "step-000001")
     for trainer in (straight, resumed):
         trainer.train_step()
