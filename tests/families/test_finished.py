@@ -43,7 +43,7 @@ def test_numbers_too_large_for_a_precision_are_not_lost(family, tmp_path, capfd)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_model_in_half_precision_draws_as_it_is_loaded(family, tmp_path, dtype):
     """With no dtype asked for, as people load it."""
-    family.save(tmp_path / "model", dtype)
+    family.save(tmp_path / "model", dtype, unet=family.load_denoiser())
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "model")
     assert pipeline.text_encoder.dtype == pipeline.unet.dtype == torch.float32
     assert pipeline("a ball", num_inference_steps=1, height=64, width=64).images[0].size == (64, 64)
