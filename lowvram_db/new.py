@@ -11,9 +11,9 @@ import tomli_w
 
 from lowvram_db import folder_name
 from lowvram_db.atomic import replacing_file
-from lowvram_db.concept.photos import find_photos, load_photo
 from lowvram_db.config import known_keys, parse
 from lowvram_db.errors import UserError
+from lowvram_db.photos import find_photos, load_photo
 
 # What people change, in the order in which they meet it; everything else stays at its default unless it is added.
 _WRITTEN = ["model.name", "subject.photos", "subject.identifier", "subject.class"]

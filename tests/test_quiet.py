@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from PIL import Image
 from lowvram_db.errors import UserError
-from lowvram_db.concept.photos import load_photo
+from lowvram_db.photos import load_photo
 from lowvram_db.quiet import quiet_libraries
 quiet_libraries()
 Image.MAX_IMAGE_PIXELS = 1000

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowvram_db.concept.photos import find_photos, load_photo
 from lowvram_db.config import Config
 from lowvram_db.errors import UserError
+from lowvram_db.photos import find_photos, load_photo
 
 
 @dataclass(frozen=True)

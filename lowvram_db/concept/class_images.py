@@ -13,7 +13,6 @@ from PIL import Image
 from lowvram_db.atomic import remove_leftovers
 from lowvram_db.concept import generated
 from lowvram_db.concept.generated import Recipe
-from lowvram_db.concept.photos import folders_below, list_photos, load_photo
 from lowvram_db.config import Config
 from lowvram_db.errors import UserError
 from lowvram_db.families.base import Family
@@ -21,6 +20,7 @@ from lowvram_db.families.draw import draw
 from lowvram_db.lock import hold
 from lowvram_db.memory.device import picture_dtypes, release_memory
 from lowvram_db.memory.out_of_memory import is_out_of_memory
+from lowvram_db.photos import folders_below, list_photos, load_photo
 from lowvram_db.progress import Bar, say
 
 _LOCK = ".lowvram-db.lock"

@@ -12,8 +12,8 @@ from PIL import Image
 from lowvram_db.cache import catalogue
 from lowvram_db.cache.catalogue import Catalogue
 from lowvram_db.cache.key import pixels_digest
-from lowvram_db.concept.photos import load_photo
 from lowvram_db.errors import UserError
+from lowvram_db.photos import load_photo
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 import subprocess
 import sys
 
-from lowvram_db.concept.photos import load_photo
+from lowvram_db.photos import load_photo
 
 
 def test_the_example_in_the_docs_runs_and_is_quicker_the_second_time(miniature, photo_files, tmp_path, request):

@@ -1,6 +1,6 @@
 from diffusers import StableDiffusionPipeline
 
-from lowvram_db.concept.photos import find_photos
+from lowvram_db.photos import find_photos
 
 
 def test_the_miniature_is_a_pipeline_that_draws(miniature, photos):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from lowvram_db.concept.image_file import orientation, take_apart
+from lowvram_db.image_file import orientation, take_apart
 
 RAMP = Image.fromarray(np.arange(24 * 16 * 3, dtype=np.uint8).reshape(16, 24, 3))
 FIELD_TYPES = st.integers(0, 14) | st.integers(0, 0xFFFF)

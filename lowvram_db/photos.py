@@ -12,9 +12,9 @@ import PIL
 import psutil
 from PIL import Image, UnidentifiedImageError
 
-from lowvram_db.concept.colour import to_srgb
-from lowvram_db.concept.image_file import orientation, take_apart
+from lowvram_db.colour import to_srgb
 from lowvram_db.errors import UserError
+from lowvram_db.image_file import orientation, take_apart
 from lowvram_db.progress import say
 
 DECODER = f"2, Pillow {PIL.__version__}"  # what a file's pixels depend on besides its bytes

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from lowvram_db.concept.colour import to_srgb
-from lowvram_db.concept.photos import load_photo
+from lowvram_db.colour import to_srgb
+from lowvram_db.photos import load_photo
 
 # Colorants of sRGB and of Adobe RGB (1998), adapted to D50: rows X, Y, Z; columns red, green, blue.
 SRGB = np.array([[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]])

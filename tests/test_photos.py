@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
-from lowvram_db.concept.photos import find_photos, folders_below, list_photos, load_photo
 from lowvram_db.errors import UserError
+from lowvram_db.photos import find_photos, folders_below, list_photos, load_photo
 
 RED = (200, 30, 40)
 
