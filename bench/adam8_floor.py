@@ -51,20 +51,21 @@ class Machine(NamedTuple):
     spilled: int  # bytes
 
 
-def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], capability: int) -> Any:
+def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], capability: int, **options: Any) -> Any:
     """A kernel for a card that need not be there. types: of arguments by name; the others are float32 pointers."""
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else (SCALAR_TYPES | types).get(n, "*fp32") for n in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if "*" in signature[n] or n == "n"}
     values = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, values, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def optimizer_kernel(mode: str, capability: int) -> Any:
     weight = {"fp16": "*fp16", "fp32": "*fp32"}.get(mode, "*i16")
     types = {"weight": weight, "residual": "*i8", "grad": weight, "codes": "*i16", "scales": "*i32", "skipped": "*i32"}
-    return compiled(adam8._kernel, types | {"step": "*i64"}, {"STREAM": 16, "MODE": mode}, capability)
+    constants = {"STREAM": 16, "MODE": mode}
+    return compiled(adam8._kernel, types | {"step": "*i64"}, constants, capability, maxnreg=adam8.REGISTERS)
 
 
 def machine_of(result: Any) -> Machine:

@@ -22,6 +22,7 @@ from .moment_code import BLOCK, dequantize, dequantize_kernel, quantize, quantiz
 LIMIT = 1.5  # an update is no larger than this or, where that is more, than
 TRUST = 0.9  # of what the moments say: such updates are rare in Adam, and most of them here are a code's error
 ROWS = 4  # blocks a program of the kernel: one for every warp
+REGISTERS = 80  # a thread of it may hold: 24 warps are at home on a multiprocessor then, and none has to spill
 CHUNK = 2**16  # elements the twin works on at once on a CPU: they stay in a core's cache
 GPU_CHUNK = 2**24  # and on a GPU, where each of its 300 operations on a chunk is a launch: 90,000 a step of SD 1.5
 TWIN_BYTES = 76  # an element, of what the twin holds beside its arguments while it works on a chunk
@@ -40,7 +41,7 @@ def new_weights(w: Tensor, m: Tensor, v: Tensor, error: Tensor, step: Step) -> T
     """The AdamW update, from the exact moments and what the state will hold more of m. All float32, any shape."""
     inverse = 1 / (torch.sqrt(v) + step.root_eps)
     m = m * step.moves
-    reach = ((m * inverse).abs() * TRUST).clamp(min=LIMIT).clamp(max=step.clamp)
+    reach = ((m * inverse).abs() * TRUST).clamp(min=LIMIT)
     update = (m - error * step.foresee) * inverse
     return w * step.decay - torch.minimum(torch.maximum(update, -reach), reach) * step.lr
 
@@ -63,7 +64,7 @@ def update_(
     codes: int16 [n] and scales: int32 [ceil(n / 256)], the state, of which nothing stays where keep_scaled and keep_v
     are 0. skipped: int32 [1], grows by the number of blocks left as they were because a gradient in them was not
     finite. unscale: float32 [1], multiplies the gradient; where it is NaN the whole tensor is left as it was. numbers:
-    float32 [13], a Step. All on one device, where they are read when the kernel runs, and not before.
+    float32 [12], a Step. All on one device, where they are read when the kernel runs, and not before.
     """
     if isinstance(weight, FakeTensor):  # there is nothing to compute, and the kernel needs no memory but its arguments
         return
@@ -167,9 +168,9 @@ def _narrow(w: Tensor, random: Tensor, weight: Tensor, residual: Tensor | None) 
 
 
 _LIMIT, _TRUST, _BLOCK, _ROWS = constant(LIMIT), constant(TRUST), constant(BLOCK), constant(ROWS)
-_LR, _DECAY, _ROOT_EPS, _CLAMP, _KEEP_SCALED, _ADD_SCALED, _KEEP_V, _ADD_V, _MOVES, _FORESEE = (
+_LR, _DECAY, _ROOT_EPS, _KEEP_SCALED, _ADD_SCALED, _KEEP_V, _ADD_V, _MOVES, _FORESEE = (
     constant(Step._fields.index(name))
-    for name in ["lr", "decay", "root_eps", "clamp", "keep_scaled", "add_scaled", "keep_v", "add_v", "moves", "foresee"]
+    for name in ["lr", "decay", "root_eps", "keep_scaled", "add_scaled", "keep_v", "add_v", "moves", "foresee"]
 )
 
 
@@ -215,7 +216,7 @@ def _kernel(  # type: ignore[no-untyped-def]
         w = _float32(tl.load(weight + place, there, 0))
     inverse = reciprocal(tl.sqrt(v) + tl.load(numbers + _ROOT_EPS))
     m = m * tl.load(numbers + _MOVES)
-    reach = tl.minimum(tl.maximum(tl.abs(m * inverse) * _TRUST, _LIMIT), tl.load(numbers + _CLAMP))
+    reach = tl.maximum(tl.abs(m * inverse) * _TRUST, _LIMIT)
     update = _limited((m - error * tl.load(numbers + _FORESEE)) * inverse, reach)
     w = w * tl.load(numbers + _DECAY) - update * tl.load(numbers + _LR)
 
@@ -259,5 +260,5 @@ def _launch(
     with torch.cuda.device_of(weight):  # Triton launches on the current device, wherever the tensors are
         _kernel[(math.ceil(n / (ROWS * BLOCK)),)](
             storage, storage if residual is None else residual, _pattern(grad), codes, scales, skipped, unscale,
-            numbers, address.step, address.seed, address.tensor, n, STREAM=address.stream, MODE=mode,
+            numbers, address.step, address.seed, address.tensor, n, STREAM=address.stream, MODE=mode, maxnreg=REGISTERS,
         )  # fmt: skip

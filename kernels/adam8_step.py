@@ -25,7 +25,6 @@ class Step(NamedTuple):
     add_v: float
     moves: float  # 1; 0: the weights do not move yet
     foresee: float  # what an error of 1 in m adds to the sum of later m_hat
-    clamp: float  # largest |m_hat| / (sqrt(v_hat) + eps)
 
 
 @functools.lru_cache(maxsize=64)  # all tensors of a group ask for the same
@@ -36,7 +35,6 @@ def step_numbers(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
-    clamp: float = math.inf,
     micro_batch: int = 0,
     micro_batches: int = 1,
 ) -> Step:
@@ -70,5 +68,4 @@ def step_numbers(
         add_v=(1 - beta2) / micro_batches,
         moves=1.0 if last else 0.0,
         foresee=foresee if last else foresee + 1,
-        clamp=clamp,
     )

@@ -14,8 +14,7 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any
 
@@ -45,19 +44,15 @@ class Adam8(torch.optim.Optimizer):
     weights, device: how and where the parameters are stored from now on; they change in place, one after the other.
         "bf16+residual" keeps 8 more bits of every weight beside it. Tensors under 4,096 elements keep a float32 copy of
         themselves and float32 moments.
-    lr, betas, eps, weight_decay, clamp: may differ by group, and change between steps. clamp: largest update of an
-        element, in units of lr. Adam's updates of more than 1.5 lr, which are rare, count nine tenths, but no less than
-        1.5 lr: most of them here are an error of the 16 bits (docs/adam8.md).
+    lr, betas, eps, weight_decay: may differ by group, and change between steps. Adam's updates of more than 1.5 lr,
+        which are rare, count nine tenths, but no less than 1.5 lr: most of them here are an error of the 16 bits
+        (docs/adam8.md).
     seed: of the rounding.
     micro_batches: how many backwards, each followed by step(), make one step of the weights. m gathers the mean of
         their gradients and v the mean of their squares (AdamA, Zhang et al. 2023, takes v smaller by their number):
         nothing has to hold a sum of gradients.
     max_norm: scale a step's gradients by max_norm / (global norm of the step before) where that is below 1; the first
-        step is not scaled. It needs no second look at the gradients. The exact norm takes a backward of its own:
-
-            with optimizer.measuring():
-                loss_of(batch).backward()  # moves nothing
-            loss_of(batch).backward()
+        step is not scaled. The norm of this very step would take all gradients at once, or each of them twice.
 
     Raises ValueError for parameters that share memory or have gaps in it.
     """
@@ -71,17 +66,16 @@ class Adam8(torch.optim.Optimizer):
         weight_decay: float = 0.01,
         *,
         weights: Weights = "bf16",
-        clamp: float = math.inf,
         seed: int = 0,
         micro_batches: int = 1,
         max_norm: float | None = None,
         kernels: Choice = "auto",
         device: torch.device | None = None,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "clamp": clamp})
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.calls = 0  # of step()
         self._micro_batches, self._max_norm, self._seed = micro_batches, max_norm, seed
-        self._attached = self._measuring = False
+        self._attached = False
         self.scaled = weights == "fp16"  # whether gradients may overflow, for the loss is scaled
         self._group_of = {p: number for number, group in enumerate(self.param_groups) for p in group["params"]}
         self._places = {p: place for place, p in enumerate(self._group_of)}
@@ -189,20 +183,6 @@ class Adam8(torch.optim.Optimizer):
             p.grad = None
         return len(self._moved)
 
-    @contextmanager
-    def measuring(self) -> Iterator[None]:
-        """A backward in here moves nothing and leaves no gradient: it only finds the norm that max_norm goes by."""
-        self._measuring = True
-        try:
-            yield
-        finally:
-            for p in self._places:
-                if p.grad is not None:
-                    self._measure(p)
-                    p.grad = None
-            self._note_norm()
-            self._measuring = False
-
     def check_skipped(self, skipped: list[int]) -> int:
         """How many tensors a step left, at least in part, as they were because a gradient was not finite.
 
@@ -254,10 +234,6 @@ class Adam8(torch.optim.Optimizer):
 
     def _on_gradient(self, parameter: Tensor) -> None:
         assert isinstance(parameter, nn.Parameter)
-        if self._measuring:
-            self._measure(parameter)
-            parameter.grad = None
-            return
         if parameter in self._arrived:
             raise RuntimeError(
                 f"{self._names[self._places[parameter]]} received a second gradient before step(): backward ran "
@@ -327,7 +303,6 @@ class Adam8(torch.optim.Optimizer):
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
-            clamp=group["clamp"],
             micro_batch=micro_batch,
             micro_batches=self._micro_batches,
         )

@@ -48,7 +48,7 @@ class Bucket:
         new_m = m * step.keep_m + g * step.add_m
         new_v = v * step.keep_v + g * g * step.add_v
         update = new_m * (step.ratio * step.moves) / (new_v.sqrt() + step.root_eps)
-        new_w = w * step.decay - update.clamp(-step.clamp, step.clamp) * step.lr
+        new_w = w * step.decay - update * step.lr
         # All of them before the first is written: should the memory not suffice, nothing has changed.
         kept = [torch.where(moved, new, old) for old, new in zip(self._flat, (new_w, new_m, new_v), strict=True)]
         torch._foreach_copy_(self._flat, kept)

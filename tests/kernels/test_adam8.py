@@ -176,14 +176,6 @@ def test_what_is_above_the_limit_counts_nine_tenths():
     torch.testing.assert_close(moved, torch.tensor([-6.3, 6.3, -1.5, 1.4, 0.0]))
 
 
-def test_the_clamp_bounds_every_update():
-    tensors = Tensors(torch.zeros(600), "fp32")
-    for g in gradients(600, 1.0, 3):
-        before = tensors.weight.clone()
-        tensors.step(g, lr=1.0, clamp=0.25)
-        assert (tensors.weight - before).abs().max().item() == pytest.approx(0.25, abs=1e-6)
-
-
 def test_unscale_is_what_a_smaller_gradient_would_be():
     plain, scaled = Tensors(torch.zeros(600), "fp32"), Tensors(torch.zeros(600), "fp32")
     for g in gradients(600, 1.0, 4):

@@ -89,7 +89,7 @@ def test_inside_backward_or_not_straight_or_resumed_the_bits_are_the_same(weight
         assert same(straight, trained(weights=weights, layout=layout, **way)), way
 
 
-@pytest.mark.parametrize("settings", [{"micro_batches": 3}, {"max_norm": 0.5}, {"clamp": 0.5}, {"weight_decay": 0.5}])
+@pytest.mark.parametrize("settings", [{"micro_batches": 3}, {"max_norm": 0.5}, {"weight_decay": 0.5}])
 def test_each_setting_acts_alike_in_both_ways(settings):
     asked = trained(**settings)
     assert same(asked, trained(attach=True, checkpointing=True, **settings))
@@ -345,24 +345,14 @@ def global_norm(network):
     return math.sqrt(sum(p.grad.float().square().sum().item() for p in network.parameters()))
 
 
-def test_max_norm_goes_by_the_step_before_and_measuring_by_this_one():
-    """AdamW's first steps after a clip to c have moments c / norm times as large: v tells them apart from unclipped."""
+def test_max_norm_goes_by_the_step_before():
     network = Network()
     optimizer = Adam8(network.named_parameters(), weights="fp32", max_norm=0.1, lr=1e-9)
     loss_of(network, 0).backward()
-    norms = [global_norm(network)]
+    norm = global_norm(network)
     assert optimizer._unscale().item() == 1.0, "nothing is known before the first step"
     optimizer.step()
-    assert optimizer._unscale().item() == pytest.approx(0.1 / norms[0], rel=1e-5)
-    optimizer.zero_grad()
-
-    optimizer.attach()
-    with optimizer.measuring():
-        loss_of(network, 7).backward()
-    assert all(parameter.grad is None for parameter in network.parameters())
-    reference = Network()
-    loss_of(reference, 7).backward()
-    assert optimizer._unscale().item() == pytest.approx(0.1 / global_norm(reference), rel=1e-4)
+    assert optimizer._unscale().item() == pytest.approx(0.1 / norm, rel=1e-5)
 
 
 def test_a_loss_scale_is_taken_off():
