@@ -99,6 +99,15 @@ class TrainConfig(_Section):
     steps: Count = Field(800, description="optimizer steps")
     lr: float = Field(2e-6, gt=0, description="learning rate")
     batch: Count = Field(1, lt=2**16, description="photos a step; as many class images join them")
+    accumulate: Count = Field(
+        1, lt=2**16, description="batches whose gradients make one step: their mean; adam8 takes its v by their squares"
+    )
+    max_norm: float | None = Field(
+        None,
+        gt=0,
+        description="larger gradients are scaled down to this global norm, often 1.0; adam8 goes by the norm of the "
+        "batch before; default: off",
+    )
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="constant | linear | cosine")
     warmup: int = Field(0, ge=0, lt=2**31, description="steps over which the learning rate rises to lr")
     seed: int = Field(0, ge=0, lt=2**63, description="every random draw follows from it")

@@ -20,7 +20,8 @@ _WRITTEN = ["model.name", "subject.photos", "subject.identifier", "subject.class
 _OFFERED = [
     "subject.prompts", "prior.enabled", "prior.weight", "prior.count", "prior.images",
     "train.resolution", "train.crop", "train.variants", "train.flip",
-    "train.steps", "train.lr", "train.batch", "train.schedule", "train.warmup", "train.seed",
+    "train.steps", "train.lr", "train.batch", "train.accumulate", "train.max_norm",
+    "train.schedule", "train.warmup", "train.seed",
     "train.gradient_checkpointing", "train.text_encoder", "train.min_snr_gamma",
     "cache.dir", "precision.compute", "precision.weights", "optimizer.name", "memory.vram",
     "sample.prompts", "sample.guidance", "sample.seeds", "sample.every",
@@ -31,6 +32,7 @@ _EXAMPLES: dict[str, Any] = {
     "cache.dir": "cache",
     "train.gradient_checkpointing": True,
     "train.min_snr_gamma": 5.0,
+    "train.max_norm": 1.0,
     "memory.vram": "12GiB",
     "precision.weights": "bf16",
     "checkpoint.every": 200,

@@ -50,7 +50,7 @@ class Adam8(torch.optim.Optimizer):
     seed: of the rounding.
     micro_batches: how many backwards, each followed by step(), make one step of the weights. m gathers the mean of
         their gradients and v the mean of their squares (AdamA, Zhang et al. 2023, takes v smaller by their number):
-        nothing has to hold a sum of gradients.
+        nothing has to hold a sum of gradients. What is skipped is told of the whole step.
     max_norm: scale a step's gradients by max_norm / (global norm of the step before) where that is below 1; the first
         step is not scaled. The norm of this very step would take all gradients at once, or each of them twice.
 
@@ -148,8 +148,9 @@ class Adam8(torch.optim.Optimizer):
         self._arrived.clear()
         self._moved.clear()
         self._note_norm()
-        self._note_skipped()
         self._note_calls(self.calls + 1)
+        if self.calls % self._micro_batches == 0:
+            self._note_skipped()
 
     def write_numbers(self) -> None:
         """Bring learning rates and whatever else belongs to the step that begins to the device, where it is not there.

@@ -47,12 +47,15 @@ def build(
     *,
     weights: Weights = "fp32",
     seed: int = 0,
+    micro_batches: int = 1,
+    max_norm: float | None = None,
     kernels: Choice = "auto",
     device: torch.device | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer of the settings over float32 parameters with their names.
 
-    weights, device, seed (of the rounding), kernels: for adam8, which brings the parameters there and stores them so.
+    weights, device, seed (of the rounding), micro_batches, max_norm, kernels: for adam8, which brings the parameters
+    there and stores them so. Whoever calls another one gathers its gradients, and clips them.
     """
     named = list(parameters)
     betas = (settings.beta1, settings.beta2)
@@ -65,6 +68,8 @@ def build(
             weight_decay=settings.weight_decay,
             weights=weights,
             seed=seed,
+            micro_batches=micro_batches,
+            max_norm=max_norm,
             kernels=kernels,
             device=device,
         )

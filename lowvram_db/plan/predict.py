@@ -147,7 +147,9 @@ def autocasts(config: Config) -> bool:
 
 def _step(learner: "BlankLearner", batch: Batch, trace: Trace, name: str) -> Phase:
     start, before = trace.mark(), trace.flops
-    loss = learner.backward(batch)
+    for micro_batch in range(min(2, learner.config.train.accumulate)):  # all that follow are as the second
+        learner.micro_batch = micro_batch
+        loss = learner.backward(batch)
     trace.label("gradients", [p.grad for p in learner.parameters if p.grad is not None])
     learner.update(loss.total)
     trace.label("optimizer", state(learner.optimizer))

@@ -54,7 +54,7 @@ class Learner(ABC):
         self.dtype = compute_dtype(config.precision.compute, device)
         self.weights = DTYPES[config.weights]
         self.table = objective.table(family.noise_schedule, config.train.min_snr_gamma).to(device)
-        self.step = 0
+        self.step = self.micro_batch = 0  # optimizer steps done, and batches of the one in hand
         self.modules = {name: network.requires_grad_().train() for name, network in networks.items()}
         self.denoiser: Any = self.modules[family.denoiser_part]
         self.text_encoder: Any = self.modules.get("text_encoder")
@@ -69,6 +69,8 @@ class Learner(ABC):
             config.train.lr,
             weights=config.weights,
             seed=config.train.seed,
+            micro_batches=config.train.accumulate,
+            max_norm=config.train.max_norm,
             kernels="triton" if triton else "torch",
             device=device,
         )
@@ -113,16 +115,26 @@ class Learner(ABC):
     def timesteps(self, rows: int) -> Tensor:
         """Each row's timestep in this step, int64 [rows]."""
 
+    @property
+    def batch_number(self) -> int:
+        """Of the batch in hand, counted from the first step on: to this its draws belong."""
+        return self.step * self.config.train.accumulate + self.micro_batch
+
     def backward(self, batch: Batch) -> objective.Loss:
-        """The loss of a batch and its gradients; with adam8 the weights have moved then."""
+        """The loss of a batch and its gradients, added to those of the batches before it in the step; with adam8 they
+        have gone into the moments then, and the last of them has moved the weights."""
+        steps_in_backward = isinstance(self.optimizer, StepsInBackward)
+        share = 1.0 if steps_in_backward else 1 / self.config.train.accumulate
         inputs = self.inputs(batch)
         size = len(inputs.mean) // self.strategy.parts
         totals, rows = [], []
         for first in range(0, len(inputs.mean), size):
             total, losses = self.forward(inputs, batch.prompts, slice(first, first + size))
-            self.scaler.scale(total).backward()
+            self.scaler.scale(total * share).backward()
             totals.append(total.detach())
             rows.append(losses)
+        if steps_in_backward and self.micro_batch < self.config.train.accumulate - 1:
+            self.optimizer.step()
         return objective.split(torch.stack(totals).sum(), torch.cat(rows), batch.instances)
 
     def inputs(self, batch: Batch) -> Inputs:
@@ -130,7 +142,7 @@ class Learner(ABC):
         would wait for the device, and the device then for whatever comes after it."""
         rows = len(batch.moments.mean)
         weights = objective.row_weights(rows, batch.instances, self.config.prior.weight)
-        address = torch.tensor([self.config.train.seed, self.step])
+        address = torch.tensor([self.config.train.seed, self.batch_number])
         given = (*batch.moments, self.timesteps(rows), address, weights)
         mean, logvar, timesteps, address, weights = (sent(tensor, self.device) for tensor in given)
         conditioning = None if self.text_encoder else self.conditioning(batch.prompts).to(self.weights)
@@ -156,8 +168,9 @@ class Learner(ABC):
         return total, rows[part]
 
     def update(self, loss: Tensor) -> None:
-        """Step the weights that backward has not stepped yet, and let the gradients go. A loss that is no number
-        changes nothing."""
+        """End the step: move the weights that backward has not moved yet, and let the gradients go. A loss that is no
+        number changes nothing."""
+        self._clip()
         if self.scaler.is_enabled():  # which looks at every gradient
             self.scaler.step(self.optimizer)
         elif getattr(self.optimizer, "_step_supports_amp_scaling", False):
@@ -168,6 +181,13 @@ class Learner(ABC):
         elif self.is_number(loss):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _clip(self) -> None:
+        if self.config.train.max_norm is None or isinstance(self.optimizer, StepsInBackward):  # which does so by itself
+            return
+        if isinstance(self.scaler, torch.amp.GradScaler):
+            self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.parameters, self.config.train.max_norm)
 
     def is_number(self, loss: Tensor) -> bool:
         """Waits for the device, as bitsandbytes does after every tensor."""

@@ -67,7 +67,7 @@ class Trainer(Learner):
         self.attention = use_attention(self.denoiser, config.attention, device, self.dtype)
 
     def train_step(self) -> Outcome:
-        """One optimizer step on the batch that belongs to its number; where the memory does not suffice, in a smaller
+        """One optimizer step on the batches that belong to its number; where the memory does not suffice, in a smaller
         way, and so from then on. A step whose loss is no number changes nothing. Waits for nothing that the device has
         to find first. Raises DoesNotFit where there is no smaller way."""
         self.between_steps = False
@@ -76,7 +76,7 @@ class Trainer(Learner):
         loss = self._backward_that_fits()
         self.update(loss.total)
         self.scaler.update()
-        self.step += 1
+        self.step, self.micro_batch = self.step + 1, 0
         self.between_steps = True
         return Outcome(loss, self.optimizer.skipped if isinstance(self.optimizer, StepsInBackward) else None)
 
@@ -102,16 +102,23 @@ class Trainer(Learner):
         return f"in a new run (another output.name) lower train.lr (is {config.train.lr:g}){finer}"
 
     def _backward_that_fits(self) -> objective.Loss:
-        """backward(), repeated one rung further down the ladder for as long as it runs out of memory."""
-        while True:
+        """backward() for every batch of the step, repeated one rung further down the ladder for as long as it runs out
+        of memory."""
+        losses: list[objective.Loss] = []
+        while len(losses) < self.config.train.accumulate:
+            self.micro_batch = len(losses)
             try:
-                return self.backward(self.batches[self.step])
+                losses.append(self.backward(self.batches[self.batch_number]))
+                continue
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 full = reason(error)
             # Only here, outside the handler, has the failed pass let go of what it held.
             self._step_down(full)
+            if not isinstance(self.optimizer, StepsInBackward):
+                losses.clear()  # as their gradients are
+        return objective.mean(losses)
 
     def _step_down(self, full: str) -> None:
         smaller = self._ladder[self._ladder.index(self.strategy) + 1 :]
@@ -131,7 +138,7 @@ class Trainer(Learner):
         say(f"step {self.step + 1}: out of memory ({full}). Repeated, and on from here, with {smaller[0]}{note}")
 
     def timesteps(self, rows: int) -> Tensor:
-        return objective.timesteps(rows, len(self.table), self.config.train.seed, self.step)
+        return objective.timesteps(rows, len(self.table), self.config.train.seed, self.batch_number)
 
     def conditioning(self, prompts: list[str]) -> Tensor:
         """[len(prompts), tokens, width]: from the cache, or from the text encoder while it is being trained."""

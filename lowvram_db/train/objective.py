@@ -73,6 +73,11 @@ class Loss(NamedTuple):
     prior: Tensor  # without lambda; zero where the batch has no class images
 
 
+def mean(losses: list[Loss]) -> Loss:
+    """Of all batches of a step."""
+    return Loss(*(torch.stack(part).mean() for part in zip(*losses, strict=True)))
+
+
 def split(total: Tensor, rows: Tensor, instances: int) -> Loss:
     """The loss and its two terms, from the loss of every row [B], the first `instances` rows the subject's."""
     prior = rows[instances:].mean() if len(rows) > instances else torch.zeros_like(total)

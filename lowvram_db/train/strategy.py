@@ -25,7 +25,8 @@ def ladder(config: Config, blocks: int) -> list[Strategy]:
     that a batch in parts can take more where its activations weigh nothing beside the gradients that wait.
 
     Only an optimizer that keeps all gradients until its step lets a batch be split: their sum is then the same. Adam8
-    has stepped by then; its micro_batches take the mean of squares for the square of the mean, which is another update.
+    has stepped by then; gathering batches (train.accumulate) it takes the mean of squares for the square of the mean,
+    which is another update.
     """
     wanted = config.train.gradient_checkpointing
     counts = range(blocks + 1) if wanted is None else [blocks if wanted else 0]

@@ -21,47 +21,111 @@ def draws(shape, step, stream):
     return torch.stack([bits.normal(shape[1:], 0, step=step, sample=row, stream=stream) for row in range(shape[0])])
 
 
-def plain_losses(model, trainer, steps, lr):
+class AdamA(torch.optim.AdamW):
+    """Gathers the mean of gradients and of their squares, each scaled to max_norm by the norm of the one before."""
+
+    def __init__(self, parameters, *, parts, max_norm=None, **settings):
+        super().__init__(parameters, **settings)
+        self.parts, self.max_norm, self.norm, self.steps = parts, max_norm, 0.0, 0
+        self.weights = self.param_groups[0]["params"]
+        self.moments = [(torch.zeros_like(w), torch.zeros_like(w)) for w in self.weights]
+        self.sums = [(torch.zeros_like(w), torch.zeros_like(w)) for w in self.weights]
+
+    def gather(self):
+        factor = min(1.0, self.max_norm / self.norm) if self.max_norm and self.norm else 1.0
+        self.norm = torch.stack([w.grad.norm() for w in self.weights]).norm().item()
+        for weight, (sum_, squares) in zip(self.weights, self.sums, strict=True):
+            sum_ += factor * weight.grad / self.parts
+            squares += (factor * weight.grad) ** 2 / self.parts
+        self.zero_grad()
+
+    @torch.no_grad()
+    def step(self):
+        self.steps += 1
+        lr, decay = self.param_groups[0]["lr"], self.param_groups[0]["weight_decay"]
+        for weight, (m, v), (sum_, squares) in zip(self.weights, self.moments, self.sums, strict=True):
+            m.lerp_(sum_, 0.1)
+            v.lerp_(squares, 0.001)
+            update = m / (1 - 0.9**self.steps) / ((v / (1 - 0.999**self.steps)).sqrt() + 1e-8)
+            weight.mul_(1 - lr * decay).sub_(lr * update)
+            sum_.zero_()
+            squares.zero_()
+
+
+def plain_losses(model, trainer, steps, lr, accumulate=1, max_norm=None, mean_of_squares=False):
     """DreamBooth with prior preservation as a textbook loop of diffusers and torch, nothing of ours but the draws."""
     unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet")
     scheduler = DDPMScheduler.from_pretrained(model, subfolder="scheduler")
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
+    settings = {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+    if mean_of_squares:
+        optimizer = AdamA(unet.parameters(), parts=accumulate, max_norm=max_norm, **settings)
+    else:
+        optimizer = torch.optim.AdamW(unet.parameters(), **settings)
     losses = []
     for step in range(steps):
-        batch = trainer.batches[step]
-        posterior, noise = (draws(batch.moments.mean.shape, step, stream) for stream in (0, 1))
-        timesteps = objective.timesteps(len(noise), 1000, 0, step)
-        latents = batch.moments.mean + batch.moments.logvar.mul(0.5).exp() * posterior
-        text = trainer.batches.cached.conditioning(batch.prompts)
-        prediction = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, text).sample
-        if scheduler.config.prediction_type == "v_prediction":
-            target = scheduler.get_velocity(latents, noise, timesteps)
-        else:
-            target = noise
-        instance_prediction, prior_prediction = prediction.chunk(2)
-        instance_target, prior_target = target.chunk(2)
-        loss = mse_loss(instance_prediction, instance_target) + 0.7 * mse_loss(prior_prediction, prior_target)
-        loss.backward()
+        parts = []
+        for number in range(step * accumulate, (step + 1) * accumulate):
+            batch = trainer.batches[number]
+            posterior, noise = (draws(batch.moments.mean.shape, number, stream) for stream in (0, 1))
+            timesteps = objective.timesteps(len(noise), 1000, 0, number)
+            latents = batch.moments.mean + batch.moments.logvar.mul(0.5).exp() * posterior
+            text = trainer.batches.cached.conditioning(batch.prompts)
+            prediction = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, text).sample
+            if scheduler.config.prediction_type == "v_prediction":
+                target = scheduler.get_velocity(latents, noise, timesteps)
+            else:
+                target = noise
+            instance_prediction, prior_prediction = prediction.chunk(2)
+            instance_target, prior_target = target.chunk(2)
+            loss = mse_loss(instance_prediction, instance_target) + 0.7 * mse_loss(prior_prediction, prior_target)
+            parts.append(loss.item())
+            if mean_of_squares:
+                loss.backward()
+                optimizer.gather()
+            else:
+                (loss / accumulate).backward()
+        if max_norm and not mean_of_squares:
+            torch.nn.utils.clip_grad_norm_(unet.parameters(), max_norm)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
+        losses.append(sum(parts) / accumulate)
     return losses
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_losses_equal_a_plain_diffusers_loop(make_config, make_trainer, tmp_path, prediction_type):
+@pytest.mark.parametrize(
+    ("prediction_type", "gathering"),
+    [
+        ("epsilon", {}),
+        ("v_prediction", {}),
+        ("epsilon", {"accumulate": 3}),
+        ("epsilon", {"max_norm": 0.2}),
+        ("epsilon", {"accumulate": 2, "max_norm": 0.2}),
+    ],
+)
+def test_losses_equal_a_plain_diffusers_loop(make_config, make_trainer, tmp_path, prediction_type, gathering):
     write_pipeline(tmp_path / "model", prediction_type=prediction_type)
     config = make_config(
         model={"name": str(tmp_path / "model")},
         prior={"weight": 0.7},
-        train={"steps": 20, "lr": 1e-3, "batch": 2, "gradient_checkpointing": False},
+        train={"steps": 20, "lr": 1e-3, "batch": 2, "gradient_checkpointing": False, **gathering},
         optimizer={"name": "adamw"},
     )
     trainer = make_trainer(config)
-    wanted = plain_losses(tmp_path / "model", trainer, 20, 1e-3)
+    wanted = plain_losses(tmp_path / "model", trainer, 20, 1e-3, **gathering)
     got = [trainer.train_step().read().total for _ in range(20)]
-    assert got == pytest.approx(wanted, abs=1e-6)
+    # Sums of gradients that are taken in another order part after some steps.
+    assert got == pytest.approx(wanted, abs=1e-5 if gathering else 1e-6)
     assert got[-1] != pytest.approx(got[0], abs=1e-3), "nothing was trained, so nothing was compared"
+
+
+@pytest.mark.parametrize("gathering", [{"accumulate": 3}, {"accumulate": 2, "max_norm": 0.2}])
+def test_adam8_gathers_batches_by_its_own_rule(make_config, make_trainer, miniature, gathering):
+    train = {"steps": 8, "lr": 1e-3, "batch": 2, "gradient_checkpointing": False, **gathering}
+    trainer = make_trainer(make_config(prior={"weight": 0.7}, train=train, precision={"compute": "fp32"}))
+    got = [trainer.train_step().read().total for _ in range(8)]
+    assert got == pytest.approx(plain_losses(miniature, trainer, 8, 1e-3, mean_of_squares=True, **gathering), rel=0.01)
+    for other in ({"mean_of_squares": False, **gathering}, {"mean_of_squares": True, "accumulate": 1}):
+        assert got != pytest.approx(plain_losses(miniature, trainer, 8, 1e-3, **other), rel=0.01), other
 
 
 def losses_of(make_trainer, config, steps=6):

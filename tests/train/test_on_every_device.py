@@ -147,14 +147,16 @@ def test_resumed_as_if_never_stopped(trainer_on, tmp_path, compute):
     assert straight.scaler.state_dict() == resumed.scaler.state_dict()
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("optimizer", ["adam8", "adamw"])
-def test_out_of_memory_in_the_forward_pass_ends_as_the_smaller_way_from_the_start(trainer_on, optimizer):
-    sections = {"optimizer": {"name": optimizer}}
+def test_out_of_memory_in_the_forward_pass_ends_as_the_smaller_way_from_the_start(trainer_on, optimizer, accumulate):
+    """In the step's last batch: what was gathered before it stays, or is gathered again."""
+    sections = {"optimizer": {"name": optimizer}, "train": {"accumulate": accumulate}}
     broken, smaller = trainer_on(**sections), trainer_on(strategy=Strategy(1, 5), **sections)
     failed = []
 
     def fail(*_):
-        if not failed:
+        if not failed and broken.micro_batch == accumulate - 1:
             failed.append(True)
             raise torch.OutOfMemoryError(FULL)
 
@@ -163,6 +165,7 @@ def test_out_of_memory_in_the_forward_pass_ends_as_the_smaller_way_from_the_star
         for _ in range(2):
             trainer.train_step()
     assert broken.strategy == ladder(broken.config, 5)[1] == smaller.strategy
+    assert broken.batch_number == 2 * accumulate
     assert_same(broken, smaller)
 
 
