@@ -16,7 +16,7 @@ from typing import Any, Literal
 import psutil
 import torch
 
-from lowvram_db.memory import driver, segments
+from lowvram_db.memory import driver, segments, spill
 from lowvram_db.memory.size import gib
 
 _DISK_WANTED = 20 * 2**30  # a Stable Diffusion 1.5 model, one checkpoint and the result, in float32
@@ -137,8 +137,9 @@ def _gpu_memory() -> Line:
         return Line("GPU memory", "absent", "no GPU")
     free, total = torch.cuda.mem_get_info()
     detail = f"{gib(free)} free of {gib(total)}"
-    if segments.under_wsl():  # Windows' counters know no process of Linux
-        detail += "; under WSL 2 nothing tells when it spills into system memory, which is 10 to 100 times slower"
+    if segments.under_wsl() and spill.shared_bytes() is None:
+        detail += "; whether it spills into system memory, 10 to 100 times slower, cannot be seen from this WSL"
+        return Line("GPU memory", "ok", detail, "enabled=true under [interop] in /etc/wsl.conf, wsl --shutdown")
     return Line("GPU memory", "ok", detail)
 
 

@@ -19,10 +19,11 @@ from lowvram_db.errors import LESS_MEMORY, DoesNotFit, Interrupted, UserError
 from lowvram_db.families import check_trainable, open_model
 from lowvram_db.families.base import Family
 from lowvram_db.memory import driver
-from lowvram_db.memory.budget import budget_for, cap
+from lowvram_db.memory.budget import budget_for, cap, crowd
 from lowvram_db.memory.device import DTYPES, compute_dtype, encoder_dtype, pick_device, picture_dtypes, release_memory
 from lowvram_db.memory.out_of_memory import is_out_of_memory, reason
 from lowvram_db.memory.size import gib
+from lowvram_db.memory.spill import Watch
 from lowvram_db.optim.choices import that_runs
 from lowvram_db.plan import make_plan
 from lowvram_db.plan.meter import Meter
@@ -35,7 +36,6 @@ from lowvram_db.train import checkpoint
 from lowvram_db.train.batches import Batches
 from lowvram_db.train.loop import Trainer, optional, train
 from lowvram_db.train.resume import check_content, check_settings, choose, whole
-from lowvram_db.train.strategy import Strategy
 
 _NO_PROMPT = ""  # what classifier-free guidance steers away from
 _BUCKET_MULTIPLE = 64  # of the sides of buckets, pixels; too coarse for small pictures
@@ -80,7 +80,8 @@ def _problems_named() -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise DoesNotFit(f"memory is full ({reason(error)}); {LESS_MEMORY}") from error
+        full = reason(error) + crowd(pick_device())
+        raise DoesNotFit(f"memory is full ({full}); {LESS_MEMORY}") from error
 
 
 def _run(config: Config, resume: str) -> Run:
@@ -103,15 +104,15 @@ def _run(config: Config, resume: str) -> Run:
             plan = _plan(config, device)  # from the config files alone: nothing large is downloaded before it fits
             family = _open_family(config)
             run.save_config(config)
-            with Meter(plan, run, device) as meter:
+            with Watch(device), Meter(plan, run, device) as meter:
                 meter.begins("class images")
                 concept = _concept(config, family, run, photos, store, device, plan.prior_batch)
                 release_memory()
                 cached = _cache(config, family, store, concept, device, meter.begins)
-                _train(config, family, run, concept, cached, device, start, plan.strategy, meter)
+                _train(config, family, run, concept, cached, device, start, plan, meter)
                 release_memory()
                 meter.begins("sampling")
-                optional(partial(_sample_result, config, run, device), "pictures of the result")
+                optional(partial(_sample_result, config, run, device, plan.sample_batch), "pictures of the result")
     return run
 
 
@@ -222,12 +223,12 @@ def _train(
     cached: Cached,
     device: torch.device,
     start: Path | None,
-    strategy: Strategy,
+    plan: Plan,
     meter: Meter,
 ) -> None:
     """Train to the last step and write model/."""
     batches = Batches(concept, cached, config.train.batch, config.train.seed)
-    trainer = Trainer(config, family, batches, device, strategy)
+    trainer = Trainer(config, family, batches, device, plan.strategy)
     if start is not None:
         trainer.restore(start)
         say(f"resumed {start} at step {trainer.step}")
@@ -236,7 +237,7 @@ def _train(
         f"training {sum(parameter.numel() for parameter in trainer.parameters) / 1e6:.1f} M weights on {device}, "
         f"{config.precision.compute}, attention {trainer.attention}, optimizer {config.optimizer.name}"
     )
-    train(trainer, run, partial(_sample_trainer, trainer), meter.begins)
+    train(trainer, run, partial(_sample_trainer, trainer, plan.sample_batch), meter.begins)
     meter.begins("saving")
     _save_model(trainer, run, began_at)
 
@@ -262,7 +263,7 @@ def _written(trainer: Trainer, run: Run) -> dict[str, Path]:
     return {part: run.checkpoint(trainer.step) / f"{part}.safetensors" for part in trainer.modules}
 
 
-def _sample_trainer(trainer: Trainer, path: Path) -> None:
+def _sample_trainer(trainer: Trainer, at_once: int, path: Path) -> None:
     """The sample grid of a model in training: its own networks, the cached conditioning, a VAE for the moment."""
     parts: dict[str, Any] = dict(trainer.modules)
     if trainer.text_encoder is None:
@@ -276,16 +277,16 @@ def _sample_trainer(trainer: Trainer, path: Path) -> None:
         return {"prompt_embeds": embeds, "negative_prompt_embeds": negative}
 
     with trainer.autocast():
-        _write_grid(trainer.config, pipeline, path, inputs=inputs)
+        _write_grid(trainer.config, pipeline, path, at_once=at_once, inputs=inputs)
     del pipeline
     release_memory()
 
 
-def _sample_result(config: Config, run: Run, device: torch.device) -> None:
+def _sample_result(config: Config, run: Run, device: torch.device, at_once: int) -> None:
     """The sample grid of model/, drawn by what stands on the disk."""
     dtype, wider = picture_dtypes(config.precision.compute, device)
     pipeline = open_model(str(run.model)).pipeline(dtype).to(device)
-    _write_grid(config, pipeline, run.sample_grid(config.train.steps), wider=wider)
+    _write_grid(config, pipeline, run.sample_grid(config.train.steps), at_once=at_once, wider=wider)
 
 
 def _write_grid(config: Config, pipeline: Any, path: Path, **how: Any) -> None:

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from lowvram_db.atomic import replacing_file
 from lowvram_db.errors import UserError
 from lowvram_db.families import open_model
-from lowvram_db.families.draw import draw
+from lowvram_db.families.draw import Drawer
 from lowvram_db.memory.device import pick_device, picture_dtypes
 from lowvram_db.progress import Bar
 
@@ -27,33 +27,34 @@ def sample_grid(
     seeds: int,
     steps: int,
     resolution: int,
+    at_once: int | None = None,
     inputs: Callable[[str], dict[str, Any]] = lambda prompt: {"prompt": prompt},
     wider: torch.dtype | None = None,
 ) -> Image.Image:
-    """Draw every prompt at every guidance scale with seeds 0..seeds-1, one picture at a time, into a labelled grid.
+    """Draw every prompt at every guidance scale with seeds 0..seeds-1 into a labelled grid.
 
     pipeline: a diffusers text-to-image pipeline on its device. A seed gives the same starting noise on every device.
+    at_once: how many of a prompt's and scale's pictures are made together; all of them where it is not said.
     inputs: what to hand the pipeline for a prompt; the prompt itself, or embeddings where it has no text encoder.
     wider: as for draw().
     """
-    columns = [(scale, seed) for scale in guidance for seed in range(seeds)]
+    drawer = Drawer(pipeline, at_once or seeds, wider)
     rows: list[list[Image.Image]] = []
-    with Bar("sampling", total=len(prompts) * len(columns), unit="picture") as bar:
+    with Bar("sampling", total=len(prompts) * len(guidance) * seeds, unit="picture") as bar:
         for prompt in prompts:
             rows.append([])
-            for scale, seed in columns:
-                rows[-1] += draw(
-                    pipeline,
-                    [seed],
-                    wider,
+            for scale in guidance:
+                for picture in drawer.draw(
+                    list(range(seeds)),
                     **inputs(prompt),
                     guidance_scale=scale,
                     num_inference_steps=steps,
                     height=resolution,
                     width=resolution,
-                )
-                bar.advance()
-    return draw_grid(rows, prompts, [f"guidance {scale:g}, seed {seed}" for scale, seed in columns])
+                ):
+                    rows[-1].append(picture)
+                    bar.advance()
+    return draw_grid(rows, prompts, [f"guidance {scale:g}, seed {seed}" for scale in guidance for seed in range(seeds)])
 
 
 def sample_model(

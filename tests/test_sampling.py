@@ -49,20 +49,25 @@ def test_a_long_prompt_is_not_cut(side):
     assert long.width == short.width
 
 
-def test_pictures_are_the_pipelines_own(family):
-    """The grid holds just what the pipeline draws from that prompt, scale and seed."""
-    pipeline = family.pipeline()
-    grid = np.asarray(sample_grid(pipeline, ["a ball", "a box"], **OPTIONS))
+@pytest.mark.parametrize("at_once", [None, 1])
+def test_pictures_are_the_pipelines_own(family, at_once):
+    """The grid holds what the pipeline draws from that prompt, scale and seed; with its neighbour seeds in one batch it
+    may round differently."""
+    pipeline, together = family.pipeline(), []
+    pipeline.unet.register_forward_pre_hook(lambda _, args: together.append(len(args[0]) // 2))  # with guidance
+    grid = np.asarray(sample_grid(pipeline, ["a ball", "a box"], **OPTIONS, at_once=at_once)).astype(int)
+    assert set(together) == {at_once or 2}
     picture = np.asarray(
         pipeline(
             "a box", guidance_scale=11.0, num_inference_steps=2, height=64, width=64,
             generator=torch.Generator().manual_seed(1),
         ).images[0]
     )  # fmt: skip
-    width = 64 + 4
+    width, far = 64 + 4, 0 if at_once == 1 else 1
     bottom, right = grid.shape[0] - 4, grid.shape[1] - 4
     assert grid.shape[1] == 120 + 4 * width
-    found = [top for top in range(bottom - 63) if np.array_equal(grid[top : top + 64, right - 64 : right], picture)]
+    last = grid[:, right - 64 : right]
+    found = [top for top in range(bottom - 63) if np.abs(last[top : top + 64] - picture).max() <= far]
     assert len(found) == 1
 
 

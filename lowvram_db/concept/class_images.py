@@ -4,11 +4,9 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import Timeout
-from PIL import Image
 
 from lowvram_db.atomic import remove_leftovers
 from lowvram_db.concept import generated
@@ -16,10 +14,9 @@ from lowvram_db.concept.generated import Recipe
 from lowvram_db.config import Config
 from lowvram_db.errors import UserError
 from lowvram_db.families.base import Family
-from lowvram_db.families.draw import draw
+from lowvram_db.families.draw import Drawer
 from lowvram_db.lock import hold
-from lowvram_db.memory.device import picture_dtypes, release_memory
-from lowvram_db.memory.out_of_memory import is_out_of_memory
+from lowvram_db.memory.device import picture_dtypes
 from lowvram_db.photos import folders_below, list_photos, load_photo
 from lowvram_db.progress import Bar, say
 
@@ -161,41 +158,19 @@ def _generate(
 ) -> None:
     dtype, wider = picture_dtypes(config.precision.compute, device)
     pipeline = family.pipeline(dtype).to(device)
-    total = len(found.generated)
-    with Bar("class images", total=total, done=total - len(found.missing)) as bar:
-        left = list(found.missing)
-        while left:
-            numbers = left[:at_once]
-            images = _drawn(pipeline, recipe, numbers, wider)
-            if images is None:
-                at_once = len(numbers) // 2
-                say(f"class images: out of memory; {at_once} at once from here on")
-                release_memory()
-                continue
-            for number, image in zip(numbers, images, strict=True):
-                generated.save(image, found.generated[number], recipe)
-            bar.advance(len(numbers))
-            left = left[at_once:]
-
-
-def _drawn(pipeline: Any, recipe: Recipe, numbers: list[int], wider: torch.dtype | None) -> list[Image.Image] | None:
-    """The pictures of these numbers; None where memory does not suffice for so many: whoever tries again must not do it
-    inside `except`, which keeps it full."""
-    try:
-        return draw(
-            pipeline,
-            [_image_seed(recipe.seed, number) for number in numbers],
-            wider,
-            prompt=[recipe.prompt] * len(numbers),
-            height=recipe.resolution,
-            width=recipe.resolution,
-            num_inference_steps=recipe.steps,
-            guidance_scale=recipe.guidance,
-        )
-    except Exception as error:
-        if len(numbers) == 1 or not is_out_of_memory(error):
-            raise
-        return None
+    total, missing = len(found.generated), found.missing
+    pictures = Drawer(pipeline, at_once, wider).draw(
+        [_image_seed(recipe.seed, number) for number in missing],
+        prompt=recipe.prompt,
+        height=recipe.resolution,
+        width=recipe.resolution,
+        num_inference_steps=recipe.steps,
+        guidance_scale=recipe.guidance,
+    )
+    with Bar("class images", total=total, done=total - len(missing)) as bar:
+        for number, image in zip(missing, pictures, strict=True):
+            generated.save(image, found.generated[number], recipe)
+            bar.advance()
 
 
 def _image_seed(seed: int, number: int) -> int:

@@ -200,6 +200,7 @@ class StableDiffusion(StableDiffusionConfigs, Family):
             requires_safety_checker=False,
         )
         pipeline.set_progress_bar_config(disable=True)
+        pipeline.vae.enable_slicing()  # one picture after the other: pixels take more memory than all the rest
         return pipeline
 
     def save(

@@ -36,6 +36,15 @@ def budget_for(vram: str | None, device: torch.device) -> int | None:
     return min(parse_size(vram), free)
 
 
+def crowd(device: torch.device) -> str:
+    """What other programs hold of the card, in words for whoever runs out of memory; empty where that is little."""
+    if device.type != "cuda":
+        return ""
+    free, total = torch.cuda.mem_get_info(device)
+    others = total - free - CONTEXT - torch.cuda.memory_reserved(device)
+    return f"; other programs hold {gib(others)} of the card now" if others > total // 16 else ""
+
+
 def cap(budget: int | None, device: torch.device) -> None:
     """Let the allocator refuse what would go over the budget, instead of taking it from others or spilling."""
     if budget is not None and device.type == "cuda":

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from lowvram_db.kernels import adam8, bits
 from lowvram_db.kernels.adam8_step import Step, step_numbers
 from lowvram_db.kernels.launch import Choice, runs_triton
+from lowvram_db.optim.layout import relaid, same_order
 from lowvram_db.optim.storage import SMALLEST, Weights, bucket_of, flat, refuse_shared_memory, shapes, store
 
 STREAM = 16  # of the rounding bits, apart from the streams of train/objective.py
@@ -202,7 +203,8 @@ class Adam8(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Copy what state_dict() gave into the state that is there; the settings of groups stay as they are.
+        """Copy what state_dict() gave into the state that is there; the settings of groups stay as they are. Moments of
+        a weight that lies in another order now, channels last or not, are rounded once more.
 
         Raises ValueError where it is of another optimizer, or of parameters of other shapes.
         """
@@ -211,6 +213,8 @@ class Adam8(torch.optim.Optimizer):
             own, theirs = self.state[p], saved.get(place, {})
             if shapes(own) != shapes(theirs):
                 raise ValueError(f"{name}: this state is not Adam8's for it: {shapes(theirs)}, not {shapes(own)}")
+            if own.get("channels_last") != theirs.get("channels_last"):
+                theirs = relaid(theirs, p.shape)
             for key, value in own.items():
                 if isinstance(value, Tensor):
                     value.copy_(theirs[key])
@@ -258,7 +262,7 @@ class Adam8(torch.optim.Optimizer):
         place, state = self._places[p], self.state[p]
         grad = p.grad
         assert grad is not None
-        if grad.stride() != p.stride():
+        if not same_order(grad, p):
             grad = torch.empty_like(p, dtype=grad.dtype).copy_(grad)
         unscale = self._unscale()
         if self.scaled:  # an overflow anywhere says that the loss scale was too large for all of it

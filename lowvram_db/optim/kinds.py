@@ -15,13 +15,14 @@ class Kind:
 
     steps_in_backward: bool  # no gradient waits for another; but a batch cannot be split, for it has stepped by then
     stores_weights: bool  # brings them to the device in half precision, and loses no update in rounding; else float32
+    keeps_layout: bool  # steps weights as they lie in memory, channels last or not; else makes them contiguous
     packages: tuple[str, ...] = ()  # that it needs
 
 
 KINDS: dict[Name, Kind] = {
-    "adam8": Kind(steps_in_backward=True, stores_weights=True),
-    "bnb-adam8": Kind(steps_in_backward=False, stores_weights=False, packages=("bitsandbytes",)),
-    "adamw": Kind(steps_in_backward=False, stores_weights=False),
+    "adam8": Kind(steps_in_backward=True, stores_weights=True, keeps_layout=True),
+    "bnb-adam8": Kind(steps_in_backward=False, stores_weights=False, keeps_layout=False, packages=("bitsandbytes",)),
+    "adamw": Kind(steps_in_backward=False, stores_weights=False, keeps_layout=True),
 }
 
 

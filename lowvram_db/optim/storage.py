@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lowvram_db.kernels import bits, moment_code
 from lowvram_db.optim.bucket import Bucket
+from lowvram_db.optim.layout import is_channels_last
 
 Weights = Literal["bf16", "bf16+residual", "fp16", "fp32"]
 DTYPES = {"bf16": torch.bfloat16, "bf16+residual": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -43,6 +44,7 @@ def store(p: nn.Parameter, weights: Weights, device: torch.device) -> dict[str, 
     state: dict[str, Any] = {
         "codes": torch.zeros(p.numel(), dtype=torch.int16, device=device),
         "scales": torch.zeros(blocks, dtype=torch.int32, device=device),
+        "channels_last": is_channels_last(p),  # codes and residuals lie as the weights do
     }
     exact = p.data.to(device)
     p.data = exact.to(DTYPES[weights])

@@ -1,6 +1,7 @@
 """Walk the ladder from the fastest strategy down to the first that fits."""
 
 import json
+import math
 import multiprocessing
 import signal
 import sys
@@ -30,14 +31,14 @@ def choose(config: Config, family: Blank, budget: int | None, explain: bool = Fa
     limit = None if budget is None else int(budget / (1 + MARGIN))
     with _another_process() as beside:
         others = beside(_others, config, family, limit)
-        training, rungs = _training(config, family, limit, explain)
-        drawn, encoding, sampling, batch = others()
+        training, rungs, on_the_way = _training(config, family, limit, explain)
+        drawn, encoding, sampling, batch, at_the_end = others()
     phases = [*drawn, *encoding, *training, sampling]
     fits = None if limit is None else all(phase.peak_bytes <= limit for phase in phases)
     chosen = next(rung.strategy for rung in rungs if rung.chosen)
     steps = [phase for phase in training if phase.name.endswith("step")]
     ram = predict.host_memory(steps, [*drawn, *encoding, sampling])
-    plan = Plan(fits, budget, chosen, batch, phases, rungs, *ram)
+    plan = Plan(fits, budget, chosen, batch, min(on_the_way, at_the_end), phases, rungs, *ram)
     if fits is False:
         plan.advice = list(_advice(config, family, budget))
     return plan
@@ -50,8 +51,8 @@ def check_resolution(config: Config, family: Blank) -> None:
         raise UserError(f"train.resolution: {config.train.resolution} is less than {side}, this model's least")
 
 
-def _training(config: Config, family: Blank, limit: int | None, explain: bool) -> tuple[list[Phase], list[Rung]]:
-    """The phases of the chosen rung, and all rungs looked at."""
+def _training(config: Config, family: Blank, limit: int | None, explain: bool) -> tuple[list[Phase], list[Rung], int]:
+    """The phases of the chosen rung, all rungs looked at, and how many pictures are made at once on the way."""
     strategies = ladder(config, family.checkpoint_steps)
     most = max(strategy.checkpointed for strategy in strategies)
     rungs: dict[Strategy, Rung] = {}
@@ -79,7 +80,11 @@ def _training(config: Config, family: Blank, limit: int | None, explain: bool) -
         seen = [rungs[strategy] for strategy in strategies if strategy in rungs]
         chosen = _choice(seen, limit)
         chosen.chosen = True
-        return [*steps[chosen.strategy], *traced.end()], _relative(seen)
+        phases, pictures = steps[chosen.strategy], config.sample.seeds
+        if config.sample.every:
+            sampling, pictures = _as_many(pictures, traced.sampling, limit)
+            phases = [*phases, sampling]
+        return [*phases, traced.saving()], _relative(seen), pictures
 
 
 def _look(traced: predict.Rehearsal, strategy: Strategy, limit: int | None) -> tuple[Rung, list[Phase]]:
@@ -110,10 +115,10 @@ def _relative(rungs: list[Rung]) -> list[Rung]:
     return rungs
 
 
-def _others(config: Config, family: Blank, limit: int | None) -> tuple[list[Phase], list[Phase], Phase, int]:
-    """The phases beside training; and how many class images are made at once."""
-    drawn, sampling, batch = _pictures(config, family, limit)
-    return drawn, list(predict.encoding(config, family)), sampling, batch
+def _others(config: Config, family: Blank, limit: int | None) -> tuple[list[Phase], list[Phase], Phase, int, int]:
+    """The phases beside training; and how many class images, and pictures of the result, are made at once."""
+    drawn, sampling, batch, pictures = _pictures(config, family, limit)
+    return drawn, list(predict.encoding(config, family)), sampling, batch, pictures
 
 
 @contextmanager
@@ -133,19 +138,26 @@ def _end_at_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def _pictures(config: Config, family: Blank, limit: int | None) -> tuple[list[Phase], Phase, int]:
-    """Class images, where they are wanted, and sampling; and how many class images are made at once: as many as fit, at
-    most prior.batch, and exactly that where the user has set it."""
+def _pictures(config: Config, family: Blank, limit: int | None) -> tuple[list[Phase], Phase, int, int]:
+    """Class images, where they are wanted, and sampling; and how many of each are made at once: class images exactly
+    prior.batch where the user has set it."""
     batch, fixed = config.prior.batch, "batch" in config.prior.model_fields_set
     with predict.drawing(config, family) as draw:
-        sampling = draw("sampling", 1, max(config.sample.guidance))
+        guidance = max(config.sample.guidance)
+        sampling, pictures = _as_many(config.sample.seeds, lambda count: draw("sampling", count, guidance), limit)
         if not config.prior.enabled:
-            return [], sampling, batch
-        drawn = draw("class images", batch, config.prior.guidance)
-        while limit is not None and drawn.peak_bytes > limit and batch > 1 and not fixed:
-            batch //= 2
-            drawn = draw("class images", batch, config.prior.guidance)
-    return [drawn], sampling, batch
+            return [], sampling, batch, pictures
+        drawn, batch = _as_many(
+            batch, lambda count: draw("class images", count, config.prior.guidance), None if fixed else limit
+        )
+    return [drawn], sampling, batch, pictures
+
+
+def _as_many(wanted: int, draw: Callable[[int], Phase], limit: int | None) -> tuple[Phase, int]:
+    """A phase with as many pictures at once as fit into the limit, at most `wanted` and at least one."""
+    while (phase := draw(wanted)).peak_bytes > (limit or math.inf) and wanted > 1:
+        wanted //= 2
+    return phase, wanted
 
 
 _Change = dict[str, dict[str, object]]  # section -> key -> value
@@ -215,6 +227,6 @@ def _fits(config: Config, family: Blank, budget: int | None) -> bool:
         predict.training(config, family, smallest, limit)
     except OverLimit:
         return False
-    drawn, encoding, sampling, _ = _others(config, family, limit)
+    drawn, encoding, sampling, *_ = _others(config, family, limit)
     phases = [*drawn, sampling, *encoding]
     return all(phase.peak_bytes <= limit for phase in phases)

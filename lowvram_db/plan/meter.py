@@ -1,14 +1,12 @@
 """What a run takes, phase by phase, beside what its plan said; kept in the run's plan.json."""
 
 import json
-import os
 
 import torch
 
 from lowvram_db.atomic import replacing_file
 from lowvram_db.memory.device import peak_bytes, reset_peak
 from lowvram_db.memory.size import gib
-from lowvram_db.memory.spill import spilled_bytes
 from lowvram_db.plan.result import Phase, Plan
 from lowvram_db.progress import say
 from lowvram_db.run import Run
@@ -51,13 +49,6 @@ class Meter:
             tensors = phase.components["weights"] + phase.components["optimizer"]
             tensors += phase.components["gradients"] + phase.components["activations"]
             say(f"{phase.name}: predicted {gib(tensors)} of tensors, the whole process has reached {gib(measured)}")
-        spilled = spilled_bytes(os.getpid())
-        if spilled:
-            say(
-                f"{gib(spilled)} of the GPU's memory have spilled into system memory, which is 10 to 100 times slower: "
-                "close other programs that use the GPU, or give a smaller --vram; in the NVIDIA control panel, "
-                '"CUDA - Sysmem Fallback Policy: Prefer No Sysmem Fallback" turns that into an error'
-            )
 
     def _write(self) -> None:
         with replacing_file(self._run.plan) as temporary:

@@ -59,7 +59,7 @@ def drawing(config: Config, family: Blank) -> Iterator[Callable[[str, int, float
     with tracing() as trace, torch.no_grad():
         encoders = family.load_text_encoders(dtype)
         denoiser: Any = family.load_denoiser(lambda weight: weight.to(dtype))
-        vae: Any = family.load_vae(dtype)
+        vae = _slicing(family.load_vae(dtype))
         trace.label("weights", _tensors([*encoders.values(), denoiser, vae]))
         conditioning = family.conditioning(encoders, 1)
 
@@ -83,9 +83,11 @@ def _draw(
 
 
 def training(config: Config, family: Blank, strategy: Strategy, limit: int | None = None) -> list[Phase]:
-    """First step, steady step and saving, under one strategy. Raises OverLimit as soon as a step needs more."""
+    """First step, steady step, sampling one picture at a time and saving, under one strategy. Raises OverLimit as soon
+    as a step needs more."""
     with rehearsal(config, family) as traced:
-        return [*traced.steps(strategy, limit), *traced.end()]
+        sampling = [traced.sampling(1)] if config.sample.every else []
+        return [*traced.steps(strategy, limit), *sampling, traced.saving()]
 
 
 @contextmanager
@@ -117,12 +119,13 @@ class Rehearsal:
             trace.limit = None
         return [first, replace(first, name="steady step")]  # the first has left nothing behind: all are like it
 
-    def end(self) -> list[Phase]:
-        """What comes after the steps; nothing can follow it."""
-        phases = []
-        if self._config.sample.every:
-            phases.append(_sampling_on_the_way(self._config, self._family, self._learner, self._trace))
-        return [*phases, _saving(self._learner, self._trace)]
+    def sampling(self, pictures: int) -> Phase:
+        """So many pictures at once, on the way."""
+        return _sampling_on_the_way(self._config, self._family, self._learner, self._trace, pictures)
+
+    def saving(self) -> Phase:
+        """Nothing can follow it."""
+        return _saving(self._learner, self._trace)
 
     def _begin_anew(self) -> None:
         optimizer = self._learner.optimizer
@@ -168,14 +171,14 @@ def blank_learner(config: Config, family: Blank, strategy: Strategy, trace: Trac
     return learner
 
 
-def _sampling_on_the_way(config: Config, family: Blank, learner: Learner, trace: Trace) -> Phase:
+def _sampling_on_the_way(config: Config, family: Blank, learner: Learner, trace: Trace, pictures: int) -> Phase:
     start = trace.mark()
     with torch.no_grad(), learner.autocast():
-        vae: Any = family.load_vae(learner.weights)
+        vae = _slicing(family.load_vae(learner.weights))
         trace.label("weights", _tensors([vae]))
         conditioning = torch.empty(1, *family.conditioning_shape)
         guidance = max(config.sample.guidance)
-        _draw(config, family, learner.denoiser, vae, conditioning, 1, guidance, learner.weights)
+        _draw(config, family, learner.denoiser, vae, conditioning, pictures, guidance, learner.weights)
     return _phase("sampling on the way", trace, start)
 
 
@@ -227,6 +230,12 @@ def _latent_shape(config: Config, family: Blank, rows: int) -> tuple[int, int, i
 
 def _zeros(rows: int) -> Tensor:
     return torch.zeros(rows, dtype=torch.int64)
+
+
+def _slicing(vae: Any) -> Any:
+    """As a pipeline's."""
+    vae.enable_slicing()
+    return vae
 
 
 def _tensors(modules: Iterable[nn.Module]) -> list[Tensor]:

@@ -52,6 +52,7 @@ class Plan:
     budget_bytes: int | None
     strategy: Strategy
     prior_batch: int  # class images made at once
+    sample_batch: int  # pictures of a sample grid made at once
     phases: list[Phase]
     rungs: list[Rung]
     ram_bytes: int = 0  # host memory of a run on a GPU, with a checkpoint's copy
@@ -78,7 +79,6 @@ class Plan:
         phases = [Phase(**{k: v for k, v in phase.items() if k != "peak_bytes"}) for phase in tree["phases"]]
         rungs = [Rung(**{**rung, "strategy": Strategy(**rung["strategy"])}) for rung in tree["rungs"]]
         strategy = Strategy(**{key: value for key, value in tree["strategy"].items() if key != "name"})
-        known = {
-            key: tree[key] for key in ("fits", "budget_bytes", "prior_batch", "ram_bytes", "least_ram_bytes", "advice")
-        }
+        plain = ("fits", "budget_bytes", "prior_batch", "sample_batch", "ram_bytes", "least_ram_bytes", "advice")
+        known = {key: tree[key] for key in plain}
         return cls(strategy=strategy, phases=phases, rungs=rungs, **known)

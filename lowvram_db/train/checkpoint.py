@@ -27,7 +27,7 @@ from lowvram_db.optim.storage import shapes
 _OPTIMIZER = "optimizer.safetensors"
 _FILES = ("state.json", _OPTIMIZER)  # beside those of the trained networks
 _METADATA = {"format": "pt"}  # which transformers wants to see in a file of weights
-_FORMAT = 4  # and another one whenever what is stored changes its meaning, as adam8's codes may
+_FORMAT = 5  # and another one whenever what is stored changes its meaning, as adam8's codes may
 
 
 @dataclass(frozen=True)

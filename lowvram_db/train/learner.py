@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from lowvram_db.config import Config
 from lowvram_db.families.base import Architecture
 from lowvram_db.kernels.noise_loss import noise_loss, noisy_latents
-from lowvram_db.memory.device import compute_dtype, sent
+from lowvram_db.memory.device import compute_dtype, lay_out, sent
 from lowvram_db.optim.choices import build, make_state
 from lowvram_db.optim.kinds import StepsInBackward
 from lowvram_db.optim.loss_scale import LossScale
@@ -58,6 +58,9 @@ class Learner(ABC):
         self.modules = {name: network.requires_grad_().train() for name, network in networks.items()}
         self.denoiser: Any = self.modules[family.denoiser_part]
         self.text_encoder: Any = self.modules.get("text_encoder")
+        if config.optimizer.kind.keeps_layout:  # before there is any state, which lies as the weights do
+            for network in self.modules.values():
+                lay_out(network, device)
         if not config.optimizer.kind.stores_weights:  # else it brings each there by itself, in its final size
             self._move_to_device()
         self.use(strategy)

@@ -19,6 +19,7 @@ from lowvram_db.errors import LESS_MEMORY, DoesNotFit, Interrupted, UserError
 from lowvram_db.families.base import Family
 from lowvram_db.kernels.launch import runs_triton
 from lowvram_db.memory.attention import use_attention
+from lowvram_db.memory.budget import crowd
 from lowvram_db.memory.device import peak_bytes, release_memory, sent
 from lowvram_db.memory.out_of_memory import is_out_of_memory, reason
 from lowvram_db.optim.adam8 import PATIENCE
@@ -113,7 +114,7 @@ class Trainer(Learner):
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                full = reason(error)
+                full = reason(error) + crowd(self.device)
             # Only here, outside the handler, has the failed pass let go of what it held.
             self._step_down(full)
             if not isinstance(self.optimizer, StepsInBackward):

@@ -11,6 +11,7 @@ from PIL import Image
 from lowvram_db.concept import class_images as room
 from lowvram_db.concept.class_images import class_images
 from lowvram_db.errors import UserError
+from lowvram_db.families import draw as drawing
 from lowvram_db.families.draw import draw
 
 CPU = torch.device("cpu")
@@ -222,8 +223,8 @@ def test_fewer_are_made_at_once_where_memory_is_full(make, tmp_path, monkeypatch
             raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
         return draw(pipeline, seeds, wider, **inputs)
 
-    monkeypatch.setattr(room, "draw", small)
+    monkeypatch.setattr(drawing, "draw", small)
     for one, other in zip(pixels(make()), straight, strict=True):
         assert np.abs(one.astype(int) - other.astype(int)).max() <= 1  # another batch size may round differently
     assert tried == [2, 1, 1, 1, 1, 1]
-    assert "class images: out of memory; 1 at once from here on" in capfd.readouterr().err
+    assert "pictures: out of memory; 1 at once from here on" in capfd.readouterr().err

@@ -21,7 +21,8 @@ class Pipeline:
     def to(self, dtype):
         self.dtype = dtype
 
-    def __call__(self, generator, output_type):
+    def __call__(self, generator, output_type, num_images_per_prompt):
+        assert num_images_per_prompt == len(generator)
         pixels = np.stack([torch.rand(4, 4, generator=one).numpy() for one in generator])
         if self.dtype in self.overflows_in:
             pixels[-1, 0, 0] = np.nan

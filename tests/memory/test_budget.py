@@ -1,14 +1,9 @@
-import subprocess
-import sys
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from lowvram_db import cli
-from lowvram_db.memory.budget import budget_for, cap, free_bytes
+from lowvram_db.memory.budget import budget_for, cap, crowd, free_bytes
 from lowvram_db.memory.overheads import CONTEXT
-from lowvram_db.memory.spill import spilled_bytes
 
 GIB = 2**30
 CARD = torch.device("cuda")
@@ -54,17 +49,10 @@ def test_the_allocator_is_capped_at_the_budget_less_the_context(card, below_torc
     assert below_torch_cuda == {0: 0.5}
 
 
-@pytest.mark.parametrize(
-    ("answer", "spilled"),
-    [("3221225472", 3 * GIB), ("52428800", 0), ("", 0), ("3221225472,5", 3221225472), ("no such class", 0)],
-)
-def test_a_card_that_spills_on_windows_is_found(monkeypatch, answer, spilled):
-    """The counter's answers are made up: nobody here has such a machine."""
-    monkeypatch.setattr(sys, "platform", "win32")
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=answer + "\n"))
-    assert spilled_bytes(1234) == spilled
-
-
-def test_elsewhere_nobody_is_asked(monkeypatch):
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("asked"))
-    assert spilled_bytes(1234) == 0
+@pytest.mark.parametrize(("free", "words"), [(3, "; other programs hold 5.50 GiB of the card now"), (8, "")])
+def test_whoever_runs_out_of_memory_hears_what_others_hold(card, monkeypatch, free, words):
+    """Of 12 GiB this process holds its context and 3 GiB."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * GIB, 12 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * GIB)
+    assert crowd(torch.device("cuda", 0)) == words
+    assert crowd(torch.device("cpu")) == ""

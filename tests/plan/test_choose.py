@@ -44,8 +44,8 @@ class Peaks:
             raise OverLimit(self.peaks[strategy])
         return [Phase("first step", {"weights": self.peaks[strategy]}, flops=1)]
 
-    def end(self):
-        return []
+    def saving(self):
+        return Phase("saving", {})
 
 
 @given(needed=st.lists(st.integers(1, 9), min_size=8, max_size=8), limit=st.integers(0, 9), falling=st.booleans())
@@ -143,6 +143,18 @@ def test_class_images_come_fewer_at_once_unless_the_user_says_how_many(planned, 
     assert choose(planned(train={"resolution": 512}), blank, budget).prior_batch == 2
     fixed = choose(planned(train={"resolution": 512}, prior={"batch": 4}), blank, budget)
     assert (fixed.prior_batch, fixed.fits) == (4, False)
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_a_grids_pictures_come_fewer_at_once_where_they_would_not_fit(planned, blank, every):
+    """At the end, or on the way, where weights and the optimizer's state are there too."""
+    config = planned(train={"resolution": 64}, prior={"enabled": False}, sample={"seeds": 32, "every": every})
+    with predict.rehearsal(config, blank) if every else predict.drawing(config, blank) as traced:
+        drawn = traced.sampling if every else lambda count: traced("sampling", count, 11.0)
+        sixteen, all_ = (drawn(count).peak_bytes for count in (16, 32))
+    plan = choose(config, blank, int((sixteen + all_) / 2 * (1 + MARGIN)))
+    assert (plan.sample_batch, plan.fits) == (16, True)
+    assert choose(config, blank, int(all_ * (1 + MARGIN)) + 2**20).sample_batch == 32
 
 
 def test_without_another_process_the_plan_is_the_same(planned, blank, monkeypatch):

@@ -113,7 +113,7 @@ def test_a_strategy_that_was_broken_off_leaves_nothing_to_the_next(planned, blan
             floor = CONTEXT + CUBLAS_WORKSPACES
             with pytest.raises(OverLimit):
                 traced.steps(Strategy(0, 5), floor + int(part * (most - floor)))
-        assert [*traced.steps(Strategy(5, 5)), *traced.end()] == alone
+        assert [*traced.steps(Strategy(5, 5)), traced.saving()] == alone
 
 
 def test_ctrl_c_ends_a_trace_between_two_operations(planned, blank, monkeypatch):
