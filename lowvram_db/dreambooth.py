@@ -18,9 +18,10 @@ from lowvram_db.config import Config
 from lowvram_db.errors import LESS_MEMORY, DoesNotFit, Interrupted, UserError
 from lowvram_db.families import check_trainable, open_model
 from lowvram_db.families.base import Family
+from lowvram_db.families.draw import pipeline_for
 from lowvram_db.memory import driver
 from lowvram_db.memory.budget import budget_for, cap, crowd
-from lowvram_db.memory.device import DTYPES, compute_dtype, encoder_dtype, pick_device, picture_dtypes, release_memory
+from lowvram_db.memory.device import DTYPES, compute_dtype, encoder_dtype, pick_device, release_memory
 from lowvram_db.memory.out_of_memory import is_out_of_memory, reason
 from lowvram_db.memory.size import gib
 from lowvram_db.memory.spill import Watch
@@ -284,8 +285,7 @@ def _sample_trainer(trainer: Trainer, at_once: int, path: Path) -> None:
 
 def _sample_result(config: Config, run: Run, device: torch.device, at_once: int) -> None:
     """The sample grid of model/, drawn by what stands on the disk."""
-    dtype, wider = picture_dtypes(config.precision.compute, device)
-    pipeline = open_model(str(run.model)).pipeline(dtype).to(device)
+    pipeline, wider = pipeline_for(open_model(str(run.model)), config.precision.compute, device)
     _write_grid(config, pipeline, run.sample_grid(config.train.steps), at_once=at_once, wider=wider)
 
 

@@ -11,8 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 from lowvram_db.atomic import replacing_file
 from lowvram_db.errors import UserError
 from lowvram_db.families import open_model
-from lowvram_db.families.draw import Drawer
-from lowvram_db.memory.device import pick_device, picture_dtypes
+from lowvram_db.families.draw import Drawer, pipeline_for
+from lowvram_db.memory.device import pick_device
 from lowvram_db.progress import Bar
 
 _GAP = 4  # pixels between cells
@@ -75,9 +75,9 @@ def sample_model(
         raise UserError(f"--resolution {resolution}: not divisible by 8")
     family, device = open_model(model), pick_device()
     family.check_prompts(prompts)
-    dtype, wider = picture_dtypes(compute, device)
+    pipeline, wider = pipeline_for(family, compute, device)
     grid = sample_grid(
-        family.pipeline(dtype).to(device),
+        pipeline,
         prompts,
         guidance=guidance,
         seeds=seeds,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowvram_db.cache.framing import to_float
 from lowvram_db.families.base import Family, Moments
-from lowvram_db.memory.device import free_bytes, peak_bytes, release_memory, reset_peak
+from lowvram_db.memory.device import free_bytes, lay_out, peak_bytes, release_memory, reset_peak
 from lowvram_db.memory.out_of_memory import is_out_of_memory
 
 _SHARE = 0.8  # of the free memory that a batch may take: other processes want some, and so do kernels' workspaces
@@ -54,6 +54,7 @@ class ImageEncoder:
         """
         if self._vae is None:
             self._vae = self._family.load_vae(self._dtype).to(self._device)
+            lay_out(self._vae, self._device)
             if self.tiled:
                 self._family.tile(self._vae)
         at_once = len(pixels)

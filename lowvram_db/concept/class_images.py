@@ -14,9 +14,8 @@ from lowvram_db.concept.generated import Recipe
 from lowvram_db.config import Config
 from lowvram_db.errors import UserError
 from lowvram_db.families.base import Family
-from lowvram_db.families.draw import Drawer
+from lowvram_db.families.draw import Drawer, pipeline_for
 from lowvram_db.lock import hold
-from lowvram_db.memory.device import picture_dtypes
 from lowvram_db.photos import folders_below, list_photos, load_photo
 from lowvram_db.progress import Bar, say
 
@@ -156,8 +155,7 @@ def _generate(
     device: torch.device,
     at_once: int,
 ) -> None:
-    dtype, wider = picture_dtypes(config.precision.compute, device)
-    pipeline = family.pipeline(dtype).to(device)
+    pipeline, wider = pipeline_for(family, config.precision.compute, device)
     total, missing = len(found.generated), found.missing
     pictures = Drawer(pipeline, at_once, wider).draw(
         [_image_seed(recipe.seed, number) for number in missing],

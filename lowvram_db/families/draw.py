@@ -6,11 +6,23 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from lowvram_db.errors import UserError
-from lowvram_db.memory.device import release_memory
+from lowvram_db.families.base import Family
+from lowvram_db.memory.device import lay_out, picture_dtypes, release_memory
 from lowvram_db.memory.out_of_memory import is_out_of_memory
 from lowvram_db.progress import say
+
+
+def pipeline_for(family: Family, compute: str, device: torch.device) -> tuple[Any, torch.dtype | None]:
+    """A model's pipeline on its device, in the precision of pictures; and the `wider` one for draw()."""
+    dtype, wider = picture_dtypes(compute, device)
+    pipeline = family.pipeline(dtype).to(device)
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            lay_out(part, device)
+    return pipeline, wider
 
 
 class Drawer:

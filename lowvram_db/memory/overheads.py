@@ -28,22 +28,29 @@ MARGIN = 0.02 if segments.growing() else 0.06
 RAM_WITH_CUDA = 3 * 2**30
 
 _aten = torch.ops.aten
-_CONVOLUTIONS = {_aten.convolution, _aten.convolution_backward}
+_WEIGHTS = {  # of convolutions: the places of the weight among arguments, and of its gradient among results
+    _aten.convolution: ((1,), ()),
+    _aten.convolution_backward: ((2,), (1,)),
+}
 _ATTENTION_BACKWARD = {
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: 1,  # the place of the query among its arguments
     _aten._scaled_dot_product_flash_attention_backward: 1,
 }
 
 
-def temporaries(operation: Any, args: Any, outputs: Any) -> int:
+def temporaries(operation: Any, args: Any, outputs: Any, *, channels_last: bool = True) -> int:
     """Bytes an operation of a training step needs on a GPU while it runs; for Trace.
 
     Convolution: cuDNN's tensor-core kernels want channels last and copy operands and result there and back, so as
-    much again as they are (its nchwToNhwc and nhwcToNchw kernels). Attention backward: FlashAttention-2 sums the
-    query's gradient in float32 (`dq_accum` of its flash_bwd).
+    much again as they are (its nchwToNhwc and nhwcToNchw kernels); but not a weight and its gradient, where they lie
+    so already (channels_last). Activations do not: PyTorch's group norm takes them back to contiguous. Attention
+    backward: FlashAttention-2 sums the query's gradient in float32 (`dq_accum` of its flash_bwd).
     """
-    if operation in _CONVOLUTIONS:
-        return sum(-(-x.nbytes // GRANULE) * GRANULE for x in (*args[:3], *outputs) if isinstance(x, Tensor))
+    if operation in _WEIGHTS:
+        weights, gradients = _WEIGHTS[operation] if channels_last else ((), ())
+        copied = [x for place, x in enumerate(args[:3]) if place not in weights]
+        copied += [x for place, x in enumerate(outputs) if place not in gradients]
+        return sum(-(-x.nbytes // GRANULE) * GRANULE for x in copied if isinstance(x, Tensor))
     if operation in _ATTENTION_BACKWARD:
         return int(args[_ATTENTION_BACKWARD[operation]].numel()) * 4
     return 0

@@ -24,7 +24,7 @@ from lowvram_db.kernels import adam8
 from lowvram_db.memory.device import DTYPES
 from lowvram_db.memory.overheads import CONTEXT, CUBLAS_WORKSPACES, RAM_WITH_CUDA, temporaries
 from lowvram_db.memory.trace import TEMPORARY, Trace
-from lowvram_db.optim.kinds import StepsInBackward
+from lowvram_db.optim.kinds import KINDS, Name, StepsInBackward
 from lowvram_db.optim.storage import narrowing
 from lowvram_db.plan.result import Phase
 from lowvram_db.train.batches import Batch
@@ -264,12 +264,13 @@ def _phase(name: str, trace: Trace, start: int = 0, flops: int = 0) -> Phase:
 
 
 @contextmanager
-def tracing(autocast: bool = False, optimizer: str = "adam8", twin: bool = False) -> Iterator[Trace]:
+def tracing(autocast: bool = False, optimizer: Name = "adam8", twin: bool = False) -> Iterator[Trace]:
     """Everything inside is traced and nothing computed, as a GPU would do it. twin: adam8 without its kernel. Ctrl-C is
     heard between operations."""
     with ExitStack() as stack:
         stopping = stack.enter_context(stop_on_request())
-        trace = Trace(temporaries, stopping)
+        # Where the optimizer lets weights lie channels last; all other networks do.
+        trace = Trace(partial(temporaries, channels_last=KINDS[optimizer].keeps_layout), stopping)
         # bitsandbytes computes its table of 256 codes, and its kernel, which works in place, has no fake of itself; its
         # state is really made.
         if optimizer == "bnb-adam8":

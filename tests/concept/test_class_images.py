@@ -59,7 +59,7 @@ def test_an_interrupted_generation_goes_on_with_the_same_pictures(make, tmp_path
                         raise KeyboardInterrupt
                     return pipeline(**inputs)
 
-                image_processor = pipeline.image_processor
+                image_processor, components = pipeline.image_processor, {}
 
             return Stopping()
 

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -98,9 +100,15 @@ def test_attention_is_the_fused_one_that_keeps_no_scores():
     assert sum(trace.peak().values()) < 8 * tokens * tokens * 2 / 4, "a quarter of one matrix of scores"
 
 
-def test_a_convolution_needs_its_operands_once_more():
-    with FakeTensorMode(), Trace(temporaries) as trace:
-        x, weight = torch.empty(1, 64, 32, 32), torch.empty(64, 64, 3, 3)
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_a_convolution_needs_once_more_what_does_not_lie_channels_last(channels_last):
+    needs = partial(temporaries, channels_last=channels_last)
+    with FakeTensorMode(), Trace(needs) as trace:
+        x, weight = torch.empty(1, 64, 32, 32), torch.empty(64, 64, 3, 3, requires_grad=True)
         y = nn.functional.conv2d(x, weight, padding=1)
-    assert trace.peak()[TEMPORARY] == x.nbytes + weight.nbytes + y.nbytes
-    assert trace.live == x.nbytes + weight.nbytes + y.nbytes, "and gives them back"
+        copies = x.nbytes + y.nbytes + (0 if channels_last else weight.nbytes)
+        assert trace.peak()[TEMPORARY] == copies
+        assert trace.live == x.nbytes + weight.nbytes + y.nbytes, "and gives them back"
+        start = trace.mark()
+        y.backward(torch.empty_like(y))
+    assert trace.peak(start)[TEMPORARY] == copies + (0 if channels_last else weight.nbytes), "backward needs y, x and w"

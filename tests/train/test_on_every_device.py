@@ -7,7 +7,8 @@ import torch
 
 from lowvram_db.kernels import adam8, launch
 from lowvram_db.optim.adam8 import Adam8
-from lowvram_db.train import checkpoint
+from lowvram_db.optim.layout import is_channels_last
+from lowvram_db.train import checkpoint, learner
 from lowvram_db.train.strategy import Strategy, ladder
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -145,6 +146,35 @@ def test_resumed_as_if_never_stopped(trainer_on, tmp_path, compute):
         trainer.train_step()
     assert_same(straight, resumed)
     assert straight.scaler.state_dict() == resumed.scaler.state_dict()
+
+
+@pytest.mark.parametrize("optimizer", ["adam8", "adamw"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_checkpoint_goes_from_channels_last_to_contiguous_and_back(
+    trainer_on, tmp_path, monkeypatch, optimizer, turned
+):
+    """The GPU's order, on any device; the first step after it is the one that would have come."""
+
+    def laid_out(last):
+        layout = torch.channels_last if last else torch.contiguous_format
+        monkeypatch.setattr(learner, "lay_out", lambda network, device: network.to(memory_format=layout))
+        trainer = trainer_on(optimizer={"name": optimizer}, precision={"compute": "fp32"})
+        assert is_channels_last(trainer.denoiser.mid_block.resnets[0].conv1.weight) == last
+        return trainer
+
+    straight, resumed = laid_out(turned), laid_out(not turned)
+    straight.train_step()
+    checkpoint.save(tmp_path / "step-000001", straight.contents())
+    resumed.restore(tmp_path / "step-000001")
+    for (name, one), other in zip(straight.denoiser.named_parameters(), resumed.denoiser.parameters(), strict=True):
+        assert torch.equal(one, other), name
+    start = [p.detach().clone() for p in resumed.parameters]
+    for trainer in (straight, resumed):
+        trainer.train_step()
+    pairs = list(zip(straight.parameters, resumed.parameters, start, strict=True))
+    far = torch.stack([(one - before).norm() for one, _, before in pairs]).norm()
+    apart = torch.stack([(one - other).norm() for one, other, _ in pairs]).norm()
+    assert apart < 0.02 * far
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
