@@ -120,7 +120,7 @@ def test_ctrl_c_ends_a_trace_between_two_operations(planned, blank, monkeypatch)
     """Not inside one: PyTorch's C++ aborts the process where it lets no exception through."""
     operations = []
 
-    def pressed(operation, args, outputs):
+    def pressed(operation, *_, **__):
         if len(operations) == 20:
             os.kill(os.getpid(), signal.SIGINT)
         operations.append(operation)
