@@ -146,6 +146,22 @@ def test_adam8_keeps_its_state_and_one_gradient_adamw_all_of_them(planned, blank
     assert 0 < step.components["gradients"] < 0.1 * 2 * weights, "the one that is just being used"
 
 
+@pytest.mark.parametrize("optimizer", ["adam8", "adamw"])
+def test_gradients_that_are_gathered_are_there_beside_the_next_batch(planned, blank, optimizer):
+    """Under adam8, which holds moments alone, nothing but the loss; and no more for a third batch than for a second."""
+    one, two, three = (
+        peak(
+            planned(train={"resolution": 128, "accumulate": count}, optimizer={"name": optimizer}),
+            blank,
+            Strategy(0, 5),
+        )
+        for count in (1, 2, 3)
+    )
+    weights = sum(parameter.numel() for parameter in blank_parameters(blank))
+    assert two == three
+    assert two - one < 4096 if optimizer == "adam8" else two - one == pytest.approx(4 * weights, rel=0.5)
+
+
 def blank_parameters(family):
     with FakeTensorMode(), Trace():
         return list(family.load_denoiser().parameters())
