@@ -18,6 +18,7 @@ from .adam8_step import Step
 from .approximate import reciprocal
 from .launch import compiled_for_cpu, constant, jit, tl
 from .moment_code import BLOCK, dequantize, dequantize_kernel, quantize, quantize_kernel
+from .storage import float32, mode_of, narrow, narrow_kernel, pattern, widen, widen_kernel
 
 LIMIT = 1.5  # an update is no larger than this or, where that is more, than
 TRUST = 0.9  # of what the moments say: such updates are rare in Adam, and most of them here are a code's error
@@ -35,6 +36,15 @@ class Address(NamedTuple):
     step: Tensor  # int64 [1], beside the weights: a captured launch finds there the step it is replayed in
     tensor: int
     stream: int
+
+
+def zero_state(n: int, device: torch.device) -> dict[str, Tensor]:
+    """The state of a tensor of n weights before its first step."""
+    blocks = math.ceil(n / BLOCK)
+    return {
+        "codes": torch.zeros(n, dtype=torch.int16, device=device),
+        "scales": torch.zeros(blocks, dtype=torch.int32, device=device),
+    }
 
 
 def new_weights(w: Tensor, m: Tensor, v: Tensor, error: Tensor, step: Step) -> Tensor:
@@ -107,7 +117,7 @@ def _twin(
     if whole:  # numbers would be compiled for themselves; as tensors, on a GPU, they would be launches
         seed, step, tensor, stream = address
         where = torch.cat([torch.tensor([seed]), step, torch.tensor([tensor, stream])]).unbind()
-    w, g = _blocks(_widen(weight, residual)), _blocks(grad.float())
+    w, g = _blocks(widen(weight, residual)), _blocks(grad.float())
     present = _blocks(torch.ones(n, dtype=torch.bool, device=weight.device))
     groups = torch.arange(first_group, first_group + w.numel() // 8, device=weight.device)
     random = draw(groups, *where).view_as(w)
@@ -117,7 +127,7 @@ def _twin(
     skipped += (~finite).sum()
     scales.copy_(new_scales.squeeze(1))
     codes.copy_(new_codes.flatten()[:n])
-    _narrow(w.flatten()[:n], random.flatten()[:n], weight, residual)
+    narrow(w.flatten()[:n], random.flatten()[:n], weight, residual)
 
 
 def _advance(
@@ -152,32 +162,11 @@ def _blocks(flat: Tensor) -> Tensor:
     return torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
 
 
-def _widen(weight: Tensor, residual: Tensor | None) -> Tensor:
-    return weight.float() if residual is None else bits.join_bf16(weight, residual)
-
-
-def _narrow(w: Tensor, random: Tensor, weight: Tensor, residual: Tensor | None) -> None:
-    """Round the new weights into their storage."""
-    if residual is not None:
-        nearest, rest = bits.split_bf16(w, random)
-        weight.copy_(nearest)
-        residual.copy_(rest)
-        return
-    short = {torch.bfloat16: bits.round_bf16, torch.float16: bits.round_fp16}.get(weight.dtype)
-    weight.copy_(short(w, random) if short else w)
-
-
 _LIMIT, _TRUST, _BLOCK, _ROWS = constant(LIMIT), constant(TRUST), constant(BLOCK), constant(ROWS)
 _LR, _DECAY, _ROOT_EPS, _KEEP_SCALED, _ADD_SCALED, _KEEP_V, _ADD_V, _MOVES, _FORESEE = (
     constant(Step._fields.index(name))
     for name in ["lr", "decay", "root_eps", "keep_scaled", "add_scaled", "keep_v", "add_v", "moves", "foresee"]
 )
-
-
-@jit
-def _float32(x):  # type: ignore[no-untyped-def]
-    """What is stored as float32, fp16 or a bf16's pattern."""
-    return bits.as_float(x.to(tl.int32) << 16) if x.dtype == tl.int16 else x.to(tl.float32)
 
 
 @jit
@@ -192,12 +181,12 @@ def _kernel(  # type: ignore[no-untyped-def]
     weight, residual, grad, codes, scales, skipped, unscale, numbers, step, seed, tensor, n,
     STREAM: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """As _twin, ROWS blocks a program. MODE: the storage of weights, a key of _MODES."""
+    """As _twin, ROWS blocks a program. MODE: the storage of weights, see storage.py."""
     row = tl.program_id(0).to(tl.int64) * _ROWS + tl.arange(0, _ROWS)[:, None]
     place = row * _BLOCK + tl.arange(0, _BLOCK)[None, :]
     there = place < n
     here = row * _BLOCK < n
-    g = _float32(tl.load(grad + place, there, 0)) * tl.load(unscale)
+    g = float32(tl.load(grad + place, there, 0)) * tl.load(unscale)
     code = tl.load(codes + place, there, 0)
     scale = tl.load(scales + row, here, 0)
     groups = row * (_BLOCK // 8) + tl.arange(0, _BLOCK // 8)[None, :]
@@ -209,11 +198,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     new_code, new_scale, error, finite = quantize_kernel(m, tl.where(there, v, 0.0), random)
 
     # update
-    if MODE == "residual":
-        pattern = tl.load(weight + place, there, 0)
-        w = bits.join_bf16_kernel(pattern, tl.load(residual + place, there, 0))
-    else:
-        w = _float32(tl.load(weight + place, there, 0))
+    w = widen_kernel(weight, residual, place, there, MODE)
     inverse = reciprocal(tl.sqrt(v) + tl.load(numbers + _ROOT_EPS))
     m = m * tl.load(numbers + _MOVES)
     reach = tl.maximum(tl.abs(m * inverse) * _TRUST, _LIMIT)
@@ -224,24 +209,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     tl.atomic_add(skipped + row * 0, 1, ~finite, sem="relaxed")
     tl.store(codes + place, new_code.to(tl.int16), there & finite)
     tl.store(scales + row, tl.where(finite, new_scale, scale), here)
-    if MODE == "residual":
-        nearest, rest = bits.split_bf16_kernel(w, random)
-        tl.store(weight + place, nearest, there & finite)
-        tl.store(residual + place, rest, there & finite)
-    elif MODE == "bf16":
-        tl.store(weight + place, bits.round_bf16_kernel(w, random), there & finite)
-    elif MODE == "fp16":
-        tl.store(weight + place, bits.round_fp16_kernel(w, random), there & finite)
-    else:
-        tl.store(weight + place, w, there & finite)
-
-
-_MODES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-
-
-def _pattern(tensor: Tensor) -> Tensor:
-    """bf16 travels as its bits: the interpreter's bf16 is not to be trusted, and widening bits is one instruction."""
-    return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+    narrow_kernel(w, random, weight, residual, place, there & finite, MODE)
 
 
 def _launch(
@@ -255,10 +223,9 @@ def _launch(
     numbers: Tensor,
     address: Address,
 ) -> None:
-    mode = "residual" if residual is not None else _MODES[weight.dtype]
-    n, storage = len(weight), _pattern(weight)
+    n, storage, mode = len(weight), pattern(weight), mode_of(weight, residual)
     with torch.cuda.device_of(weight):  # Triton launches on the current device, wherever the tensors are
         _kernel[(math.ceil(n / (ROWS * BLOCK)),)](
-            storage, storage if residual is None else residual, _pattern(grad), codes, scales, skipped, unscale,
+            storage, storage if residual is None else residual, pattern(grad), codes, scales, skipped, unscale,
             numbers, address.step, address.seed, address.tensor, n, STREAM=address.stream, MODE=mode, maxnreg=REGISTERS,
         )  # fmt: skip

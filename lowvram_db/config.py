@@ -159,7 +159,9 @@ class CacheConfig(_Section):
 
 class OptimizerConfig(_Section):
     name: Name = Field(
-        "adam8", description="adam8 (16 bits of state, steps inside backward) | bnb-adam8 (bitsandbytes) | adamw (fp32)"
+        "adam8",
+        description="adam8 (16 bits of state, steps inside backward) | adafactor (no state, steps inside backward) | "
+        "bnb-adam8 (bitsandbytes) | adamw (fp32)",
     )
     beta1: Fraction = Field(0.9, description="decay of the first moment")
     beta2: Fraction = Field(0.999, description="decay of the second moment")
@@ -259,7 +261,7 @@ class Config(_Section):
             return self
         if not self.optimizer.kind.stores_weights:
             raise ValueError(
-                f'precision.weights: {self.weights} weights need optimizer.name = "adam8"; '
+                f'precision.weights: {self.weights} weights need optimizer.name = "adam8" or "adafactor"; '
                 f"{self.optimizer.name} would lose most updates in rounding; leave precision.weights out"
             )
         if not self.weights.startswith(self.precision.compute):
@@ -268,6 +270,16 @@ class Config(_Section):
                 f'"{self.precision.compute}"; leave precision.weights out, or set precision.compute = '
                 f'"{self.weights.partition("+")[0]}"'
             )
+        return self
+
+    @model_validator(mode="after")
+    def _the_optimizer_has_what_is_set(self) -> "Config":
+        for key in self.optimizer.kind.lacks:
+            section, _, leaf = key.partition(".")
+            settings = getattr(self, section)
+            default = type(settings).model_fields[leaf].default
+            if leaf in settings.model_fields_set and getattr(settings, leaf) != default:
+                raise ValueError(f"{key}: means nothing to {self.optimizer.name}; leave it out")
         return self
 
     @model_validator(mode="after")

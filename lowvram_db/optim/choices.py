@@ -9,7 +9,9 @@ from lowvram_db.config import Config, OptimizerConfig
 from lowvram_db.errors import UserError
 from lowvram_db.kernels import launch
 from lowvram_db.kernels.launch import Choice
+from lowvram_db.optim.adafactor import Adafactor
 from lowvram_db.optim.adam8 import Adam8
+from lowvram_db.optim.in_backward import InBackward
 from lowvram_db.optim.storage import Weights
 from lowvram_db.progress import say
 
@@ -54,8 +56,8 @@ def build(
 ) -> torch.optim.Optimizer:
     """The optimizer of the settings over float32 parameters with their names.
 
-    weights, device, seed (of the rounding), micro_batches, max_norm, kernels: for adam8, which brings the parameters
-    there and stores them so. Whoever calls another one gathers its gradients, and clips them.
+    weights, device, seed (of the rounding), micro_batches, max_norm, kernels: for those that step in backward, which
+    bring the parameters there and store them so. Whoever calls another one gathers its gradients, and clips them.
     """
     named = list(parameters)
     betas = (settings.beta1, settings.beta2)
@@ -69,6 +71,17 @@ def build(
             weights=weights,
             seed=seed,
             micro_batches=micro_batches,
+            max_norm=max_norm,
+            kernels=kernels,
+            device=device,
+        )
+    if settings.name == "adafactor":
+        return Adafactor(
+            named,
+            lr=lr,
+            weight_decay=settings.weight_decay,
+            weights=weights,
+            seed=seed,
             max_norm=max_norm,
             kernels=kernels,
             device=device,
@@ -95,7 +108,7 @@ def build(
 def make_state(optimizer: torch.optim.Optimizer) -> None:
     """Make the state that torch's AdamW and bitsandbytes' else make in their first step, tensor by tensor: out of
     memory there would leave a step half done. So the first step takes what every step takes."""
-    if isinstance(optimizer, Adam8):
+    if isinstance(optimizer, InBackward):
         return
     if not isinstance(optimizer, torch.optim.AdamW):
         optimizer.check_overrides()  # type: ignore[attr-defined]  # as bitsandbytes' own step begins

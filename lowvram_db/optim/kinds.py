@@ -6,7 +6,7 @@ Imports nothing heavy: the settings ask, before torch is there. choices.py build
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
-Name = Literal["adam8", "bnb-adam8", "adamw"]
+Name = Literal["adam8", "adafactor", "bnb-adam8", "adamw"]
 
 
 @dataclass(frozen=True)
@@ -17,10 +17,17 @@ class Kind:
     stores_weights: bool  # brings them to the device in half precision, and loses no update in rounding; else float32
     keeps_layout: bool  # steps weights as they lie in memory, channels last or not; else makes them contiguous
     packages: tuple[str, ...] = ()  # that it needs
+    lacks: tuple[str, ...] = ()  # settings that mean nothing to it
 
 
 KINDS: dict[Name, Kind] = {
     "adam8": Kind(steps_in_backward=True, stores_weights=True, keeps_layout=True),
+    "adafactor": Kind(
+        steps_in_backward=True,
+        stores_weights=True,
+        keeps_layout=True,
+        lacks=("optimizer.beta1", "optimizer.beta2", "optimizer.eps", "train.accumulate"),
+    ),
     "bnb-adam8": Kind(steps_in_backward=False, stores_weights=False, keeps_layout=False, packages=("bitsandbytes",)),
     "adamw": Kind(steps_in_backward=False, stores_weights=False, keeps_layout=True),
 }

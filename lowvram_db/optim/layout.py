@@ -35,15 +35,15 @@ def relaid(state: dict[str, Any], shape: torch.Size) -> dict[str, Any]:
     channels_last, n = state["channels_last"], shape.numel()
     present = _blocks(torch.ones(n, dtype=torch.bool, device=state["codes"].device))
     u, root = moment_code.dequantize(_blocks(state["codes"]), state["scales"].unsqueeze(1))
-    m, v = (_blocks(_turned(moment.flatten()[:n], shape, channels_last)) for moment in (u * root, root * root))
+    m, v = (_blocks(turned(moment.flatten()[:n], shape, channels_last)) for moment in (u * root, root * root))
     codes, scales, _ = moment_code.quantize(m, v, present, torch.full_like(m, _TO_NEAREST, dtype=torch.int32))
     other = {**state, "codes": codes.flatten()[:n].to(torch.int16), "scales": scales.squeeze(1)}
     if "residual" in state:
-        other["residual"] = _turned(state["residual"], shape, channels_last)
+        other["residual"] = turned(state["residual"], shape, channels_last)
     return other
 
 
-def _turned(flat: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
+def turned(flat: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
     """A tensor's elements [n] in the other order; channels_last: whether they lie so."""
     n, c, h, w = shape
     if channels_last:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lowvram_db.kernels import bits, moment_code
+from lowvram_db.kernels import bits
 from lowvram_db.optim.bucket import Bucket
 from lowvram_db.optim.layout import is_channels_last
 
@@ -39,13 +38,8 @@ def narrowing(weights: Weights) -> Callable[[Tensor], Tensor]:
 
 
 def store(p: nn.Parameter, weights: Weights, device: torch.device) -> dict[str, Any]:
-    """Bring p to its device and dtype; returns its state before the first step."""
-    blocks = math.ceil(p.numel() / moment_code.BLOCK)
-    state: dict[str, Any] = {
-        "codes": torch.zeros(p.numel(), dtype=torch.int16, device=device),
-        "scales": torch.zeros(blocks, dtype=torch.int32, device=device),
-        "channels_last": is_channels_last(p),  # codes and residuals lie as the weights do
-    }
+    """Bring p to its device and dtype; returns what its state holds of it."""
+    state: dict[str, Any] = {"channels_last": is_channels_last(p)}  # as the residual does
     exact = p.data.to(device)
     p.data = exact.to(DTYPES[weights])
     if weights == "bf16+residual":

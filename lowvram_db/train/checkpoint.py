@@ -21,7 +21,7 @@ from lowvram_db.config import Config
 from lowvram_db.errors import UserError
 from lowvram_db.files.reader import Reader
 from lowvram_db.files.writer import write_tensors
-from lowvram_db.optim.adam8 import Adam8
+from lowvram_db.optim.in_backward import InBackward
 from lowvram_db.optim.storage import shapes
 
 _OPTIMIZER = "optimizer.safetensors"
@@ -162,7 +162,7 @@ def restore(folder: Path, state: State, modules: dict[str, nn.Module], optimizer
 
 def _take_up(optimizer: torch.optim.Optimizer, stored: Mapping[int, dict[str, Any]]) -> None:
     """Raises ValueError for another optimizer's state."""
-    if isinstance(optimizer, Adam8):
+    if isinstance(optimizer, InBackward):
         optimizer.load_state_dict({"state": stored})
         return
     # The others' load_state_dict keeps the tensors that it is given, or a copy of all of them.

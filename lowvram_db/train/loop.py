@@ -22,8 +22,8 @@ from lowvram_db.memory.attention import use_attention
 from lowvram_db.memory.budget import crowd
 from lowvram_db.memory.device import peak_bytes, release_memory, sent
 from lowvram_db.memory.out_of_memory import is_out_of_memory, reason
-from lowvram_db.optim.adam8 import PATIENCE
 from lowvram_db.optim.choices import FirstStepCheck
+from lowvram_db.optim.in_backward import PATIENCE
 from lowvram_db.optim.kinds import StepsInBackward
 from lowvram_db.optim.schedule import learning_rate
 from lowvram_db.optim.storage import narrowing
