@@ -24,7 +24,7 @@ from lowvram_db.kernels import adam8
 
 WEIGHTS = {"sd15": 859.5e6, "sdxl": 2567.5e6}
 BYTES = {"bf16": 10.03, "residual": 12.03, "fp16": 10.03, "fp32": 16.03}  # moved a weight
-SCALAR_TYPES = {"seed": "i64", "tensor": "i32", "n": "i32", "size": "i32", "plane": "i32"}
+SCALAR_TYPES = {"seed": "i64", "tensor": "i32", "n": "i32", "width": "i32", "size": "i32", "plane": "i32"}
 HALF_RATE = re.compile("IADD3?|LOP3|SHF|LEA|PRMT|F?SEL|[FI]SETP|(F|I|VI)MNMX|I2FP|P2R|PLOP3")
 EIGHTH_RATE = re.compile("MUFU|FRND|F2I|I2F|F2F|POPC|FLO")
 

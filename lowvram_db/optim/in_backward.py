@@ -232,20 +232,19 @@ class InBackward(torch.optim.Optimizer, ABC):
         """The state of a 4-d parameter for the other order of its elements, channels last or not."""
 
     @torch.no_grad()
-    def finish(self, dtype: torch.dtype = torch.float32) -> None:
-        """Turn every parameter into dtype from the most exact value its state knows, and let the state go."""
+    def finish(self) -> None:
+        """Let every parameter be the most exact value its state knows, float32 where that is more than it holds itself,
+        and let the state go."""
         for state in self.state.values():  # all of it before a weight grows
             for moment in self.moments:
                 state.pop(moment, None)
         for p, state in self.state.items():
             if "master" in state:
-                p.data = state["master"].to(dtype, copy=True)
+                p.data = state["master"].clone()
             elif "residual" in state:
                 exact = torch.empty_like(p, dtype=torch.float32)
                 flat(exact).copy_(bits.join_bf16(flat(p.detach()), state["residual"]))
-                p.data = exact.to(dtype)
-            else:
-                p.data = p.data.to(dtype)
+                p.data = exact
             state.clear()
 
     def _on_gradient(self, parameter: Tensor) -> None:

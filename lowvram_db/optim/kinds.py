@@ -52,5 +52,5 @@ class StepsInBackward(Protocol):
         """How many tensors a step left as they were, for a gradient was not finite: by what `skipped` held after it.
         Raises FloatingPointError where that goes on."""
 
-    def finish(self, dtype: Any) -> None:
-        """Bring the weights to dtype from what is known of them at best, and let the state go."""
+    def finish(self) -> None:
+        """Let the weights be what is known of them at best, in whichever precision that has; let the state go."""

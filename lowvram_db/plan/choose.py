@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from lowvram_db.errors import UserError
 from lowvram_db.families.blank import Blank
 from lowvram_db.memory.overheads import CONTEXT, CUBLAS_WORKSPACES, MARGIN
 from lowvram_db.memory.trace import OverLimit
+from lowvram_db.optim.kinds import KINDS
 from lowvram_db.plan import predict
 from lowvram_db.plan.result import Phase, Plan, Rung
 from lowvram_db.train.strategy import Strategy, ladder, without_budget
@@ -165,7 +167,8 @@ _SMALLER_SIDES = (1024, 768, 640, 512, 384, 256)
 
 
 def _advice(config: Config, family: Blank, budget: int | None) -> Iterator[str]:
-    """Changes of the config that have been traced and fit, each alone; all of them together where none does alone."""
+    """Changes of the config that have been traced and fit, each alone; where none does alone all of them together, with
+    fewer pixels or without the optimizer's state."""
     changes = list(_smaller_ways(config))
     smaller: list[_Change] = [
         {"train": {"resolution": side}} for side in _SMALLER_SIDES if side < config.train.resolution
@@ -174,10 +177,24 @@ def _advice(config: Config, family: Blank, budget: int | None) -> Iterator[str]:
     if alone:
         yield from (_words(config, change) for change in alone)
         return
-    for side in smaller:
-        if _fits(_changed(config, [*changes, side]), family, budget):
-            yield ", ".join(_words(config, change) for change in (*changes, side))
-            return
+    without_state: _Change = {"optimizer": {"name": "adafactor"}}
+    last = [[without_state], [*changes, without_state]] if _could_do_without_state(config) else []
+    for together in ([[*changes, side] for side in smaller], last):
+        fitting = (change for change in together if _fits(_changed(config, change), family, budget))
+        yield from (", ".join(_words(config, change) for change in first) for first in islice(fitting, 1))
+
+
+def _could_do_without_state(config: Config) -> bool:
+    """Whether adafactor, which keeps the class a little less, could train this."""
+    lacks = KINDS["adafactor"].lacks
+    return (
+        config.optimizer.kind.stores_weights
+        and config.optimizer.name != "adafactor"
+        and not (
+            {f"optimizer.{key}" for key in config.optimizer.model_fields_set} & set(lacks)
+            or config.train.accumulate > 1
+        )
+    )
 
 
 def _smaller_ways(config: Config) -> Iterator[_Change]:

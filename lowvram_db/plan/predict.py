@@ -183,11 +183,11 @@ def _sampling_on_the_way(config: Config, family: Blank, learner: Learner, trace:
 
 
 def _saving(learner: Learner, trace: Trace) -> Phase:
-    """All goes to the disk tensor by tensor; the finished model's weights are float32 before, in the place of the
+    """All goes to the disk tensor by tensor; weights that have residuals are float32 before, in the place of the
     optimizer's state."""
     start = trace.mark()
     if isinstance(learner.optimizer, StepsInBackward):
-        learner.optimizer.finish(torch.float32)
+        learner.optimizer.finish()
     trace.label("weights", _tensors(learner.modules.values()))
     return _phase("saving", trace, start)
 

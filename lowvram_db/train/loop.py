@@ -152,9 +152,9 @@ class Trainer(Learner):
         return learning_rate(self.step, schedule=train.schedule, lr=train.lr, warmup=train.warmup, steps=train.steps)
 
     def finish(self) -> None:
-        """Bring the weights to float32 from what is known of them at best. There is no training after that."""
+        """Let the weights be what is known of them at best. There is no training after that."""
         if isinstance(self.optimizer, StepsInBackward):
-            self.optimizer.finish(torch.float32)
+            self.optimizer.finish()
 
     @cached_property
     def content(self) -> dict[str, list[str]]:

@@ -20,7 +20,7 @@ PROGRAM = """
 import json, re, sys
 sys.path.insert(0, sys.argv[2])
 from adam8_floor import compiled, lanes_a_weight, machine_of, optimizer_kernel
-from lowvram_db.kernels import noise_loss
+from lowvram_db.kernels import adafactor, noise_loss
 
 def facts(result):
     machine, ptx = machine_of(result), result.asm["ptx"]
@@ -36,6 +36,9 @@ results = {mode: facts(optimizer_kernel(mode, card)) for mode in sys.argv[3:]}
 types = {"timesteps": "*i64", "address": "*i64", "prediction": "*bf16"}
 constants = {"POSTERIOR": 0, "NOISE": 1, "COLUMNS": 5, "SIZE": noise_loss.SIZE}
 results["noisy"] = facts(compiled(noise_loss._noisy_kernel, types, constants, card))
+types = {"weight": "*i16", "residual": "*i8", "grad": "*i16", "step": "*i64"}
+results["adafactor"] = facts(compiled(adafactor._kernel, types, {"STREAM": 16, "MODE": "residual"}, card))
+types = {"timesteps": "*i64", "address": "*i64", "prediction": "*bf16"}
 results["loss"] = facts(compiled(noise_loss._loss_kernel, types, constants | {"MASKED": True}, card))
 print(json.dumps(results))
 """
@@ -48,7 +51,7 @@ def test_kernels_fit_every_card(card):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.splitlines()[-1])
-    assert set(results) == {*MODES, "noisy", "loss"}
+    assert set(results) == {*MODES, "adafactor", "noisy", "loss"}
     for name, facts in results.items():
         assert facts["spilled"] == 0, (name, facts)
     for mode in MODES:
@@ -56,5 +59,6 @@ def test_kernels_fit_every_card(card):
         # With 80 registers 24 warps are at home on a multiprocessor.
         assert results[mode]["a_weight"] <= 115 and results[mode]["registers"] <= 80, (mode, results[mode])
         assert results[mode]["offsets"] == ["i64"], "2^31 elements are what a flat tensor may have"
+    assert results["adafactor"]["wide"]["ld"] >= 2, "weight and gradient in"
     assert results["bf16"]["wide"] == {"ld": 3, "st": 2}, "weight, gradient and state in, weight and state out"
     assert results["residual"]["wide"] == {"ld": 3, "st": 2}

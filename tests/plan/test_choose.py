@@ -104,7 +104,10 @@ def test_advice_that_is_followed_helps(planned, blank):
             ['optimizer.name = "adam8" and precision.weights = "bf16"'],
         ),
         ({"optimizer": {"name": "bnb-adam8"}, "precision": {"compute": "fp32"}}, ['optimizer.name = "adam8"']),
-        ({"train": {"gradient_checkpointing": True, "batch": 1}, "prior": {"batch": 1}}, []),
+        ({"train": {"gradient_checkpointing": True, "batch": 1}}, ['optimizer.name = "adafactor"']),
+        ({"optimizer": {"name": "adafactor"}}, []),
+        ({"optimizer": {"beta1": 0.8}}, []),
+        ({"train": {"accumulate": 2}}, []),
         ({"train": {"text_encoder": True, "batch": 2}}, ["train.batch = 1", "train.text_encoder = false"]),
     ],
 )

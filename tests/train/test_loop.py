@@ -168,8 +168,6 @@ def test_adam8_stores_weights_as_it_is_told_and_leaves_no_gradient(make_config, 
     assert {parameter.dtype for parameter in trainer.parameters} == {WEIGHTS[weights]}
     trainer.backward(trainer.batches[0])
     assert all(parameter.grad is None for parameter in trainer.parameters), "every gradient is gone with its update"
-    trainer.finish()
-    assert {parameter.dtype for parameter in trainer.parameters} == {torch.float32}
 
 
 @pytest.mark.parametrize(("weights", "tolerance"), [("fp32", 0.01), ("bf16+residual", 0.03), ("bf16", 0.03)])
