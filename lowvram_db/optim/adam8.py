@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lowvram_db.kernels import adam8, bits
 from lowvram_db.kernels.adam8_step import Step, step_numbers
-from lowvram_db.kernels.launch import Choice, runs_triton
+from lowvram_db.kernels.launch import Choice, Implementation, implementation
 from lowvram_db.optim.storage import SMALLEST, Weights, bucket_of, flat, refuse_shared_memory, shapes, store
 
 STREAM = 16  # of the rounding bits, apart from the streams of train/objective.py
@@ -69,7 +69,7 @@ class Adam8(torch.optim.Optimizer):
         seed: int = 0,
         micro_batches: int = 1,
         max_norm: float | None = None,
-        kernels: Choice = "auto",
+        kernels: Choice | Implementation = "auto",
         device: torch.device | None = None,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
@@ -84,7 +84,7 @@ class Adam8(torch.optim.Optimizer):
         refuse_shared_memory(list(self._places), self._names)
 
         device = device or next(iter(self._places)).device
-        self._triton = runs_triton(kernels, device)
+        self._kernels = implementation(kernels, device)
         self._arrived: set[nn.Parameter] = set()  # had their gradient in this call
         self._moved: set[nn.Parameter] = set()  # in this call, before backward broke off
         self.loss_scale = torch.ones(1, device=device)  # what the loss is multiplied with before backward
@@ -171,10 +171,10 @@ class Adam8(torch.optim.Optimizer):
         Returns how many parameters have moved already. Each keeps what it did, so that every parameter makes the step
         once, with the rounding bits that belong to it. Where none has moved the repeated step is exactly the first;
         otherwise its gradients are those of a network in which the parameters nearest the loss are one step ahead.
-        Raises MemoryError where a parameter was left half stepped, which only the kernel's twin can do.
+        Raises MemoryError where a parameter was left half stepped, which only the kernels' twin can do.
         """
         for p in self._arrived:
-            if p.grad is not None and p.numel() >= SMALLEST and not self._triton:
+            if p.grad is not None and p.numel() >= SMALLEST and not adam8.steps_at_once(self._kernels):
                 raise MemoryError(f"{self._names[self._places[p]]} was left in the middle of its step")
         self._moved |= {p for p in self._arrived if p.grad is None}
         self._arrived.clear()
@@ -232,6 +232,7 @@ class Adam8(torch.optim.Optimizer):
                 p.data = p.data.to(dtype)
             state.clear()
 
+    @torch.no_grad()
     def _on_gradient(self, parameter: Tensor) -> None:
         assert isinstance(parameter, nn.Parameter)
         if parameter in self._arrived:
@@ -252,7 +253,6 @@ class Adam8(torch.optim.Optimizer):
         elif bucket is not None and self._arrived.issuperset(bucket.parameters):
             self._update_bucket(number)
 
-    @torch.no_grad()
     def _update(self, p: nn.Parameter) -> None:
         place, state = self._places[p], self.state[p]
         grad = p.grad
@@ -276,10 +276,9 @@ class Adam8(torch.optim.Optimizer):
             unscale,
             self._numbers_by_group[self._group_of[p]],
             adam8.Address(self._seed, self._call, place, STREAM),
-            self._triton,
+            self._kernels,
         )
 
-    @torch.no_grad()
     def _update_bucket(self, number: int) -> None:
         bucket = self._buckets[number]
         if bucket is None or all(p.grad is None for p in bucket.parameters):
