@@ -22,7 +22,7 @@ from lowvram_db.families import open_blank
 from lowvram_db.families.base import Moments
 from lowvram_db.families.blank import Blank
 from lowvram_db.families.source import find_configs
-from lowvram_db.kernels.launch import runs_triton
+from lowvram_db.kernels.launch import implementation
 from lowvram_db.memory.attention import use_attention
 from lowvram_db.memory.device import DTYPES
 from lowvram_db.optim.storage import narrowing
@@ -108,8 +108,8 @@ class Ours:
         config, family = work.config(**sections), work.family()
         network = random_denoiser(family, narrowing(config.weights))
         strategy = strategy or everywhere(family)
-        triton = runs_triton(config.kernels, device)
-        self.learner = _Learner(config, family, {family.denoiser_part: network}, device, strategy, triton)
+        kernels = implementation(config.kernels, device)
+        self.learner = _Learner(config, family, {family.denoiser_part: network}, device, strategy, kernels)
         self.learner.given = work.conditioning(family)
         use_attention(self.learner.denoiser, config.attention, device, DTYPES[work.compute])
         self._batch = Batch(work.moments(family), [""] * work.rows, work.batch)

@@ -1,4 +1,5 @@
 """AdamW with two moments in 16 bits, one kernel a tensor: read the gradient, dequantize, step, quantize, round, write.
+In PyTorch's operations, which say what it means; in Triton for GPUs; in C++ (adam8.cpp) for CPUs.
 
 How the moments are kept is moment_code.py's. An error made in rounding m would go on moving the weight for
 1 / (1 - beta1) steps; its whole future effect is known at once and is taken off the update at once (docs/adam8.md).
@@ -13,10 +14,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import bits
+from . import bits, native
 from .adam8_step import Step
 from .approximate import reciprocal
-from .launch import compiled_for_cpu, constant, jit, tl
+from .launch import Implementation, constant, jit, tl
 from .moment_code import BLOCK, dequantize, dequantize_kernel, quantize, quantize_kernel
 from .storage import float32, mode_of, narrow, narrow_kernel, pattern, widen, widen_kernel
 
@@ -66,7 +67,7 @@ def update_(
     unscale: Tensor,
     numbers: Tensor,
     address: Address,
-    triton: bool,
+    kernels: Implementation,
 ) -> None:
     """One AdamW step in place.
 
@@ -78,17 +79,22 @@ def update_(
     """
     if isinstance(weight, FakeTensor):  # there is nothing to compute, and the kernel needs no memory but its arguments
         return
-    if triton:
-        _launch(weight, residual, grad, codes, scales, skipped, unscale, numbers, address)
+    if steps_at_once(kernels):
+        run = _launch if kernels == "triton" else native.step
+        run(weight, residual, grad, codes, scales, skipped, unscale, numbers, address)
         return
-    where = address.seed, address.step, address.tensor, address.stream
     size = chunk_of(weight.device)
     for first in range(0, len(weight), size):
         chunk = slice(first, first + size)
         blocks = slice(first // BLOCK, (first + size) // BLOCK)
         rest = None if residual is None else residual[chunk]
         state = codes[chunk], scales[blocks], skipped
-        _twin(weight[chunk], rest, grad[chunk], *state, unscale, numbers, where, first // 8)
+        _twin(weight[chunk], rest, grad[chunk], *state, unscale, numbers, address, first // 8)
+
+
+def steps_at_once(kernels: Implementation) -> bool:
+    """Whether a step of a tensor needs no memory that it might not get halfway."""
+    return kernels == "triton" or (kernels == "native" and native.works())
 
 
 def chunk_of(device: torch.device) -> int:
@@ -105,23 +111,16 @@ def _twin(
     skipped: Tensor,
     unscale: Tensor,
     numbers: Tensor,
-    address: tuple[int, Tensor, int, int],
+    address: Address,
     first_group: int,
 ) -> None:
-    """One chunk of update_: the kernel's meaning. Casts stay outside of what is compiled: 16-bit integers keep
-    torch.compile from vectorising."""
+    """One chunk of update_: the kernel's meaning."""
     n = len(weight)
-    whole = n == CHUNK and weight.device.type == "cpu"
-    draw, advance = (_compiled_lanes, _compiled_advance) if whole else (bits.lanes, _advance)
-    where: tuple[bits.Number, ...] = address
-    if whole:  # numbers would be compiled for themselves; as tensors, on a GPU, they would be launches
-        seed, step, tensor, stream = address
-        where = torch.cat([torch.tensor([seed]), step, torch.tensor([tensor, stream])]).unbind()
     w, g = _blocks(widen(weight, residual)), _blocks(grad.float())
     present = _blocks(torch.ones(n, dtype=torch.bool, device=weight.device))
     groups = torch.arange(first_group, first_group + w.numel() // 8, device=weight.device)
-    random = draw(groups, *where).view_as(w)
-    w, new_codes, new_scales, finite = advance(
+    random = bits.lanes(groups, *address).view_as(w)
+    w, new_codes, new_scales, finite = _advance(
         w, g, _blocks(codes).int(), scales.unsqueeze(1), random, present, unscale, numbers
     )
     skipped += (~finite).sum()
@@ -150,9 +149,6 @@ def _advance(
     new_w = new_weights(w, m, v, error, step)
     finite = v.amax(1, keepdim=True) < math.inf  # a NaN is the largest of all
     return new_w.where(finite, w), new_codes.where(finite, codes), new_scales.where(finite, scales), finite
-
-
-_compiled_lanes, _compiled_advance = compiled_for_cpu(bits.lanes), compiled_for_cpu(_advance)
 
 
 def _blocks(flat: Tensor) -> Tensor:

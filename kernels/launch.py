@@ -1,4 +1,4 @@
-"""Where a kernel runs: as Triton on a GPU, or as its PyTorch twin everywhere else.
+"""Where a kernel runs: as Triton on a GPU, in C++ on a CPU where there is that, or as its PyTorch twin everywhere else.
 
 `triton`, `tl` and `jit` can be imported where Triton is not installed: a kernel is then a function nobody calls.
 """
@@ -11,7 +11,6 @@ import shutil
 import sys
 import sysconfig
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +36,7 @@ def constant(value: Any) -> Any:
 
 
 Choice = Literal["auto", "triton", "torch"]
+Implementation = Literal["native", "triton", "torch"]
 
 
 def interpreted() -> bool:
@@ -58,6 +58,14 @@ def runs_triton(choice: Choice, device: torch.device) -> bool:
     return not why_not
 
 
+def implementation(choice: Choice | Implementation, device: torch.device) -> Implementation:
+    """How a kernel that has all three runs on tensors of `device`; native: its twin where that does not work, which the
+    first step finds. A choice made before stays. Raises RuntimeError where "triton" is asked for in vain."""
+    if choice == "native" or (choice == "auto" and device.type == "cpu"):
+        return "native"
+    return "triton" if runs_triton(choice, device) else "torch"
+
+
 # The release of Triton that a release of torch is built with: another one may miss what torch calls.
 _RELEASES = {"2.11": "3.6", "2.12": "3.7", "2.13": "3.7", "2.14": "3.8"}
 
@@ -77,28 +85,6 @@ def mend() -> str:
             missing.append(f"python{sys.version_info.major}.{sys.version_info.minor}-dev")
     reinstall = "triton-windows" if sys.platform == "win32" else "triton"
     return f"apt install {' '.join(missing)}" if missing else f"pip install --force-reinstall {reinstall}"
-
-
-def compiled_for_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, several times faster by torch.compile once it is called; as it is where that does not work, as on a
-    machine without a C++ compiler. Every shape it is called with is compiled for itself: give it one."""
-    chosen: Callable[..., Any] | None = None
-
-    @functools.wraps(function)
-    def call(*arguments: Any) -> Any:
-        nonlocal chosen
-        if chosen is None:  # not before: it imports the compiler, which takes half a second
-            chosen = torch.compile(function, dynamic=False, fullgraph=True)
-        try:
-            return chosen(*arguments)
-        except Exception as error:  # a compiler that is missing or broken: anything may come
-            if chosen is function:
-                raise
-            warnings.warn(f"torch.compile does not work here ({_first_line(error)}); a step takes longer", stacklevel=2)
-            chosen = function
-            return function(*arguments)
-
-    return call
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lowvram_db.kernels import adafactor
 from lowvram_db.kernels.adam8 import Address
-from lowvram_db.kernels.launch import Choice
+from lowvram_db.kernels.launch import Choice, Implementation
 from lowvram_db.optim.in_backward import STREAM, InBackward
 from lowvram_db.optim.layout import turned
 from lowvram_db.optim.storage import DTYPES, SMALLEST, Weights, flat, store
@@ -36,7 +36,7 @@ class Adafactor(InBackward):
         weights: Weights = "bf16",
         seed: int = 0,
         max_norm: float | None = None,
-        kernels: Choice = "auto",
+        kernels: Choice | Implementation = "auto",
         device: torch.device | None = None,
     ) -> None:
         super().__init__(
@@ -108,8 +108,11 @@ class Adafactor(InBackward):
             unscale,
             self._numbers_by_group[self._group_of[p]],
             Address(self._seed, self._call, place, STREAM),
-            self._triton,
+            self._kernels == "triton",
         )
+
+    def _may_be_half_stepped(self) -> bool:
+        return self._kernels != "triton"  # its twin works in chunks
 
     def _relaid(self, state: dict[str, Any], shape: torch.Size) -> dict[str, Any]:
         if "residual" not in state:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lowvram_db.kernels import adam8
 from lowvram_db.kernels.adam8_step import Step, step_numbers
-from lowvram_db.kernels.launch import Choice
+from lowvram_db.kernels.launch import Choice, Implementation
 from lowvram_db.optim.in_backward import STREAM, InBackward
 from lowvram_db.optim.layout import relaid
 from lowvram_db.optim.storage import SMALLEST, Weights, bucket_of, flat, store
@@ -50,7 +50,7 @@ class Adam8(InBackward):
         seed: int = 0,
         micro_batches: int = 1,
         max_norm: float | None = None,
-        kernels: Choice = "auto",
+        kernels: Choice | Implementation = "auto",
         device: torch.device | None = None,
     ) -> None:
         super().__init__(
@@ -96,7 +96,7 @@ class Adam8(InBackward):
             unscale,
             self._numbers_by_group[self._group_of[p]],
             adam8.Address(self._seed, self._call, place, STREAM),
-            self._triton,
+            self._kernels,
         )
 
     def _step_small(self, number: int, unscale: Tensor) -> None:
@@ -104,6 +104,9 @@ class Adam8(InBackward):
         assert bucket is not None
         skipped = bucket.update_(Step(*self._numbers_by_group[number].unbind()), unscale)
         self._skipped_by_place[self._places[bucket.parameters[0]]].add_(skipped)
+
+    def _may_be_half_stepped(self) -> bool:
+        return not adam8.steps_at_once(self._kernels)
 
     def _relaid(self, state: dict[str, Any], shape: torch.Size) -> dict[str, Any]:
         return relaid(state, shape)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lowvram_db.config import Config, OptimizerConfig
 from lowvram_db.errors import UserError
 from lowvram_db.kernels import launch
-from lowvram_db.kernels.launch import Choice
+from lowvram_db.kernels.launch import Choice, Implementation
 from lowvram_db.optim.adafactor import Adafactor
 from lowvram_db.optim.adam8 import Adam8
 from lowvram_db.optim.in_backward import InBackward
@@ -51,7 +51,7 @@ def build(
     seed: int = 0,
     micro_batches: int = 1,
     max_norm: float | None = None,
-    kernels: Choice = "auto",
+    kernels: Choice | Implementation = "auto",
     device: torch.device | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer of the settings over float32 parameters with their names.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lowvram_db.kernels import bits
-from lowvram_db.kernels.launch import Choice, runs_triton
+from lowvram_db.kernels.launch import Choice, Implementation, implementation
 from lowvram_db.optim.layout import same_order
 from lowvram_db.optim.storage import SMALLEST, Weights, flat, refuse_shared_memory, shapes
 
@@ -61,7 +61,7 @@ class InBackward(torch.optim.Optimizer, ABC):
         seed: int,
         micro_batches: int,
         max_norm: float | None,
-        kernels: Choice,
+        kernels: Choice | Implementation,
         device: torch.device | None,
     ) -> None:
         super().__init__(params, defaults)
@@ -76,7 +76,7 @@ class InBackward(torch.optim.Optimizer, ABC):
         refuse_shared_memory(list(self._places), self._names)
 
         device = device or next(iter(self._places)).device
-        self._triton = runs_triton(kernels, device)
+        self._kernels = implementation(kernels, device)
         self._arrived: set[nn.Parameter] = set()  # had their gradient in this call
         self._moved: set[nn.Parameter] = set()  # in this call, before backward broke off
         self.loss_scale = torch.ones(1, device=device)  # what the loss is multiplied with before backward
@@ -188,9 +188,9 @@ class InBackward(torch.optim.Optimizer, ABC):
             p.grad = None
         return len(self._moved)
 
+    @abstractmethod
     def _may_be_half_stepped(self) -> bool:
         """Whether _step_large can fail after it has changed something, as a kernel's twin can."""
-        return not self._triton
 
     def check_skipped(self, skipped: list[int]) -> int:
         """How many tensors a step left, at least in part, as they were because a gradient was not finite.
@@ -247,6 +247,7 @@ class InBackward(torch.optim.Optimizer, ABC):
                 p.data = exact
             state.clear()
 
+    @torch.no_grad()
     def _on_gradient(self, parameter: Tensor) -> None:
         assert isinstance(parameter, nn.Parameter)
         if parameter in self._arrived:
@@ -266,7 +267,6 @@ class InBackward(torch.optim.Optimizer, ABC):
         elif self._arrived.issuperset(self._small[number]):
             self._update_small(number)
 
-    @torch.no_grad()
     def _update(self, p: nn.Parameter) -> None:
         grad = p.grad
         assert grad is not None
@@ -279,7 +279,6 @@ class InBackward(torch.optim.Optimizer, ABC):
             self._measure(p)
         self._step_large(p, grad, unscale)
 
-    @torch.no_grad()
     def _update_small(self, number: int) -> None:
         small = self._small[number]
         if all(p.grad is None for p in small):

@@ -19,6 +19,8 @@ SMALLEST = 4096  # elements; smaller tensors go into the bucket
 
 def flat(tensor: Tensor) -> Tensor:
     """A dense tensor's elements in the order of its memory, [n], without a copy."""
+    if tensor.is_contiguous():
+        return tensor.view(-1)  # half as dear
     return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
 
 

@@ -163,7 +163,7 @@ def blank_learner(config: Config, family: Blank, strategy: Strategy, trace: Trac
     networks: dict[str, Any] = {family.denoiser_part: family.load_denoiser(narrowing(config.weights))}
     if config.train.text_encoder:
         networks |= family.load_text_encoders()
-    learner = BlankLearner(config, family, networks, CPU, strategy, triton=False)
+    learner = BlankLearner(config, family, networks, CPU, strategy, kernels="torch")
     for parameter in learner.parameters:
         parameter.register_hook(lambda gradient: trace.label("gradients", [gradient]))
     trace.label("weights", _tensors(learner.modules.values()))

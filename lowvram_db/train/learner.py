@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lowvram_db.config import Config
 from lowvram_db.families.base import Architecture
+from lowvram_db.kernels.launch import Implementation
 from lowvram_db.kernels.noise_loss import noise_loss, noisy_latents
 from lowvram_db.memory.device import compute_dtype, lay_out, sent
 from lowvram_db.optim.choices import build, make_state
@@ -46,11 +47,12 @@ class Learner(ABC):
         networks: dict[str, Any],
         device: torch.device,
         strategy: Strategy,
-        triton: bool,
+        kernels: Implementation,
     ):
         """networks: by their names in the model folder, on the CPU; they move to the device, weights as the config
         stores them. With adam8, backward steps them from now on."""
-        self.config, self.family, self.device, self.triton = config, family, device, triton
+        self.config, self.family, self.device = config, family, device
+        self.triton = kernels == "triton"  # for noise and loss
         self.dtype = compute_dtype(config.precision.compute, device)
         self.weights = DTYPES[config.weights]
         self.table = objective.table(family.noise_schedule, config.train.min_snr_gamma).to(device)
@@ -74,7 +76,7 @@ class Learner(ABC):
             seed=config.train.seed,
             micro_batches=config.train.accumulate,
             max_norm=config.train.max_norm,
-            kernels="triton" if triton else "torch",
+            kernels=kernels,
             device=device,
         )
         self._move_to_device()

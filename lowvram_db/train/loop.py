@@ -17,7 +17,7 @@ from lowvram_db.cache import model_digest
 from lowvram_db.config import CheckpointConfig, Config
 from lowvram_db.errors import LESS_MEMORY, DoesNotFit, Interrupted, UserError
 from lowvram_db.families.base import Family
-from lowvram_db.kernels.launch import runs_triton
+from lowvram_db.kernels.launch import implementation
 from lowvram_db.memory.attention import use_attention
 from lowvram_db.memory.budget import crowd
 from lowvram_db.memory.device import peak_bytes, release_memory, sent
@@ -55,7 +55,7 @@ class Trainer(Learner):
         if config.train.text_encoder:
             networks["text_encoder"] = family.load_text_encoder()
         try:
-            triton = runs_triton(config.kernels, device)
+            kernels = implementation(config.kernels, device)
         except RuntimeError as error:
             raise UserError(f'kernels: {error}; use kernels = "auto"') from error
         self.batches = batches
@@ -63,7 +63,7 @@ class Trainer(Learner):
         self.lag = 1 if device.type == "cuda" else 0  # steps whose outcome may be on its way when the next one begins
         self._losses_skipped = 0  # in a row, for they were no numbers
         self._ladder = ladder(config, family.checkpoint_steps)
-        super().__init__(config, family, networks, device, strategy or without_budget(self._ladder), triton)
+        super().__init__(config, family, networks, device, strategy or without_budget(self._ladder), kernels)
         self.family: Family = family
         self.attention = use_attention(self.denoiser, config.attention, device, self.dtype)
 

@@ -5,7 +5,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
@@ -21,6 +20,14 @@ def _ask_again():
     launch.problem.cache_clear()
     yield
     launch.problem.cache_clear()
+
+
+def test_a_cpu_takes_what_is_native_unless_another_is_asked_for():
+    assert launch.implementation("auto", CPU) == "native"
+    assert launch.implementation("torch", CPU) == "torch"
+    if launch.interpreted():
+        assert launch.implementation("triton", CPU) == "triton"
+    assert launch.implementation("native", CPU) == "native", "a choice made before stays"
 
 
 def test_cpu_tensors_take_the_twin_unless_triton_is_asked_for():
@@ -108,7 +115,7 @@ def test_a_kernel_is_launched_on_its_tensors_card(monkeypatch, name):
     flat, noise, ones = torch.ones(256), torch.ones(1, 4, 8, 8), torch.ones(1)
     noised = noise, noise, torch.zeros(1, dtype=torch.int64), torch.ones(1, 5), torch.zeros(2, dtype=torch.int64)
     if name == "adam8":
-        adam8.update_(flat, None, flat, flat, ones, ones, ones, ones, adam8.Address(0, ones, 0, 0), True)
+        adam8.update_(flat, None, flat, flat, ones, ones, ones, ones, adam8.Address(0, ones, 0, 0), "triton")
     elif name == "noisy":
         noise_loss.noisy_latents(*noised, True)
     else:
@@ -144,22 +151,3 @@ def test_the_mend_is_what_is_missing(monkeypatch, tmp_path, system, installed, c
 
 def test_triton_is_there_where_it_should_be():
     assert importlib.util.find_spec("triton") is not None or sys.platform != "linux"
-
-
-def test_without_a_compiler_a_function_runs_as_it_is(monkeypatch):
-    def no_compiler(*_, **__):
-        raise RuntimeError("no C++ compiler found\nand much more")
-
-    monkeypatch.setattr(launch.torch, "compile", lambda function, **_: no_compiler)
-    double = launch.compiled_for_cpu(lambda x: x * 2)
-    with pytest.warns(UserWarning, match=r"torch.compile does not work here \(RuntimeError: no C\+\+ compiler found\)"):
-        assert double(torch.tensor(2)) == 4
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert double(torch.tensor(3)) == 6
-
-
-def test_an_error_of_the_function_itself_is_not_swallowed(monkeypatch):
-    monkeypatch.setattr(launch.torch, "compile", lambda function, **_: function)
-    with pytest.raises(ZeroDivisionError):
-        launch.compiled_for_cpu(lambda x: x / 0)(1)
