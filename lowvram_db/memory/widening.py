@@ -21,11 +21,12 @@ def widen(network: nn.Module) -> None:
     stays as it is, also where it changes its dtype later."""
     for module in network.modules():
         if any(parameter is not None for parameter in module._parameters.values()):
-            module.__class__ = _widened(type(module))
+            kind: Any = type(module)
+            module.__class__ = _widened(kind)
 
 
 @cache
-def _widened(kind: Any) -> Any:  # mypy takes no class of modules for hashable
+def _widened(kind: Any) -> Any:
     forward = {nn.Conv2d: _convolve, nn.Linear: _project}.get(kind, _call_widened)
     return type(kind.__name__, (kind,), {"forward": forward})
 
