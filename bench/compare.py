@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 import psutil
 import torch
 from adam8 import MODELS
-from machine import add_row
+from machine import add_row, computed
 from peers import KINDS, run_peer
 from recipes import Classic, Ours, Work, measured
 from usage import bytes_written
@@ -186,7 +186,7 @@ def _report(work: Work, device: str, budget: int | None, steps: int, result: dic
         "model": work.model.rpartition("/")[2],
         "resolution": work.resolution,
         "batch": f"{work.batch} + {work.batch} prior" if work.prior else str(work.batch),
-        "compute": work.compute,
+        "compute": computed(work.compute, torch.device(device)),
         "threads": torch.get_num_threads() if device == "cpu" else "",
         "recipe": result["recipe"],
         "budget_gib": f"{budget / 2**30:g}" if budget else "",

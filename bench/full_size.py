@@ -15,11 +15,12 @@ from pathlib import Path
 from statistics import median
 
 import psutil
-from machine import add_row
+from machine import add_row, computed
 
 from lowvram_db.config import load
 from lowvram_db.demo.miniature import write_photos, write_pipeline
 from lowvram_db.families.known import known_config
+from lowvram_db.memory.device import pick_device
 
 _SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 _SAMPLE_EVERY = 0.05  # seconds between two readings of the process's memory
@@ -76,7 +77,7 @@ def main() -> None:
             "resolution": options.resolution,
             "batch": "1 + 1 prior",
             "optimizer": options.optimizer,
-            "compute": options.compute,
+            "compute": computed(options.compute, pick_device()),
             "weights": load(run / "config.toml").weights,
             "weights_million": log.split("training ")[1].split(" M ")[0],
             "peak_training_gib": f"{steps[-1]['peak_bytes'] / 2**30:.2f}",

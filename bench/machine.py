@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from usage import versions
 
+from lowvram_db.memory.device import emulation
+
 RESULTS = Path(__file__).parent / "results"
 _ROOT = Path(__file__).parents[1]
 
@@ -34,7 +36,13 @@ def machine() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] \
         if cpuinfo.exists() else []  # fmt: skip
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, no GPU"
+    held = f", oneDNN held to {isa}" if (isa := os.environ.get("ONEDNN_MAX_CPU_ISA")) else ""
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, no GPU{held}"
+
+
+def computed(compute: str, device: torch.device) -> str:
+    """The arithmetic of a step: what was asked for, or what stands in where the CPU would only emulate that."""
+    return f"fp32 for {compute}" if emulation(compute, device) else compute
 
 
 def add_row(name: str, row: Mapping[str, object]) -> Path:

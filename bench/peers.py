@@ -3,7 +3,8 @@
 A peer's script is not changed: it runs under peer_launch.py, by the Python of the checkout's own virtual environment
 (`venv` or `.venv` in it, for its pins are not ours) or, where there is none, by this one. It gets the flags that its
 documentation names against a shortage of memory, but for those that give up precision, such as sd-scripts'
---full_fp16: the work is the same for all. Both encode prompts of their own and load their own photos; what that
+--full_fp16: the work is the same for all. On a CPU that would only emulate half precision they go without mixed
+precision, as ours computes in float32 there. Both encode prompts of their own and load their own photos; what that
 costs is part of their step.
 """
 
@@ -14,13 +15,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from full_size import prepare
 from recipes import LR, Work
 
 from lowvram_db.demo.miniature import write_photos
+from lowvram_db.memory.device import emulation
 from lowvram_db.memory.overheads import CONTEXT
 
 ROOT = Path(__file__).parents[1]
@@ -39,6 +43,8 @@ def run_peer(
     folder = Path(model).absolute()
     if model == "sd15":
         folder = prepare(ROOT / "runs" / "sd15-random").parent / "model"
+    if emulation(work.compute, torch.device(device)):
+        work = replace(work, compute="fp32")
     recipe = f"{kind} {_commit(script)}".strip()
     with tempfile.TemporaryDirectory() as place:
         photos, class_images = _pictures(Path(place))

@@ -27,7 +27,7 @@ from unittest.mock import patch
 
 import torch
 from adam8 import MODELS, timed
-from machine import add_row
+from machine import add_row, computed
 from recipes import Ours, Work, everywhere
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
@@ -200,7 +200,7 @@ def main() -> None:
             "model": work.model.rpartition("/")[2],
             "resolution": work.resolution,
             "batch": f"{work.batch} + {work.batch} prior",
-            "compute": work.compute,
+            "compute": computed(work.compute, device),
             "strategy": strategy,
             "threads": "" if on_device else given.threads,
             "category": kind,

@@ -24,10 +24,11 @@ from lowvram_db.families.blank import Blank
 from lowvram_db.families.source import find_configs
 from lowvram_db.kernels.launch import implementation
 from lowvram_db.memory.attention import use_attention
-from lowvram_db.memory.device import DTYPES
+from lowvram_db.memory.device import compute_dtype
 from lowvram_db.optim.storage import narrowing
 from lowvram_db.plan import predict
 from lowvram_db.train.batches import Batch
+from lowvram_db.train.learner import Learner
 from lowvram_db.train.strategy import Strategy
 
 LR = 2e-6
@@ -89,9 +90,9 @@ class _Learner(predict.BlankLearner):
 
     given: Tensor  # conditioning of all rows
 
-    def _move_to_device(self) -> None:
-        for module in self.modules.values():
-            module.to(self.device)
+    # On the device that is there.
+    _move_to_device = Learner._move_to_device
+    _arithmetic = Learner._arithmetic
 
     def timesteps(self, rows: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.step)
@@ -111,7 +112,7 @@ class Ours:
         kernels = implementation(config.kernels, device)
         self.learner = _Learner(config, family, {family.denoiser_part: network}, device, strategy, kernels)
         self.learner.given = work.conditioning(family)
-        use_attention(self.learner.denoiser, config.attention, device, DTYPES[work.compute])
+        use_attention(self.learner.denoiser, config.attention, device, self.learner.dtype)
         self._batch = Batch(work.moments(family), [""] * work.rows, work.batch)
 
     def step(self) -> None:
@@ -128,7 +129,8 @@ class Classic:
         from bitsandbytes.optim import AdamW8bit
 
         family = work.family()
-        self._family, self._device, self._dtype, self._work = family, device, DTYPES[work.compute], work
+        self._family, self._device, self._work = family, device, work
+        self._dtype = compute_dtype(work.compute, device)
         self._unet = random_denoiser(family, lambda weight: weight).to(device).train()
         self._unet.enable_gradient_checkpointing()
         use_attention(self._unet, work.attention, device, self._dtype)
@@ -143,7 +145,7 @@ class Classic:
         noise = torch.randn_like(self._latents)
         timesteps = torch.randint(0, 1000, (self._work.rows,), device=self._device)
         noisy = self._schedule.add_noise(self._latents, noise, timesteps)
-        with torch.autocast(self._device.type, self._dtype):
+        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
             prediction = self._family.denoise(self._unet, noisy, timesteps, self._conditioning)
         instance = slice(0, self._work.batch)
         loss = F.mse_loss(prediction[instance].float(), noise[instance])

@@ -17,6 +17,8 @@ import psutil
 import torch
 
 from lowvram_db.memory import driver, segments, spill
+from lowvram_db.memory.arithmetic import is_native
+from lowvram_db.memory.device import emulation
 from lowvram_db.memory.size import gib
 
 _DISK_WANTED = 20 * 2**30  # a Stable Diffusion 1.5 model, one checkpoint and the result, in float32
@@ -114,7 +116,9 @@ def _gpu() -> Line:
 
 
 def _bf16() -> Line:
-    if _device().type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if problem := emulation("bf16", _device()):
+        return Line("bf16", "absent", problem)
+    if not is_native(torch.bfloat16, _device()):
         return Line("bf16", "absent", "this card has none", 'set precision.compute = "fp16"')
     matrix = torch.ones(16, 16, device=_device(), dtype=torch.bfloat16)
     right = float((matrix @ matrix)[0, 0]) == 16
@@ -124,8 +128,8 @@ def _bf16() -> Line:
 def _attention() -> Line:
     from lowvram_db.memory.attention import preflight
 
-    dtype = torch.bfloat16 if _bf16().state == "ok" else torch.float16
-    failure = preflight("sdpa", _device(), dtype)
+    native = (dtype for dtype in (torch.bfloat16, torch.float16, torch.float32) if is_native(dtype, _device()))
+    failure = preflight("sdpa", _device(), next(native))
     detail = f"SDPA {failure}" if failure else f"SDPA, forward and backward on {_device().type}"
     return Line(
         "attention", "broken" if failure else "ok", detail, 'set attention = "xformers"' if failure else "", True

@@ -21,7 +21,14 @@ from lowvram_db.families.base import Family
 from lowvram_db.families.draw import pipeline_for
 from lowvram_db.memory import driver
 from lowvram_db.memory.budget import budget_for, cap, crowd
-from lowvram_db.memory.device import DTYPES, compute_dtype, encoder_dtype, pick_device, release_memory
+from lowvram_db.memory.device import (
+    DTYPES,
+    compute_dtype,
+    emulation,
+    encoder_dtype,
+    pick_device,
+    release_memory,
+)
 from lowvram_db.memory.out_of_memory import is_out_of_memory, reason
 from lowvram_db.memory.size import gib
 from lowvram_db.memory.spill import Watch
@@ -91,6 +98,8 @@ def _run(config: Config, resume: str) -> Run:
         say(f"training on the CPU, though there is an NVIDIA driver ({there}): `lowvram-db doctor` tells why")
     config = that_runs(config, device)
     compute_dtype(config.precision.compute, device)  # before anything is done: the card may not have it
+    if problem := emulation(config.precision.compute, device):
+        say(f"{config.precision.compute}: {problem}")
     photos = _photos(config, run)
     with run.locked():
         start = choose(run, resume)
@@ -234,9 +243,10 @@ def _train(
         trainer.restore(start)
         say(f"resumed {start} at step {trainer.step}")
     began_at = trainer.step
+    arithmetic = "fp32" if trainer.dtype == torch.float32 else config.precision.compute
     say(
         f"training {sum(parameter.numel() for parameter in trainer.parameters) / 1e6:.1f} M weights on {device}, "
-        f"{config.precision.compute}, attention {trainer.attention}, optimizer {config.optimizer.name}"
+        f"{arithmetic}, attention {trainer.attention}, optimizer {config.optimizer.name}"
     )
     train(trainer, run, partial(_sample_trainer, trainer, plan.sample_batch), meter.begins)
     meter.begins("saving")
@@ -269,12 +279,12 @@ def _sample_trainer(trainer: Trainer, at_once: int, path: Path) -> None:
     parts: dict[str, Any] = dict(trainer.modules)
     if trainer.text_encoder is None:
         parts |= {"text_encoder": None, "tokenizer": None}
-    pipeline = trainer.family.pipeline(trainer.weights, **parts).to(trainer.device)
+    pipeline = trainer.family.pipeline(trainer.activations, **parts).to(trainer.device)
 
     def inputs(prompt: str) -> dict[str, Any]:
         if trainer.text_encoder is not None:
             return {"prompt": prompt}
-        embeds, negative = (trainer.conditioning([text]).to(trainer.weights) for text in (prompt, _NO_PROMPT))
+        embeds, negative = (trainer.conditioning([text]).to(trainer.activations) for text in (prompt, _NO_PROMPT))
         return {"prompt_embeds": embeds, "negative_prompt_embeds": negative}
 
     with trainer.autocast():

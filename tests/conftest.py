@@ -112,6 +112,16 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 
 @pytest.fixture
+def halves_are_native(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Say whether this CPU computes in half precision by itself, whatever it does."""
+
+    def answer(native: bool) -> None:
+        monkeypatch.setattr("lowvram_db.memory.device.is_native", lambda dtype, _: native or dtype == torch.float32)
+
+    return answer
+
+
+@pytest.fixture
 def make_config(tmp_path: Path, miniature: Path, photos: Path) -> Callable[..., Config]:
     """A config of a run in tmp_path that takes about a second; sections are given as keyword dicts."""
 

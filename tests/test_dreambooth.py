@@ -214,6 +214,20 @@ def test_mixed_precision_runs_to_the_end(make_config, compute):
     assert {tensor.dtype for tensor in unet_of(run).values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("text_encoder", [False, True])
+def test_a_run_whose_precision_would_be_emulated_says_so_once_and_ends(
+    make_config, halves_are_native, capfd, text_encoder
+):
+    halves_are_native(False)
+    sections = {"precision": {"compute": "bf16"}, "train": {"text_encoder": text_encoder}, "sample": {"every": 2}}
+    run = run_dreambooth(make_config(**sections))
+    said = capfd.readouterr().err
+    assert said.count("bf16: emulated on this CPU, about 100 times slower; computing in fp32") == 1
+    assert "M weights on cpu, fp32, attention" in said and "left out" not in said
+    assert run.sample_grid(2).exists() and run.sample_grid(4).exists()
+    assert {tensor.dtype for tensor in unet_of(run).values()} == {torch.float32}
+
+
 def test_a_bad_photo_stops_the_run_before_any_work(make_config, photos, tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()

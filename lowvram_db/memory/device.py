@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lowvram_db.errors import UserError
 from lowvram_db.memory import segments
+from lowvram_db.memory.arithmetic import is_native
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -37,14 +38,28 @@ def _settle_arithmetic() -> None:
 
 
 def compute_dtype(compute: str, device: torch.device) -> torch.dtype:
-    """The dtype of the `precision.compute` setting. Raises UserError where the card has no such arithmetic."""
-    if compute == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    """What the `precision.compute` setting computes in: float32 on a CPU that would only emulate it. Raises UserError
+    where a card has no such arithmetic."""
+    if is_native(DTYPES[compute], device):
+        return DTYPES[compute]
+    if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         raise UserError(
             f'precision.compute: {name} has no bf16 arithmetic; set precision.compute = "fp16", and leave '
             "precision.weights out"
         )
-    return DTYPES[compute]
+    return torch.float32
+
+
+def emulation(compute: str, device: torch.device) -> str:
+    """What to say of the `precision.compute` setting where the CPU only emulates it; else empty."""
+    if not _emulates(DTYPES[compute], device):
+        return ""
+    return "emulated on this CPU, about 100 times slower; computing in fp32"
+
+
+def _emulates(dtype: torch.dtype, device: torch.device) -> bool:
+    return device.type != "cuda" and not is_native(dtype, device)
 
 
 def picture_dtypes(compute: str, device: torch.device) -> tuple[torch.dtype, torch.dtype | None]:
@@ -61,10 +76,10 @@ def picture_dtypes(compute: str, device: torch.device) -> tuple[torch.dtype, tor
 
 def encoder_dtype(setting: str, compute: str, device: torch.device) -> torch.dtype:
     """The dtype of the `cache.precision` setting: "auto" is fp16 on a GPU that will train in half precision anyway (it
-    is finer than bf16, and what overflows is encoded again in fp32), else fp32."""
+    is finer than bf16, and what overflows is encoded again in fp32), else fp32. So is what a CPU would only emulate."""
     if setting == "auto":
         setting = "fp16" if device.type == "cuda" and compute != "fp32" else "fp32"
-    return DTYPES[setting]
+    return torch.float32 if _emulates(DTYPES[setting], device) else DTYPES[setting]
 
 
 def lay_out(network: nn.Module, device: torch.device) -> None:

@@ -18,6 +18,7 @@ import torch
 from lowvram_db.config import Config
 from lowvram_db.errors import UserError
 from lowvram_db.families.blank import Blank
+from lowvram_db.memory.device import emulation
 from lowvram_db.memory.overheads import CONTEXT, CUBLAS_WORKSPACES, MARGIN
 from lowvram_db.memory.trace import OverLimit
 from lowvram_db.optim.kinds import KINDS
@@ -43,6 +44,8 @@ def choose(config: Config, family: Blank, budget: int | None, explain: bool = Fa
     plan = Plan(fits, budget, chosen, batch, min(on_the_way, at_the_end), phases, rungs, *ram)
     if fits is False:
         plan.advice = list(_advice(config, family, budget))
+    if problem := emulation(config.precision.compute, torch.device("cuda" if torch.cuda.is_available() else "cpu")):
+        plan.emulation = f"{config.precision.compute}: {problem}"
     return plan
 
 

@@ -174,11 +174,11 @@ def blank_learner(config: Config, family: Blank, strategy: Strategy, trace: Trac
 def _sampling_on_the_way(config: Config, family: Blank, learner: Learner, trace: Trace, pictures: int) -> Phase:
     start = trace.mark()
     with torch.no_grad(), learner.autocast():
-        vae = _slicing(family.load_vae(learner.weights))
+        vae = _slicing(family.load_vae(learner.activations))
         trace.label("weights", _tensors([vae]))
         conditioning = torch.empty(1, *family.conditioning_shape)
         guidance = max(config.sample.guidance)
-        _draw(config, family, learner.denoiser, vae, conditioning, pictures, guidance, learner.weights)
+        _draw(config, family, learner.denoiser, vae, conditioning, pictures, guidance, learner.activations)
     return _phase("sampling on the way", trace, start)
 
 
@@ -199,6 +199,10 @@ class BlankLearner(Learner):
 
     def _move_to_device(self) -> None:
         """They are there already, and Module.to refuses fake tensors."""
+
+    def _arithmetic(self) -> torch.dtype:
+        """A GPU's, whatever this computer is able to."""
+        return DTYPES[self.config.precision.compute]
 
     def timesteps(self, rows: int) -> Tensor:
         return _zeros(rows)

@@ -4,6 +4,7 @@ twice is answered at once."""
 import hashlib
 import json
 import os
+import platform
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,11 @@ def folder() -> Path:
 
 def key(config: Config, configs: Path, budget: int | None, explain: bool) -> str:
     """A digest of the settings that matter (and which of them are the user's), the model's config files, our code, the
-    versions of the libraries, and how memory is taken."""
+    versions of the libraries, how memory is taken, and the computer, whose arithmetic a plan tells of."""
     settings = [config.model_dump_json(exclude=_NO_MATTER, exclude_unset=unset) for unset in (False, True)]
     digest = hashlib.sha256("".join(settings).encode())
-    digest.update(f"{budget} {explain} {segments.growing()} {[version(library) for library in _LIBRARIES]}".encode())
+    versions = [version(library) for library in _LIBRARIES]
+    digest.update(f"{budget} {explain} {segments.growing()} {versions} {platform.node()}".encode())
     kernels = _PACKAGE.parent / "kernels" if (_PACKAGE.parent / "kernels").is_dir() else _PACKAGE / "kernels"
     code = [*_PACKAGE.rglob("*.py"), *kernels.glob("*.py")]
     for file in sorted([*configs.glob("*.json"), *configs.glob("*/*config.json"), *code]):

@@ -46,7 +46,8 @@ class Rung:
 
 @dataclass
 class Plan:
-    """fits: None where there is no budget to compare with. advice: changes of which each alone would make it fit."""
+    """fits: None where there is no budget to compare with. advice: changes of which each alone would make it fit.
+    emulation: of the precision, where training on the machine that makes the plan would compute in another one."""
 
     fits: bool | None
     budget_bytes: int | None
@@ -58,6 +59,7 @@ class Plan:
     ram_bytes: int = 0  # host memory of a run on a GPU, with a checkpoint's copy
     least_ram_bytes: int = 0  # of one that waits while a checkpoint is written
     advice: list[str] = field(default_factory=list)
+    emulation: str = ""
 
     @property
     def peak(self) -> Phase:
@@ -79,6 +81,15 @@ class Plan:
         phases = [Phase(**{k: v for k, v in phase.items() if k != "peak_bytes"}) for phase in tree["phases"]]
         rungs = [Rung(**{**rung, "strategy": Strategy(**rung["strategy"])}) for rung in tree["rungs"]]
         strategy = Strategy(**{key: value for key, value in tree["strategy"].items() if key != "name"})
-        plain = ("fits", "budget_bytes", "prior_batch", "sample_batch", "ram_bytes", "least_ram_bytes", "advice")
+        plain = (
+            "fits",
+            "budget_bytes",
+            "prior_batch",
+            "sample_batch",
+            "ram_bytes",
+            "least_ram_bytes",
+            "advice",
+            "emulation",
+        )
         known = {key: tree[key] for key in plain}
         return cls(strategy=strategy, phases=phases, rungs=rungs, **known)

@@ -19,6 +19,8 @@ def show(plan: Plan, explain: bool = False, console: Console | None = None) -> N
     console.print(_bars(plan))
     console.print(summary(plan), markup=False, highlight=False, soft_wrap=True)
     console.print(ram(plan), markup=False, highlight=False, soft_wrap=True)
+    if plan.emulation:
+        console.print(f"on this machine {plan.emulation}", markup=False, highlight=False, soft_wrap=True)
     if explain:
         console.print(_ladder(plan))
 

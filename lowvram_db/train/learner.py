@@ -17,6 +17,7 @@ from lowvram_db.families.base import Architecture
 from lowvram_db.kernels.launch import Implementation
 from lowvram_db.kernels.noise_loss import noise_loss, noisy_latents
 from lowvram_db.memory.device import compute_dtype, lay_out, sent
+from lowvram_db.memory.widening import widen
 from lowvram_db.optim.choices import build, make_state
 from lowvram_db.optim.kinds import StepsInBackward
 from lowvram_db.optim.loss_scale import LossScale
@@ -53,8 +54,9 @@ class Learner(ABC):
         stores them. With adam8, backward steps them from now on."""
         self.config, self.family, self.device = config, family, device
         self.triton = kernels == "triton"  # for noise and loss
-        self.dtype = compute_dtype(config.precision.compute, device)
-        self.weights = DTYPES[config.weights]
+        self.dtype = self._arithmetic()
+        stored = DTYPES[config.weights]
+        self.activations = torch.float32 if self.dtype == torch.float32 else stored  # as they enter the networks
         self.table = objective.table(family.noise_schedule, config.train.min_snr_gamma).to(device)
         self.step = self.micro_batch = 0  # optimizer steps done, and batches of the one in hand
         self.modules = {name: network.requires_grad_().train() for name, network in networks.items()}
@@ -80,6 +82,9 @@ class Learner(ABC):
             device=device,
         )
         self._move_to_device()
+        if self.activations != stored:
+            for module in self.modules.values():
+                widen(module)
         make_state(self.optimizer)
         self.scaler = self._loss_scale()
 
@@ -100,11 +105,17 @@ class Learner(ABC):
         elif self.text_encoder:
             self.text_encoder.gradient_checkpointing_disable()
 
+    def _arithmetic(self) -> torch.dtype:
+        """float32 also where the CPU would only emulate what the config asks for."""
+        return compute_dtype(self.config.precision.compute, self.device)
+
     def _loss_scale(self) -> LossScale | torch.amp.GradScaler:
+        # Also where fp16 is computed in float32: gradients are stored in fp16, and a checkpoint may go on elsewhere.
+        scaled = self.config.precision.compute == "fp16"
         if not isinstance(self.optimizer, StepsInBackward):
-            return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+            return torch.amp.GradScaler(self.device.type, enabled=scaled)
         self.optimizer.attach()
-        return LossScale(self.optimizer, dynamic=self.dtype == torch.float16)
+        return LossScale(self.optimizer, dynamic=scaled)
 
     def autocast(self) -> torch.autocast:
         """For weights that are more precise than the arithmetic."""
@@ -150,7 +161,7 @@ class Learner(ABC):
         address = torch.tensor([self.config.train.seed, self.batch_number])
         given = (*batch.moments, self.timesteps(rows), address, weights)
         mean, logvar, timesteps, address, weights = (sent(tensor, self.device) for tensor in given)
-        conditioning = None if self.text_encoder else self.conditioning(batch.prompts).to(self.weights)
+        conditioning = None if self.text_encoder else self.conditioning(batch.prompts).to(self.activations)
         return Inputs(mean, logvar, timesteps, address, weights, conditioning)
 
     def forward(self, inputs: Inputs, prompts: list[str], part: slice) -> tuple[Tensor, Tensor]:
@@ -160,9 +171,9 @@ class Learner(ABC):
         with self.autocast():
             prediction = self.family.denoise(
                 self.denoiser,
-                noisy.to(self.weights),
+                noisy.to(self.activations),
                 timesteps[part],
-                self.conditioning(prompts[part]).to(self.weights) if conditioning is None else conditioning[part],
+                self.conditioning(prompts[part]).to(self.activations) if conditioning is None else conditioning[part],
             )
         # A draw belongs to a row's number in the whole batch: the other rows stand in with a weight of zero.
         before, after = part.start, len(mean) - part.start - len(prediction)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 BENCH = Path(__file__).parents[2] / "bench"
+BASE = str(BENCH.parent / "lowvram_db" / "demo" / "base")
 TRAINER = """
 import torch, time
 weight = torch.nn.Parameter(torch.ones(4))
@@ -39,9 +40,10 @@ def peers(compare):
 @pytest.fixture
 def run_peer(compare, tmp_path):
     """Run a script as if it were diffusers' trainer."""
-    work, path = compare.Work("lowvram_db/demo/base", 64, compute="fp32"), tmp_path / "train_dreambooth.py"
+    path = tmp_path / "train_dreambooth.py"
 
-    def run(text):
+    def run(text, compute="fp32"):
+        work = compare.Work("lowvram_db/demo/base", 64, compute=compute)
         path.write_text(text)
         return compare.run_peer("diffusers", path, "lowvram_db/demo/base", work, "cpu", 3, None)
 
@@ -107,6 +109,46 @@ def test_a_checkout_is_named_by_its_commit_and_searched_up_to_its_root(peers, tm
 def test_a_peer_imports_its_own_modules_also_where_ours_have_the_same_name(run_peer, tmp_path):
     (tmp_path / "machine.py").write_text("MINE = True")
     assert run_peer(f"import machine\nassert machine.MINE\n{TRAINER}")["outcome"] == "ok"
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_peers_go_without_mixed_precision_where_it_would_be_emulated(
+    run_peer, peers, monkeypatch, halves_are_native, native
+):
+    halves_are_native(native)
+    commands = []
+
+    def noted(command, **_):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 1, "", "not run")
+
+    monkeypatch.setattr(peers.subprocess, "run", noted)
+    run_peer(TRAINER, compute="bf16")
+    (words,) = commands
+    assert words[words.index("--mixed_precision") + 1] == ("bf16" if native else "no")
+
+
+@pytest.mark.parametrize("recipe", ["Ours", "Classic"])
+def test_recipes_compute_in_float32_where_half_precision_would_be_emulated(compare, halves_are_native, recipe):
+    """Seen at the doors of the UNet; ours stores its weights as ever."""
+    halves_are_native(False)
+    made = getattr(compare, recipe)(compare.Work(BASE, 64, compute="bf16"), torch.device("cpu"))
+    unet = made.learner.denoiser if recipe == "Ours" else made._unet
+    seen = set()
+    for layer in (unet.conv_in, unet.conv_out):
+        layer.register_forward_hook(lambda _, inputs, output: seen.update([inputs[0].dtype, output.dtype]))
+    made.step()
+    assert seen == {torch.float32}
+    assert unet.conv_in.weight.dtype == (torch.bfloat16 if recipe == "Ours" else torch.float32)
+
+
+@pytest.mark.parametrize(("native", "said"), [(True, "bf16"), (False, "fp32 for bf16")])
+def test_a_row_says_what_was_computed_in(compare, monkeypatch, halves_are_native, native, said):
+    halves_are_native(native)
+    rows = []
+    monkeypatch.setattr(compare, "add_row", lambda name, row: rows.append(row))
+    compare._report(compare.Work(BASE, 64), "cpu", None, 1, {"recipe": "ours", "outcome": "out of memory"})
+    assert rows[0]["compute"] == said
 
 
 def test_a_peer_that_stops_early_is_no_measurement(run_peer):

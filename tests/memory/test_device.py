@@ -2,7 +2,14 @@ import pytest
 import torch
 
 from lowvram_db.errors import UserError
-from lowvram_db.memory.device import compute_dtype, free_bytes, peak_bytes
+from lowvram_db.memory.device import (
+    compute_dtype,
+    emulation,
+    encoder_dtype,
+    free_bytes,
+    peak_bytes,
+    picture_dtypes,
+)
 
 
 def test_peak_memory_of_the_process_grows_with_use():
@@ -17,7 +24,19 @@ def test_a_card_without_bf16_is_told_of_fp16(monkeypatch):
     with pytest.raises(UserError, match=r'Tesla T4 has no bf16 arithmetic; set precision.compute = "fp16"'):
         compute_dtype("bf16", torch.device("cuda"))
     assert compute_dtype("fp16", torch.device("cuda")) == torch.float16
-    assert compute_dtype("bf16", torch.device("cpu")) == torch.bfloat16
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize(("setting", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_what_a_cpu_would_emulate_is_trained_drawn_and_encoded_in_float32_and_that_is_said(
+    halves_are_native, setting, dtype, native
+):
+    halves_are_native(native)
+    cpu, used = torch.device("cpu"), dtype if native else torch.float32
+    assert compute_dtype(setting, cpu) == encoder_dtype(setting, "fp32", cpu) == used
+    assert picture_dtypes(setting, cpu) == (used, None)
+    assert encoder_dtype("auto", setting, cpu) == compute_dtype("fp32", cpu) == torch.float32
+    assert bool(emulation(setting, cpu)) is not native and not emulation("fp32", cpu)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:0"])

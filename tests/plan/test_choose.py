@@ -1,4 +1,5 @@
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 from hypothesis import example, given
@@ -11,6 +12,7 @@ from lowvram_db.memory.trace import OverLimit
 from lowvram_db.plan import predict
 from lowvram_db.plan.choose import _advice, _training, choose
 from lowvram_db.plan.result import Phase, Plan
+from lowvram_db.plan.show import show
 from lowvram_db.train.strategy import ladder
 
 SMALL = {"prior": {"batch": 1}, "train": {"resolution": 128, "batch": 4}}
@@ -30,6 +32,20 @@ def test_the_fastest_that_fits_is_taken(planned, blank):
         plan = choose(config, blank, just)
         assert plan.strategy == ladder(config, 5)[place]
         assert plan.fits and plan.peak.peak_bytes * (1 + MARGIN) <= just
+
+
+@pytest.mark.parametrize("compute", ["bf16", "fp16"])
+def test_a_plan_is_for_gpus_and_tells_what_this_cpu_would_emulate(planned, blank, halves_are_native, compute, capsys):
+    plans = []
+    for native in (True, False):
+        halves_are_native(native)
+        plans.append(choose(planned(**SMALL, precision={"compute": compute}), blank, 2**33))
+    able, unable = plans
+    assert unable.emulation == f"{compute}: emulated on this CPU, about 100 times slower; computing in fp32"
+    assert Plan.from_json(unable.to_json()) == unable == replace(able, emulation=unable.emulation)
+    for plan in plans:
+        show(plan)
+        assert (f"on this machine {compute}: emulated" in capsys.readouterr().out) == bool(plan.emulation)
 
 
 class Peaks:

@@ -22,6 +22,15 @@ def test_a_plan_is_made_where_none_can_be_kept(make_config, tmp_path, monkeypatc
     assert made
 
 
+def test_a_plan_is_remembered_for_the_computer_it_was_made_on(make_config, miniature, monkeypatch):
+    """They may share a home, and not the arithmetic."""
+    keys = set()
+    for name in ("one", "other", "one"):
+        monkeypatch.setattr("platform.node", lambda name=name: name)
+        keys.add(remember.key(make_config(), miniature, None, False))
+    assert len(keys) == 2
+
+
 @pytest.mark.parametrize("content", ["", "[]", "[" * 100_000, '{"phases": [1]}', '{"phases": {}}', "\0" * 99])
 def test_what_is_no_plan_is_not_taken_for_one(tmp_path, monkeypatch, content):
     monkeypatch.setattr(remember, "folder", lambda: tmp_path)

@@ -1,4 +1,5 @@
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from lowvram_db.demo.miniature import write_pipeline
 from lowvram_db.errors import UserError
 from lowvram_db.kernels import bits
 from lowvram_db.kernels.noise_loss import noise_loss, noisy_latents
+from lowvram_db.memory.arithmetic import is_native
 from lowvram_db.optim.choices import build
 from lowvram_db.run import Run
 from lowvram_db.train import checkpoint, objective
@@ -141,15 +143,45 @@ def test_gradient_checkpointing_changes_memory_only(make_config, make_trainer):
     assert on == off
 
 
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 @pytest.mark.parametrize("weights", [None, "fp32"])
-@pytest.mark.parametrize("compute", ["bf16", "fp16"])
+@pytest.mark.parametrize("compute", HALVES)
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_half_precision_stays_near_float32(make_config, make_trainer, weights, compute, checkpointing):
     train = {"gradient_checkpointing": checkpointing}
     exact = losses_of(make_trainer, make_config(train=train))
     mixed = losses_of(make_trainer, make_config(train=train, precision={"compute": compute, "weights": weights}))
     assert mixed == pytest.approx(exact, rel=0.03)
-    assert mixed != exact
+    stored = weights is None
+    assert (mixed != exact) == (stored or is_native(HALVES[compute], torch.device("cpu")))
+
+
+@pytest.mark.parametrize("weights", ["bf16", "bf16+residual", "fp16"])
+def test_weights_in_half_precision_train_in_float32_where_that_would_be_emulated(
+    make_config, make_trainer, halves_are_native, weights
+):
+    """Losses and gradients are those of a float32 network that begins with the weights as they are stored."""
+    halves_are_native(False)
+    compute, train = weights.partition("+")[0], {"text_encoder": True}
+    trainer = make_trainer(make_config(train=train, precision={"compute": compute, "weights": weights}))
+    exact = make_trainer(make_config(train=train, optimizer={"name": "adamw"}))
+    gradients = {}
+    with torch.no_grad():
+        for place, (stored, whole) in enumerate(zip(trainer.parameters, exact.parameters, strict=True)):
+            whole.copy_(stored)
+            stored.register_hook(partial(gradients.__setitem__, place))
+    scale = trainer.scaler.get_scale()
+    assert (scale > 1) == (compute == "fp16"), "gradients are stored in fp16, and faint ones would be lost"
+    losses = [trained.backward(trained.batches[0]).total for trained in (trainer, exact)]
+    assert torch.equal(*losses)
+    half, once = HALVES[compute], torch.finfo(HALVES[compute]).eps / 2 * 1.001
+    for place, whole in enumerate(exact.parameters):
+        assert gradients[place].dtype == half
+        faint = 1e-6 * whole.grad.abs().max().item() + torch.finfo(half).tiny * once / scale
+        torch.testing.assert_close(gradients[place].float() / scale, whole.grad, rtol=once, atol=faint)
+    assert {parameter.dtype for parameter in trainer.parameters} == {half}
 
 
 def test_weights_stay_float32_under_autocast(make_config, make_trainer):
@@ -304,7 +336,9 @@ def test_fp16_gradients_that_overflow_are_no_broken_optimizer(make_config, make_
     config = make_config(precision={"compute": "fp16"}, optimizer={"name": "adamw"})
     trainer, run = make_trainer(config), Run.of(config)
     run.folder.mkdir(parents=True)
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100, backoff_factor=2.0**-90)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, backoff_factor=2.0**-10)
+    overflow = iter([torch.inf])
+    trainer.parameters[0].register_hook(lambda gradient: gradient * next(overflow, 1.0))
     train(trainer, run, sample=lambda path: None)
     assert trainer.scaler.get_scale() == 2.0**10
 
