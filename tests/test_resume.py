@@ -17,7 +17,7 @@ from lowvram_db.errors import UserError
 from lowvram_db.run import Run
 from lowvram_db.train.checkpoint import latest
 
-OPTIMIZERS = ["adamw", "bnb-adam8", "adam8"]
+OPTIMIZERS = ["bnb-adam8", "adam8"]  # which keep gradients until the step, and do not
 STEPS = 12
 
 
