@@ -31,7 +31,7 @@ _UNIT_SCALE = 4.6566127342e-10
 _SMALLEST_UNIFORM = 1.0e-7
 
 
-Number = int | Tensor  # an int64 scalar tensor, for what is to be compiled once for all values
+Number = int | Tensor  # an int64 tensor of one element, of a number that lies on a device
 Counter = TypeVar("Counter", int, Tensor)
 
 

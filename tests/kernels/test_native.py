@@ -126,6 +126,19 @@ def test_where_nothing_can_be_kept_the_process_has_its_own(compiler, monkeypatch
     assert folder != "a file" or (tmp_path / "cache").read_text() == "of the user's"
 
 
+def test_what_may_not_be_loaded_from_the_cache_is_loaded_from_elsewhere(compiler, monkeypatch, tmp_path):
+    """As where home is mounted without execution."""
+    load = ctypes.CDLL
+
+    def refusing(path):
+        if path.startswith(str(tmp_path / "cache")):
+            raise OSError("failed to map segment from shared object")
+        return load(path)
+
+    monkeypatch.setattr(ctypes, "CDLL", refusing)
+    assert native.works() and kept(tmp_path)
+
+
 def step_once(kernels):
     weight, grad, ones = torch.zeros(300), torch.ones(300), torch.ones(1)
     state = torch.zeros(300, dtype=torch.int16), torch.zeros(2, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
