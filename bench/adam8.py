@@ -90,11 +90,16 @@ def copy_speed(device: torch.device) -> float:
     """GB/s, read and written, of copying 1 GiB (64 MiB on a CPU)."""
     source = torch.empty(2**28 if device.type == "cuda" else 2**24, device=device)
     target = torch.empty_like(source)
-    (seconds,) = timed([lambda: target.copy_(source)], device, 20)
+    seconds = timed(lambda: target.copy_(source), device, 20)
     return 2 * source.nbytes / seconds / 1e9
 
 
-def timed(calls: list[Callable[[], Any]], device: torch.device, repeats: int) -> list[float]:
+def timed(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """Median seconds of a call, after two that do not count."""
+    return timed_in_turn([call], device, repeats)[0]
+
+
+def timed_in_turn(calls: list[Callable[[], Any]], device: torch.device, repeats: int) -> list[float]:
     """Median seconds of each call, made in turn, after two rounds that do not count."""
     rounds = []
     for _ in range(repeats + 2):
@@ -166,9 +171,10 @@ def main() -> None:
     device = pick_device()
     shapes = parameter_shapes(given.model, given.share or (1.0 if device.type == "cuda" else 0.1))
     model, copy = given.model + (", a core busy" if given.busy else ""), copy_speed(device)
-    for group in (
+    groups = (
         [[name] for name in CONTENDERS] if device.type == "cuda" else [list(CONTENDERS)]
-    ):  # a card has no room for all
+    )  # a card has no room for all
+    for group in groups:
         optimizers = {}
         for name in group:
             if importlib.util.find_spec(CONTENDERS[name][0]) is None:
@@ -179,7 +185,7 @@ def main() -> None:
             except Exception as error:  # what a contender cannot do here is its own affair
                 print(f"{name}: {type(error).__name__}: {error}".splitlines()[0], flush=True)
         with a_core_busy() if given.busy else nullcontext():
-            seconds = timed([optimizer.step for optimizer in optimizers.values()], device, given.repeats)
+            seconds = timed_in_turn([optimizer.step for optimizer in optimizers.values()], device, given.repeats)
         for (name, optimizer), time_taken in zip(optimizers.items(), seconds, strict=True):
             row = {
                 "optimizer": name,
