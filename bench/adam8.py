@@ -173,7 +173,7 @@ def main() -> None:
     model, copy = given.model + (", a core busy" if given.busy else ""), copy_speed(device)
     groups = (
         [[name] for name in CONTENDERS] if device.type == "cuda" else [list(CONTENDERS)]
-    )  # a card has no room for all
+    )
     for group in groups:
         optimizers = {}
         for name in group:
