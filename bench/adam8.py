@@ -171,9 +171,7 @@ def main() -> None:
     device = pick_device()
     shapes = parameter_shapes(given.model, given.share or (1.0 if device.type == "cuda" else 0.1))
     model, copy = given.model + (", a core busy" if given.busy else ""), copy_speed(device)
-    groups = (
-        [[name] for name in CONTENDERS] if device.type == "cuda" else [list(CONTENDERS)]
-    )
+    groups = [[name] for name in CONTENDERS] if device.type == "cuda" else [list(CONTENDERS)]
     for group in groups:
         optimizers = {}
         for name in group:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import bits
+from . import bits, native
 from .adam8 import Address
-from .launch import constant, jit, tl
+from .launch import Implementation, constant, jit, tl
 from .storage import float32, mode_of, narrow, narrow_kernel, pattern, widen, widen_kernel
 
 EPS = 1e-15  # squared, the least second moment
@@ -49,7 +49,7 @@ def update_(
     unscale: Tensor,
     numbers: Tensor,
     address: Address,
-    triton: bool,
+    kernels: Implementation,
 ) -> None:
     """One Adafactor step in place.
 
@@ -79,13 +79,13 @@ def update_(
     skipped += ~finite
     rows.copy_(new_rows)
     columns.copy_(new_columns)
-    if triton:
+    if kernels == "triton":
         _launch(weight, residual, grad, ratios, columns, unscale, factor, decay, address)
         return
     for part in parts:
         move = _directions(grad[part], ratios[part], columns, unscale).mul_(factor)
         rest = None if residual is None else residual[part]
-        _apply(weight[part], rest, move, decay, address, part.start * grad.shape[1])
+        _apply(weight[part], rest, move, decay, address, part.start * grad.shape[1], kernels)
 
 
 def _directions(grad: Tensor, ratios: Tensor, columns: Tensor, unscale: Tensor) -> Tensor:
@@ -93,15 +93,30 @@ def _directions(grad: Tensor, ratios: Tensor, columns: Tensor, unscale: Tensor) 
     return torch.outer(ratios, columns).clamp_(min=EPS * EPS).rsqrt_().mul_(grad).mul_(unscale)
 
 
-def _apply(weight: Tensor, residual: Tensor | None, move: Tensor, decay: Tensor, address: Address, first: int) -> None:
+def _apply(
+    weight: Tensor,
+    residual: Tensor | None,
+    move: Tensor,
+    decay: Tensor,
+    address: Address,
+    first: int,
+    kernels: Implementation,
+) -> None:
     """weight <- weight * decay - move, rounded stochastically; as it was where `move` is no number. first: the number
     of its first element."""
     flat, rest = weight.view(-1), None if residual is None else residual.view(-1)
     old = widen(flat, rest)
-    groups = torch.arange(first // 8, (first + len(old) + 7) // 8, device=weight.device)
-    random = bits.lanes(groups, address.seed, address.step, address.tensor, address.stream)
     new = old * decay - move.view(-1)
-    narrow(torch.where(new == new, new, old), random.flatten()[first % 8 :][: len(old)], flat, rest)
+    new = torch.where(new == new, new, old)
+    if weight.dtype == torch.float32:
+        flat.copy_(new)
+        return
+    groups = range(first // 8, (first + len(old) + 7) // 8)
+    if kernels == "native" and native.works():
+        random = native.lanes(groups, address)
+    else:
+        random = bits.lanes(torch.arange(groups.start, groups.stop, device=weight.device), *address).flatten()
+    narrow(new, random[first % 8 :][: len(old)], flat, rest)
 
 
 _EPS, _SIZE = constant(EPS * EPS), constant(_ELEMENTS)

@@ -327,8 +327,8 @@ extern "C" void adam8_step(const Tensors* t, int32_t threads) {
     *t->skipped += job.skipped;
 }
 
-// The random bits of a block, for tests.
+// The random bits of some blocks, for steps that are not made here.
 extern "C" void adam8_lanes(uint64_t group, uint64_t seed, uint64_t step, uint64_t tensor, uint64_t stream,
-                            uint16_t* random) {
-    lanes(group, seed, step, tensor, stream, random);
+                            uint16_t* random, int64_t blocks) {
+    for (int64_t b = 0; b < blocks; b++) lanes(group + b * (BLOCK / 8), seed, step, tensor, stream, random + b * BLOCK);
 }

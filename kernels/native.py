@@ -58,6 +58,16 @@ def step(
     library().adam8_step(arguments, torch.get_num_threads())
 
 
+def lanes(groups: range, address: tuple[int, Tensor, int, int]) -> Tensor:
+    """As bits.lanes of these groups, flat: int32 [8 * groups]."""
+    seed, call, tensor, stream = address
+    blocks = -(-len(groups) // 32)
+    random = torch.empty(256 * blocks, dtype=torch.int16)
+    words = groups.start, seed & 0xFFFFFFFFFFFFFFFF, int(call), tensor, stream
+    library().adam8_lanes(*map(ctypes.c_uint64, words), ctypes.c_void_p(random.data_ptr()), ctypes.c_int64(blocks))
+    return random[: 8 * len(groups)].int().bitwise_and_(0xFFFF)
+
+
 @functools.cache
 def works() -> bool:
     """Whether step() can be called. The first call compiles, and says in a warning why it cannot, and the mend."""

@@ -108,7 +108,7 @@ class Adafactor(InBackward):
             unscale,
             self._numbers_by_group[self._group_of[p]],
             Address(self._seed, self._call, place, STREAM),
-            self._kernels == "triton",
+            self._kernels,
         )
 
     def _may_be_half_stepped(self) -> bool:

@@ -12,18 +12,19 @@ from lowvram_db.kernels.adafactor import step_numbers, update_
 from lowvram_db.kernels.adam8 import Address
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KERNELS = ["triton"] if DEVICE == "cuda" else ["triton", "native"]  # on a CPU Triton's are interpreted
 DTYPES = {"bf16": torch.bfloat16, "bf16+residual": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class Matrix:
     """A weight with its state."""
 
-    def __init__(self, start, mode, triton=False):
+    def __init__(self, start, mode, kernels="torch"):
         self.weight = start.to(DEVICE, DTYPES[mode], copy=True)
         self.residual = torch.zeros_like(self.weight, dtype=torch.int8) if mode == "bf16+residual" else None
         self.rows, self.columns = (torch.zeros(n, device=DEVICE) for n in start.shape)
         self.skipped = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-        self.triton, self.steps = triton, 0
+        self.kernels, self.steps = kernels, 0
 
     def step(self, grad, lr=1e-3, weight_decay=0.01, unscale=1.0):
         self.steps += 1
@@ -37,7 +38,7 @@ class Matrix:
             torch.tensor([unscale], device=DEVICE),
             torch.tensor(step_numbers(self.steps, lr=lr, weight_decay=weight_decay), device=DEVICE),
             Address(7, torch.tensor([self.steps], device=DEVICE), 3, 16),
-            self.triton,
+            self.kernels,
         )
 
 
@@ -76,10 +77,11 @@ def test_a_vector_is_a_matrix_of_one_row():
 
 @pytest.mark.parametrize("shape", [(5, 1000), (33, 7), (1, 4096), (300, 1)])
 @pytest.mark.parametrize("mode", DTYPES)
-def test_the_kernel_means_what_its_twin_means(mode, shape):
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_the_kernel_means_what_its_twin_means(mode, shape, kernels):
     """Roots may differ in the last bit, and so now and then what a weight is rounded to."""
     start = 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    twin, kernel = Matrix(start, mode), Matrix(start, mode, triton=True)
+    twin, kernel = Matrix(start, mode), Matrix(start, mode, kernels)
     for grad in gradients(shape, 3):
         twin.step(grad)
         kernel.step(grad)
@@ -94,10 +96,10 @@ def test_the_kernel_means_what_its_twin_means(mode, shape):
             kernel.residual.copy_(twin.residual)
 
 
-@pytest.mark.parametrize("triton", [False, True])
+@pytest.mark.parametrize("kernels", ["torch", *KERNELS])
 @pytest.mark.parametrize("mode", DTYPES)
-def test_a_gradient_that_is_not_finite_changes_nothing(mode, triton):
-    matrix = Matrix(0.1 * torch.randn(8, 600, generator=torch.Generator().manual_seed(1)), mode, triton)
+def test_a_gradient_that_is_not_finite_changes_nothing(mode, kernels):
+    matrix = Matrix(0.1 * torch.randn(8, 600, generator=torch.Generator().manual_seed(1)), mode, kernels)
     good, _ = gradients((8, 600), 2)
     matrix.step(good)
     before = [tensor.clone() for tensor in (matrix.weight, matrix.rows, matrix.columns)]
