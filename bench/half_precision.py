@@ -26,7 +26,7 @@ from lowvram_db.memory.device import DTYPES, pick_device
 
 _CPU = torch.device("cpu")
 _LAYERS: dict[str, tuple[Callable[..., torch.Tensor], tuple[int, ...], tuple[int, ...]]] = {
-    "3 x 3 convolution, 320 channels, 16 x 16": (functional.conv2d, (1, 320, 16, 16), (320, 320, 3, 3)),
+    "3 x 3 convolution, 320 channels, 32 x 32": (functional.conv2d, (1, 320, 32, 32), (320, 320, 3, 3)),
     "linear, 320 to 1280, 1024 tokens": (functional.linear, (1024, 320), (1280, 320)),
 }
 
