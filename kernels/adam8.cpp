@@ -3,17 +3,12 @@
 // A block stays in L1 from its first read to its last write, in loops of 256 floats that GCC and Clang make vectors of;
 // short ones, for a processor looks ahead over few instructions, and long chains leave it idle. Operations come in the
 // twin's order and are rounded one by one (-ffp-contract=off); fused are only those that are exact either way, and the
-// polynomials. Blocks are independent: which thread steps which is the first come's, and changes nothing.
+// polynomials. Blocks are independent: which thread steps which changes nothing.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <condition_variable>
 #include <cstdint>
 #include <cstring>
-#include <mutex>
-#include <system_error>
-#include <thread>
 
 namespace {
 
@@ -23,8 +18,9 @@ constexpr float LIMIT = 1.5f, TRUST = 0.9f;
 constexpr uint32_t FAINTEST = 0x00800000, INFINITE = 0x7F800000;  // patterns of 2^-126 and infinity
 
 constexpr float ROUND = 1.5f * (1 << 23);  // added, it leaves the nearest whole number in the low bits of the pattern
-constexpr int CHUNK = 16;                  // blocks a thread takes at once
-constexpr int WORTH_A_THREAD = 64;         // blocks take longer than another thread takes to wake up
+constexpr int CHUNK = 16;           // blocks a thread takes at once
+constexpr int WORTH_THREADS = 512;  // blocks: a quarter of a millisecond; less is not worth waiting for a thread whose
+                                    // core another process has
 
 enum Storage : int32_t { BF16, FP16, FP32 };
 
@@ -258,73 +254,18 @@ bool step_block(const Tensors& t, const Step& step, int64_t block) {
     return true;
 }
 
-struct Job {
-    const Tensors& t;
-    const int64_t blocks;
-    std::atomic<int64_t> next{0};
-    std::atomic<int32_t> skipped{0};
-
-    void work() {
-        const Step step = *t.numbers;
-        for (int64_t first; (first = next.fetch_add(CHUNK)) < blocks;)
-            for (int64_t block = first; block < std::min(first + CHUNK, blocks); block++)
-                if (!step_block(t, step, block)) skipped++;
-    }
-};
-
-// Threads that sleep until there is a job. Nobody waits for one that has not come: where others keep a core busy, or in
-// a forked process, which has none of them, the caller does the work.
-class Pool {
-    std::mutex mutex;
-    std::condition_variable wake, left;
-    Job* job = nullptr;
-    int threads = 0, wanted = 0, working = 0;
-    std::atomic<bool> taken{false};
-
-    void help() {
-        std::unique_lock<std::mutex> lock(mutex);
-        for (;;) {
-            wake.wait(lock, [&] { return job && wanted > 0; });
-            Job* mine = job;
-            wanted--, working++;
-            lock.unlock();
-            mine->work();
-            lock.lock();
-            if (--working == 0) left.notify_one();
-        }
-    }
-
-public:
-    void run(Job& given, int helpers) {
-        if (taken.exchange(true)) return given.work();  // another thread's step has them
-        {
-            std::lock_guard<std::mutex> lock(mutex);
-            try {
-                for (; threads < helpers; threads++) std::thread([this] { help(); }).detach();
-            } catch (const std::system_error&) {
-            }  // as many as the system gives
-            job = &given, wanted = helpers;
-        }
-        helpers == 1 ? wake.notify_one() : wake.notify_all();
-        given.work();
-        std::unique_lock<std::mutex> lock(mutex);
-        job = nullptr;
-        left.wait(lock, [&] { return working == 0; });
-        lock.unlock();
-        taken = false;
-    }
-};
-
 }  // namespace
 
+// With the threads that torch has already: they wait for work where a pool of our own would have to be woken, or would
+// find torch's spinning in its place.
 extern "C" void adam8_step(const Tensors* t, int32_t threads) {
-    static Pool& pool = *new Pool;  // never destroyed: its threads wait in it as the process ends
-    Job job{*t, (t->n + BLOCK - 1) / BLOCK};
-    if (threads > 1 && job.blocks >= WORTH_A_THREAD)
-        pool.run(job, threads - 1);
-    else
-        job.work();
-    *t->skipped += job.skipped;
+    const Step step = *t->numbers;
+    const int64_t blocks = (t->n + BLOCK - 1) / BLOCK;
+    int32_t skipped = 0;
+#pragma omp parallel for if (blocks >= WORTH_THREADS) num_threads(threads) schedule(dynamic, CHUNK) \
+    reduction(+ : skipped)
+    for (int64_t block = 0; block < blocks; block++) skipped += !step_block(*t, step, block);
+    *t->skipped += skipped;
 }
 
 // The random bits of some blocks, for steps that are not made here.

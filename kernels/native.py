@@ -29,8 +29,9 @@ from .adam8_step import step_numbers
 _SOURCE = Path(__file__).with_name("adam8.cpp")
 # Sums and products are rounded as they are written. What is left out is the error number of a square root and the traps
 # that nobody sets, for the sake of which loops would not become vectors.
-_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", "-fno-math-errno",
+_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno",
           "-fno-trapping-math"]  # fmt: skip
+_THREADS = "-fopenmp"  # where there is none, a step takes one thread
 _FOR_THIS_PROCESSOR = {"x86_64": "-march=native", "amd64": "-march=native",
                        "aarch64": "-mcpu=native", "arm64": "-mcpu=native"}  # fmt: skip
 _STORAGE = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -97,7 +98,7 @@ def library() -> Any:
     """adam8.cpp. Raises RuntimeError or OSError where it cannot be compiled or loaded."""
     compiler = _compiler()
     digest = hashlib.sha256(_SOURCE.read_bytes())
-    digest.update(repr((compiler, _flags(), _run([*compiler, "--version"]), _processor())).encode())
+    digest.update(repr((compiler, _flags(), _THREADS, _run([*compiler, "--version"]), _processor())).encode())
     key = digest.hexdigest()[:24]
     built = _kept(key) or _keep(key, _compile(compiler))
     try:
@@ -136,7 +137,11 @@ def _compile(compiler: list[str]) -> Path:
     """A new library, in a folder of its own that lives as long as this process."""
     folder = tempfile.mkdtemp(dir=_own_folder().name)
     built = Path(folder, "adam8.dll" if sys.platform == "win32" else "adam8.so")
-    _run([*compiler, *_flags(), str(_SOURCE), "-o", str(built)])
+    command = [*compiler, *_flags(), str(_SOURCE), "-o", str(built)]
+    try:
+        _run([*command, _THREADS])
+    except RuntimeError:  # as Apple's, which lacks it
+        _run(command)
     return built
 
 

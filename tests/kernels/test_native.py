@@ -125,6 +125,12 @@ def test_where_nothing_can_be_kept_the_process_has_its_own(compiler, monkeypatch
     assert folder != "a file" or (tmp_path / "cache").read_text() == "of the user's"
 
 
+def test_a_compiler_without_openmp_gives_one_thread(compiler, ask_again, monkeypatch, tmp_path):
+    script = tmp_path / "compiler"
+    script.write_text(script.read_text().replace("echo >>", 'case "$*" in *-fopenmp*) exit 1;; esac; echo >>'))
+    assert native.works() and compiler[2]() == 1
+
+
 def test_what_may_not_be_loaded_from_the_cache_is_loaded_from_elsewhere(compiler, monkeypatch, tmp_path):
     """As where home is mounted without execution."""
     load = ctypes.CDLL
