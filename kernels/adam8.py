@@ -61,7 +61,8 @@ def update_(
 ) -> None:
     """One AdamW step in place.
 
-    weight: [n], flat: bf16 (with `residual`, int8 [n]: 24 bits together), fp16 or float32. grad: [n], any of these.
+    weight: bf16 (with `residual`, int8 [n]: 24 bits together), fp16 or float32. grad: any of these. Both dense, of n
+    elements that count in the order of memory, which is the same for both.
     codes: int16 [n] and scales: int32 [ceil(n / 256)], the state, of which nothing stays where keep_scaled and keep_v
     are 0. skipped: int32 [1], grows by the number of blocks left as they were because a gradient in them was not
     finite. unscale: float32 [1], multiplies the gradient; where it is NaN the whole tensor is left as it was. numbers:
@@ -73,13 +74,18 @@ def update_(
         run = _launch if kernels == "triton" else native.step
         run(weight, residual, grad, codes, scales, skipped, unscale, numbers, address)
         return
-    size = chunk_of(weight.device)
+    weight, grad, size = flat(weight), flat(grad), chunk_of(weight.device)
     for first in range(0, len(weight), size):
         chunk = slice(first, first + size)
         blocks = slice(first // BLOCK, (first + size) // BLOCK)
         rest = None if residual is None else residual[chunk]
         state = codes[chunk], scales[blocks], skipped
         _twin(weight[chunk], rest, grad[chunk], *state, unscale, numbers, address, first // 8)
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """A dense tensor's elements in the order of its memory, [n], without a copy."""
+    return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
 
 
 def steps_at_once(kernels: Implementation) -> bool:
@@ -252,7 +258,7 @@ def _launch(
     address: Address,
 ) -> None:
     mode = "residual" if residual is not None else _MODES[weight.dtype]
-    n, storage = len(weight), _pattern(weight)
+    n, storage = weight.numel(), _pattern(weight)
     with torch.cuda.device_of(weight):  # Triton launches on the current device, wherever the tensors are
         _kernel[(math.ceil(n / (ROWS * BLOCK)),)](
             storage, storage if residual is None else residual, _pattern(grad), codes, scales, skipped, unscale,

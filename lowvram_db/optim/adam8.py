@@ -267,9 +267,9 @@ class Adam8(torch.optim.Optimizer):
         # Inside backward behind autograd's back: its own complaint about a changed weight would come before ours, which
         # names the parameter and the way out (see _on_gradient).
         adam8.update_(
-            flat(p.data if self._attached else p.detach()),
+            p.data if self._attached else p.detach(),
             state.get("residual"),
-            flat(grad),
+            grad,
             state["codes"],
             state["scales"],
             self._skipped_by_place[place],
