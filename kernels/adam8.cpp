@@ -178,7 +178,8 @@ void narrow(const float* w, const uint16_t* random, const Tensors& t, int64_t fi
 
 // One step of a block; false, and nothing done, where a gradient is not finite.
 bool step_block(const Tensors& t, const Step& step, int64_t block) {
-    alignas(64) float g[BLOCK], w[BLOCK], m[BLOCK], v[BLOCK], levels[BLOCK], places[BLOCK], roots[BLOCK];
+    alignas(64) float g[BLOCK], w[BLOCK], m[BLOCK], v[BLOCK], inverse[BLOCK];
+    alignas(64) float levels[BLOCK], places[BLOCK], roots[BLOCK];
     alignas(64) uint16_t random[BLOCK], codes[BLOCK];
     alignas(64) int8_t rest[BLOCK];
     const int64_t first = block * BLOCK, count = std::min<int64_t>(t.n - first, BLOCK);
@@ -196,6 +197,7 @@ bool step_block(const Tensors& t, const Step& step, int64_t block) {
         float u = unbend(float((codes[i] & (2 * old.half - 1)) - old.half), old.full);
         m[i] = u * root * step.keep_scaled + g[i] * step.add_scaled;
         v[i] = root * root * step.keep_v + g[i] * g[i] * step.add_v;
+        inverse[i] = 1 / (std::sqrt(v[i]) + step.root_eps);
     }
     std::fill(v + count, v + BLOCK, 0.0f);
 
@@ -243,9 +245,9 @@ bool step_block(const Tensors& t, const Step& step, int64_t block) {
     }
     for (int i = 0; i < BLOCK; i++) {
         float error = unbend(places[i], form.full) * roots[i] - m[i];
-        float inverse = 1 / (std::sqrt(v[i]) + step.root_eps), moved = m[i] * step.moves;
-        float reach = std::max(std::fabs(moved * inverse) * TRUST, LIMIT);
-        float update = no_larger((moved - error * step.foresee) * inverse, reach);
+        float moved = m[i] * step.moves;
+        float reach = std::max(std::fabs(moved * inverse[i]) * TRUST, LIMIT);
+        float update = no_larger((moved - error * step.foresee) * inverse[i], reach);
         w[i] = w[i] * step.decay - update * step.lr;
     }
     narrow(w, random, t, first, count);

@@ -19,7 +19,7 @@ from .adam8_step import Step
 from .approximate import reciprocal
 from .launch import Implementation, constant, jit, tl
 from .moment_code import BLOCK, dequantize, dequantize_kernel, quantize, quantize_kernel
-from .storage import float32, mode_of, narrow, narrow_kernel, pattern, widen, widen_kernel
+from .storage import flat, float32, mode_of, narrow, narrow_kernel, pattern, widen, widen_kernel
 
 LIMIT = 1.5  # an update is no larger than this or, where that is more, than
 TRUST = 0.9  # of what the moments say: such updates are rare in Adam, and most of them here are a code's error
@@ -71,7 +71,8 @@ def update_(
 ) -> None:
     """One AdamW step in place.
 
-    weight: [n], flat: bf16 (with `residual`, int8 [n]: 24 bits together), fp16 or float32. grad: [n], any of these.
+    weight: bf16 (with `residual`, int8 [n]: 24 bits together), fp16 or float32. grad: any of these. Both dense, of n
+    elements that count in the order of memory, which is the same for both.
     codes: int16 [n] and scales: int32 [ceil(n / 256)], the state, of which nothing stays where keep_scaled and keep_v
     are 0. skipped: int32 [1], grows by the number of blocks left as they were because a gradient in them was not
     finite. unscale: float32 [1], multiplies the gradient; where it is NaN the whole tensor is left as it was. numbers:
@@ -83,7 +84,7 @@ def update_(
         run = _launch if kernels == "triton" else native.step
         run(weight, residual, grad, codes, scales, skipped, unscale, numbers, address)
         return
-    size = chunk_of(weight.device)
+    weight, grad, size = flat(weight), flat(grad), chunk_of(weight.device)
     for first in range(0, len(weight), size):
         chunk = slice(first, first + size)
         blocks = slice(first // BLOCK, (first + size) // BLOCK)
@@ -219,7 +220,7 @@ def _launch(
     numbers: Tensor,
     address: Address,
 ) -> None:
-    n, storage, mode = len(weight), pattern(weight), mode_of(weight, residual)
+    n, storage, mode = weight.numel(), pattern(weight), mode_of(weight, residual)
     with torch.cuda.device_of(weight):  # Triton launches on the current device, wherever the tensors are
         _kernel[(math.ceil(n / (ROWS * BLOCK)),)](
             storage, storage if residual is None else residual, pattern(grad), codes, scales, skipped, unscale,

@@ -24,6 +24,11 @@ def pattern(tensor: Tensor) -> Tensor:
     return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
 
 
+def flat(tensor: Tensor) -> Tensor:
+    """A dense tensor's elements in the order of its memory, [n], without a copy."""
+    return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+
+
 def widen(weight: Tensor, residual: Tensor | None) -> Tensor:
     return weight.float() if residual is None else bits.join_bf16(weight, residual)
 

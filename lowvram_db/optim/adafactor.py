@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from lowvram_db.kernels import adafactor
 from lowvram_db.kernels.adam8 import Address
 from lowvram_db.kernels.launch import Choice, Implementation
+from lowvram_db.kernels.storage import flat
 from lowvram_db.optim.in_backward import STREAM, InBackward
 from lowvram_db.optim.layout import turned
-from lowvram_db.optim.storage import DTYPES, SMALLEST, Weights, flat, store
+from lowvram_db.optim.storage import DTYPES, SMALLEST, Weights, store
 
 
 class Adafactor(InBackward):

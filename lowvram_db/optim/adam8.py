@@ -20,7 +20,7 @@ from lowvram_db.kernels.adam8_step import Step, step_numbers
 from lowvram_db.kernels.launch import Choice, Implementation
 from lowvram_db.optim.in_backward import STREAM, InBackward
 from lowvram_db.optim.layout import relaid
-from lowvram_db.optim.storage import SMALLEST, Weights, bucket_of, flat, store
+from lowvram_db.optim.storage import SMALLEST, Weights, bucket_of, store
 
 
 class Adam8(InBackward):
@@ -87,9 +87,9 @@ class Adam8(InBackward):
     def _step_large(self, p: nn.Parameter, grad: Tensor, unscale: Tensor) -> None:
         place, state = self._places[p], self.state[p]
         adam8.update_(
-            flat(self._weight(p)),
+            self._weight(p),
             state.get("residual"),
-            flat(grad),
+            grad,
             state["codes"],
             state["scales"],
             self._skipped_by_place[place],

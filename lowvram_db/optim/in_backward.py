@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from lowvram_db.kernels import bits
 from lowvram_db.kernels.launch import Choice, Implementation, implementation
+from lowvram_db.kernels.storage import flat
 from lowvram_db.optim.layout import same_order
-from lowvram_db.optim.storage import SMALLEST, Weights, flat, refuse_shared_memory, shapes
+from lowvram_db.optim.storage import SMALLEST, Weights, refuse_shared_memory, shapes
 
 STREAM = 16  # of the rounding bits, apart from the streams of train/objective.py
 PATIENCE = 20  # steps in a row in which a tensor may be skipped

@@ -9,19 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from lowvram_db.kernels import bits
+from lowvram_db.kernels.storage import flat
 from lowvram_db.optim.bucket import Bucket
 from lowvram_db.optim.layout import is_channels_last
 
 Weights = Literal["bf16", "bf16+residual", "fp16", "fp32"]
 DTYPES = {"bf16": torch.bfloat16, "bf16+residual": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SMALLEST = 4096  # elements; smaller tensors go into the bucket
-
-
-def flat(tensor: Tensor) -> Tensor:
-    """A dense tensor's elements in the order of its memory, [n], without a copy."""
-    if tensor.is_contiguous():
-        return tensor.view(-1)  # half as dear
-    return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
 
 
 def shapes(state: dict[str, Any]) -> dict[str, Any]:

@@ -294,7 +294,7 @@ def tracing(autocast: bool = False, optimizer: Name = "adam8", twin: bool = Fals
 
 def _twins_memory(trace: Trace, weight: Tensor, *_: Any) -> None:
     """What the twin takes for its chunk: to follow its operations would take longer than all the rest of a trace."""
-    size = min(len(weight), adam8.GPU_CHUNK) * adam8.TWIN_BYTES
+    size = min(weight.numel(), adam8.GPU_CHUNK) * adam8.TWIN_BYTES
     trace.label(TEMPORARY, [torch.empty(size, dtype=torch.uint8)])
 
 

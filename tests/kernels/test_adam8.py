@@ -227,14 +227,16 @@ def test_native_equals_twin_over_all_floats(mode):
 @pytest.mark.skipif(DEVICE == "cuda", reason="is for CPUs")
 @pytest.mark.parametrize("mode", MODES)
 def test_several_threads_step_as_one(mode):
-    n = 200_003
+    n = 2_000_003  # takes long enough for others to come
     start, steps = 0.05 * torch.randn(n, generator=torch.Generator().manual_seed(0)), []
+    grads = list(gradients(n, 1.5, 3))
+    grads[1][::2048] = math.nan
     threads = torch.get_num_threads()
     for several in (1, 4):
         tensors = Tensors(start, mode)
         try:
             torch.set_num_threads(several)
-            for g in gradients(n, 1.5, 5):
+            for g in grads:
                 tensors.step(g, "native")
         finally:
             torch.set_num_threads(threads)
@@ -242,6 +244,7 @@ def test_several_threads_step_as_one(mode):
     one, four = steps
     assert torch.equal(one.exact, four.exact)
     assert torch.equal(one.codes, four.codes) and torch.equal(one.scales, four.scales)
+    assert one.skipped == four.skipped == math.ceil(n / 2048)
 
 
 @pytest.mark.parametrize("kernels", IMPLEMENTATIONS)

@@ -13,10 +13,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lowvram_db.kernels import adam8, bits
+from lowvram_db.kernels.storage import flat
 from lowvram_db.optim.adam8 import Adam8
 from lowvram_db.optim.bucket import Bucket
 from lowvram_db.optim.in_backward import PATIENCE
-from lowvram_db.optim.storage import SMALLEST, flat
+from lowvram_db.optim.storage import SMALLEST
 from lowvram_db.train.checkpoint import _flatten
 
 
