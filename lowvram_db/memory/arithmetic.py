@@ -6,8 +6,8 @@ import torch
 def is_native(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the device computes in this dtype (float32, bfloat16 or float16) by itself.
 
-    For a CPU oneDNN answers, whose kernels PyTorch runs there: bf16 takes AVX-512, fp16 its FP16 extension. Where it
-    has none, a convolution takes 50 to 100 times as long as in float32, which docs/arithmetic.md measures.
+    For a CPU oneDNN answers, whose kernels PyTorch runs there: on x86 bf16 takes AVX-512, and fp16 its FP16 extension.
+    Where it has none, layers take 12 to 100 times as long as in float32 (docs/arithmetic.md).
     """
     if dtype == torch.float32:
         return True

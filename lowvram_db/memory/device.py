@@ -55,7 +55,7 @@ def emulation(compute: str, device: torch.device) -> str:
     """What to say of the `precision.compute` setting where the CPU only emulates it; else empty."""
     if not _emulates(DTYPES[compute], device):
         return ""
-    return "emulated on this CPU, about 100 times slower; computing in fp32"
+    return "emulated on this CPU, up to 100 times slower; computing in fp32"
 
 
 def _emulates(dtype: torch.dtype, device: torch.device) -> bool:
