@@ -29,12 +29,14 @@ def test_every_offered_line_is_its_default(photos, tmp_path):
     path.write_text(re.sub(r"^# (?=\w+ = )", "", path.read_text(), flags=re.MULTILINE))
     offered = load(path)
     assert (offered.prior.images, offered.train.min_snr_gamma) == ("class_images/dog", 5.0)
+    assert offered.train.max_norm == 1.0
     assert (offered.cache.dir, offered.train.gradient_checkpointing, offered.memory.vram) == ("cache", True, "12GiB")
     changed = ("prior", "train", "precision", "cache", "memory", "checkpoint")
     assert offered.model_copy(update={section: getattr(plain, section) for section in changed}) == plain
     assert offered.weights == plain.weights == "bf16"
     assert offered.prior.model_copy(update={"images": None}) == plain.prior
-    assert offered.train.model_copy(update={"min_snr_gamma": None, "gradient_checkpointing": None}) == plain.train
+    unset = {"min_snr_gamma": None, "max_norm": None, "gradient_checkpointing": None}
+    assert offered.train.model_copy(update=unset) == plain.train
     assert offered.cache.model_copy(update={"dir": None}) == plain.cache
     assert offered.checkpoint.model_copy(update={"every": None}) == plain.checkpoint
 

@@ -59,7 +59,7 @@ def drawing(config: Config, family: Blank) -> Iterator[Callable[[str, int, float
     with tracing() as trace, torch.no_grad():
         encoders = family.load_text_encoders(dtype)
         denoiser: Any = family.load_denoiser(lambda weight: weight.to(dtype))
-        vae = _slicing(family.load_vae(dtype))
+        vae: Any = family.load_vae(dtype)
         trace.label("weights", _tensors([*encoders.values(), denoiser, vae]))
         conditioning = family.conditioning(encoders, 1)
 
@@ -79,7 +79,10 @@ def _draw(
     rows = pictures * (2 if guidance > 1 else 1)
     latents = torch.empty(_latent_shape(config, family, rows), dtype=dtype)
     family.denoise(denoiser, latents, _zeros(rows), conditioning.to(dtype).expand(rows, -1, -1))
-    vae.decode(latents[:pictures])
+    # One after the other, as pipelines do: the last, beside those before it.
+    decoded = torch.empty(pictures - 1, 3, config.train.resolution, config.train.resolution, dtype=dtype)
+    vae.decode(latents[:1])
+    del decoded
 
 
 def training(config: Config, family: Blank, strategy: Strategy, limit: int | None = None) -> list[Phase]:
@@ -174,7 +177,7 @@ def blank_learner(config: Config, family: Blank, strategy: Strategy, trace: Trac
 def _sampling_on_the_way(config: Config, family: Blank, learner: Learner, trace: Trace, pictures: int) -> Phase:
     start = trace.mark()
     with torch.no_grad(), learner.autocast():
-        vae = _slicing(family.load_vae(learner.activations))
+        vae: Any = family.load_vae(learner.activations)
         trace.label("weights", _tensors([vae]))
         conditioning = torch.empty(1, *family.conditioning_shape)
         guidance = max(config.sample.guidance)
@@ -234,12 +237,6 @@ def _latent_shape(config: Config, family: Blank, rows: int) -> tuple[int, int, i
 
 def _zeros(rows: int) -> Tensor:
     return torch.zeros(rows, dtype=torch.int64)
-
-
-def _slicing(vae: Any) -> Any:
-    """As a pipeline's."""
-    vae.enable_slicing()
-    return vae
 
 
 def _tensors(modules: Iterable[nn.Module]) -> list[Tensor]:
