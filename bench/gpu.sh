@@ -21,13 +21,12 @@ nvidia-smi || { echo "no GPU answers here" >&2; exit 1; }
 part doctor 15 -m lowvram_db doctor
 part kernels 70 -m pytest -q -p no:cacheprovider tests/kernels tests/optim tests/memory
 part loop 40 -m pytest -q -p no:cacheprovider tests/train/test_on_every_device.py tests/train/test_out_of_memory.py
-part train 45 -m lowvram_db train configs/demo.toml --set optimizer.name=adam8 --set precision.compute=bf16 \
-    --set train.steps=60 --set prior.steps=10 --set checkpoint.every=20 --set sample.every=30 --set sample.steps=10 \
-    --set output.name=gpu
+part train 45 -m lowvram_db train configs/demo.toml --set train.steps=60 --set prior.steps=10 \
+    --set checkpoint.every=20 --set sample.every=30 --set sample.steps=10 --set output.name=gpu
 part step 50 bench/compare.py --model sd15 --checkpointed 0,5,9 --steps 10
 part layout 30 bench/layout.py --model sd15 --steps 10
-part plan 95 bench/plan_accuracy.py --only accuracy
-part adam8 25 bench/adam8.py --model sd15
+part plan 90 bench/plan_accuracy.py --only accuracy
+part adam8 30 bench/adam8.py --model sd15
 part noise 20 bench/noise_loss.py
 part caps 85 bench/compare.py --model sd15 --vram 4,6,8,12GiB --steps 5
 part profile 25 bench/profile_step.py --model sd15

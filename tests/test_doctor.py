@@ -37,6 +37,15 @@ def test_what_is_broken_is_named_with_its_mend_and_stops_nothing(tmp_path, monke
     assert line.mend == "pip install --force-reinstall bitsandbytes"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's adam8 is Triton's")
+@pytest.mark.parametrize("works", [True, False])
+def test_a_cpu_without_a_compiler_is_told_what_it_costs_and_the_mend(monkeypatch, works):
+    monkeypatch.setattr("lowvram_db.kernels.native.works", lambda: works)
+    line = doctor._native()
+    assert (line.state, bool(line.mend)) == (("ok", False) if works else ("absent", True))
+    assert ("ten times as long" in line.detail) != works
+
+
 def test_an_optimizer_that_does_nothing_is_broken(tmp_path, monkeypatch):
     monkeypatch.setattr("bitsandbytes.optim.AdamW8bit.step", lambda self: None)
     assert by_name(tmp_path)["bitsandbytes"].detail.endswith("a step did nothing")
