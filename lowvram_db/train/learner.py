@@ -51,7 +51,7 @@ class Learner(ABC):
         kernels: Implementation,
     ):
         """networks: by their names in the model folder, on the CPU; they move to the device, weights as the config
-        stores them. With adam8 and adafactor, backward steps them from now on."""
+        stores them. Backward steps them from now on, where the optimizer is of that kind."""
         self.config, self.family, self.device = config, family, device
         self.triton = kernels == "triton"  # for noise and loss
         self.dtype = self._arithmetic()
