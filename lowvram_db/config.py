@@ -105,8 +105,8 @@ class TrainConfig(_Section):
     max_norm: float | None = Field(
         None,
         gt=0,
-        description="larger gradients are scaled down to this global norm, often 1.0; adam8 and adafactor go by the norm "
-        "of the batch before; default: off",
+        description="larger gradients are scaled down to this global norm, often 1.0; adam8 and adafactor go by the "
+        "norm of the batch before; default: off",
     )
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="constant | linear | cosine")
     warmup: int = Field(0, ge=0, lt=2**31, description="steps over which the learning rate rises to lr")
