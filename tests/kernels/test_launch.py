@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from lowvram_db.kernels import adam8, launch, noise_loss
+from lowvram_db.kernels import adafactor, adam8, launch, noise_loss
 
 HEADERS = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -94,7 +94,7 @@ print(round(parameter.mean().item(), 2))
     assert done.stdout == "0.9\n", done.stderr
 
 
-@pytest.mark.parametrize("name", ["adam8", "noisy", "loss"])
+@pytest.mark.parametrize("name", ["adam8", "adafactor", "noisy", "loss"])
 def test_a_kernel_is_launched_on_its_tensors_card(monkeypatch, name):
     """Triton takes the current one."""
     current, launched = [None], []
@@ -110,12 +110,21 @@ def test_a_kernel_is_launched_on_its_tensors_card(monkeypatch, name):
         current.pop()
 
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    for module, kernel in ((adam8, "_kernel"), (noise_loss, "_noisy_kernel"), (noise_loss, "_loss_kernel")):
+    for module, kernel in (
+        (adam8, "_kernel"),
+        (adafactor, "_kernel"),
+        (noise_loss, "_noisy_kernel"),
+        (noise_loss, "_loss_kernel"),
+    ):
         monkeypatch.setattr(module, kernel, Kernel())
     flat, noise, ones = torch.ones(256), torch.ones(1, 4, 8, 8), torch.ones(1)
     noised = noise, noise, torch.zeros(1, dtype=torch.int64), torch.ones(1, 5), torch.zeros(2, dtype=torch.int64)
     if name == "adam8":
         adam8.update_(flat, None, flat, flat, ones, ones, ones, ones, adam8.Address(0, ones, 0, 0), "triton")
+    elif name == "adafactor":
+        matrix, numbers = flat.view(1, 256), torch.ones(3)
+        address = adam8.Address(0, ones, 0, 0)
+        adafactor.update_(matrix, None, matrix, ones, flat, torch.zeros(1), ones, numbers, address, "triton")
     elif name == "noisy":
         noise_loss.noisy_latents(*noised, True)
     else:
