@@ -26,13 +26,14 @@ CONFIG = Path(__file__).parents[1] / "configs" / "demo.toml"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=1, help="training seeds 0, 1, ...")
+    parser.add_argument("--seeds", type=int, default=1, help="how many training seeds")
+    parser.add_argument("--first", type=int, default=0, help="the first of them (default 0)")
     parser.add_argument("--prior-only", action="store_true", help="train only with prior preservation")
     parser.add_argument("--set", dest="overrides", action="append", default=[], help="as lowvram-db train --set")
     given = parser.parse_args()
     measure("base", load(CONFIG).model.name, 0, given.overrides)
     ways = {"with prior": "true"} if given.prior_only else {"with prior": "true", "without prior": "false"}
-    for seed in range(given.seeds):
+    for seed in range(given.first, given.first + given.seeds):
         for name, enabled in ways.items():
             with tempfile.TemporaryDirectory() as folder:
                 changes = [f"prior.enabled={enabled}", f"train.seed={seed}", f"output.dir={folder}"]

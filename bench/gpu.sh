@@ -4,17 +4,23 @@
 #     PYTHON=.venv/bin/python bash bench/gpu.sh
 #     bash bench/gpu.sh plan caps    # only these parts, with more time for each: for what was cut off
 #
-# On a machine without a network, lay wheels of what its Python lacks (setuptools too) into .whl/ and leave PYTHON out.
-# What failed or was cut off is named at the end.
+# On a machine without a network, lay wheels of what its Python lacks, and of setuptools, into .whl/ and leave PYTHON out;
+# where the tree comes without its history, say what it is: COMMIT=abc1234.
+# PEER=diffusers=PATH/train_dreambooth.py runs that beside us (bench/README.md). What failed or was cut off is named at the end.
 set -uo pipefail
 python=${PYTHON:-python3}
 whole=500
 source "$(dirname "$0")/parts.sh"
 
 if [[ -d .whl ]]; then
-    "$python" -m venv --system-site-packages runs/gpu-venv && python=runs/gpu-venv/bin/python
-    "$python" -m pip install --quiet --no-index --no-deps .whl/*.whl || exit 1
-    "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation --editable . || exit 1
+    # A venv that sees the packages of the Python it is made of, which may itself be one of a venv: it sees no others.
+    venv=runs/gpu-venv/bin/python
+    "$python" -m venv --without-pip runs/gpu-venv || exit 1
+    "$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+        >"$("$venv" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/around.pth"
+    pip=("$python" -m pip --python "$venv" install --quiet --no-index --no-deps)
+    "${pip[@]}" .whl/*.whl && "${pip[@]}" --no-build-isolation --editable . || exit 1
+    python=$venv
 fi
 nvidia-smi || { echo "no GPU answers here" >&2; exit 1; }
 
@@ -30,5 +36,6 @@ part adam8 30 bench/adam8.py --model sd15
 part noise 20 bench/noise_loss.py
 part caps 85 bench/compare.py --model sd15 --vram 4,6,8,12GiB --steps 5
 part profile 25 bench/profile_step.py --model sd15
+[[ -z ${PEER:-} ]] || part peer 60 bench/compare.py --recipes classic --checkpointed 9 --steps 10 --peer "$PEER"
 part sdxl 30 bench/compare.py --model sdxl --resolution 1024 --no-prior --recipes ours --checkpointed 7 --steps 5
 report
