@@ -24,7 +24,7 @@ from lowvram_db.kernels import adam8
 
 WEIGHTS = {"sd15": 859.5e6, "sdxl": 2567.5e6}
 BYTES = {"bf16": 10.03, "residual": 12.03, "fp16": 10.03, "fp32": 16.03}  # moved a weight
-SCALAR_TYPES = {"seed": "i64", "tensor": "i32", "n": "i32", "width": "i32", "size": "i32", "plane": "i32"}
+SCALAR_TYPES = {"n": "i32", "width": "i32", "size": "i32", "plane": "i32"}
 HALF_RATE = re.compile("IADD3?|LOP3|SHF|LEA|PRMT|F?SEL|[FI]SETP|(F|I|VI)MNMX|I2FP|P2R|PLOP3")
 EIGHTH_RATE = re.compile("MUFU|FRND|F2I|I2F|F2F|POPC|FLO")
 
@@ -63,9 +63,9 @@ def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], capa
 
 def optimizer_kernel(mode: str, capability: int) -> Any:
     weight = {"fp16": "*fp16", "fp32": "*fp32"}.get(mode, "*i16")
-    types = {"weight": weight, "residual": "*i8", "grad": weight, "codes": "*i16", "scales": "*i32", "skipped": "*i32"}
-    constants = {"STREAM": 16, "MODE": mode}
-    return compiled(adam8._kernel, types | {"step": "*i64"}, constants, capability, maxnreg=adam8.REGISTERS)
+    types = {"weight": weight, "residual": "*i8", "grad": weight, "codes": "*i16", "scales": "*i32", "record": "*i64"}
+    constants = {"STREAM": 16, "MODE": mode} | ({} if mode == "residual" else {"residual": None})
+    return compiled(adam8._kernel, types, constants, capability, maxnreg=adam8.REGISTERS)
 
 
 def machine_of(result: Any) -> Machine:

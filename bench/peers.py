@@ -68,9 +68,9 @@ def run_peer(
 
 
 def _checkout(script: Path) -> list[Path]:
-    """The folders from the script's own up to the checkout's root; its own alone if there is no such root."""
+    """The folders from the script's own up to the checkout's root; its own alone if there is none but our own."""
     folders = list(script.absolute().parents)
-    roots = [place for place, folder in enumerate(folders) if (folder / ".git").exists()]
+    roots = [place for place, folder in enumerate(folders) if (folder / ".git").exists() and folder != ROOT]
     return folders[: roots[0] + 1] if roots else folders[:1]
 
 

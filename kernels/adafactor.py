@@ -16,8 +16,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import bits, native
-from .adam8 import Address
-from .launch import Implementation, constant, jit, tl
+from .adam8 import SEED, SKIPPED, STEP, TENSOR
+from .launch import Implementation, constant, jit, launch, tl
 from .storage import float32, mode_of, narrow, narrow_kernel, pattern, widen, widen_kernel
 
 EPS = 1e-15  # squared, the least second moment
@@ -45,18 +45,18 @@ def update_(
     grad: Tensor,
     rows: Tensor,
     columns: Tensor,
-    skipped: Tensor,
     unscale: Tensor,
     numbers: Tensor,
-    address: Address,
+    record: Tensor,
+    stream: int,
     kernels: Implementation,
 ) -> None:
     """One Adafactor step in place.
 
     weight: [rows, columns]: bf16 (with `residual`, int8 of its shape: 24 bits together), fp16 or float32. grad: of its
-    shape, any of these. rows, columns: float32 [rows], [columns], means of the squares; both begin as zeros. skipped:
-    int32 [1], grows by 1 where a gradient is not finite: then nothing changes. unscale: float32 [1], multiplies the
-    gradient. numbers: float32 [3], a Step. All contiguous and on one device.
+    shape, any of these. rows, columns: float32 [rows], [columns], means of the squares; both begin as zeros. unscale:
+    float32 [1], multiplies the gradient. numbers: float32 [3], a Step. record, stream: as adam8's; what was skipped
+    grows by 1 where a gradient is not finite: then nothing changes. All contiguous and on one device.
     """
     if isinstance(weight, FakeTensor):  # there is nothing to compute; a trace sees what a chunk takes
         torch.empty(3 * min(weight.numel(), CHUNK), dtype=torch.float32)
@@ -76,16 +76,16 @@ def update_(
     factor = torch.where(finite, lr / length.clamp(min=1.0), math.nan)
 
     # Only here anything changes: should the memory not suffice before, the step can be repeated.
-    skipped += ~finite
+    record[SKIPPED] += ~finite
     rows.copy_(new_rows)
     columns.copy_(new_columns)
     if kernels == "triton":
-        _launch(weight, residual, grad, ratios, columns, unscale, factor, decay, address)
+        _launch(weight, residual, grad, ratios, columns, unscale, factor, decay, record, stream)
         return
     for part in parts:
         move = _directions(grad[part], ratios[part], columns, unscale).mul_(factor)
         rest = None if residual is None else residual[part]
-        _apply(weight[part], rest, move, decay, address, part.start * grad.shape[1], kernels)
+        _apply(weight[part], rest, move, decay, record, stream, part.start * grad.shape[1], kernels)
 
 
 def _directions(grad: Tensor, ratios: Tensor, columns: Tensor, unscale: Tensor) -> Tensor:
@@ -98,7 +98,8 @@ def _apply(
     residual: Tensor | None,
     move: Tensor,
     decay: Tensor,
-    address: Address,
+    record: Tensor,
+    stream: int,
     first: int,
     kernels: Implementation,
 ) -> None:
@@ -113,18 +114,20 @@ def _apply(
         return
     groups = range(first // 8, (first + len(old) + 7) // 8)
     if kernels == "native" and native.works():
-        random = native.lanes(groups, address)
+        random = native.lanes(groups, record, stream)
     else:
-        random = bits.lanes(torch.arange(groups.start, groups.stop, device=weight.device), *address).flatten()
+        places = torch.arange(groups.start, groups.stop, device=weight.device)
+        random = bits.lanes(places, record[SEED], record[STEP], record[TENSOR], stream).flatten()
     narrow(new, random[first % 8 :][: len(old)], flat, rest)
 
 
 _EPS, _SIZE = constant(EPS * EPS), constant(_ELEMENTS)
+_SEED, _STEP, _TENSOR = constant(SEED), constant(STEP), constant(TENSOR)
 
 
-@jit(do_not_specialize=["seed", "tensor"])  # or 1 and every 16th would be kernels of their own
+@jit
 def _kernel(  # type: ignore[no-untyped-def]
-    weight, residual, grad, ratios, columns, unscale, factor, decay, step, seed, tensor, n, width,
+    weight, residual, grad, ratios, columns, unscale, factor, decay, record, n, width,
     STREAM: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     """As _directions and _apply. MODE: the storage of weights, see storage.py."""
@@ -132,7 +135,8 @@ def _kernel(  # type: ignore[no-untyped-def]
     place = first + tl.arange(0, _SIZE)[None, :]
     there = place < n
     groups = first // 8 + tl.arange(0, _SIZE // 8)[None, :]
-    random = bits.lanes_kernel(groups, seed, tl.load(step).to(tl.uint32), tensor, STREAM)
+    step, tensor = tl.load(record + _STEP).to(tl.uint32), tl.load(record + _TENSOR).to(tl.uint32)
+    random = bits.lanes_kernel(groups, tl.load(record + _SEED), step, tensor, STREAM)
     g = float32(tl.load(grad + place, there, 0)) * tl.load(unscale)
     v = tl.load(ratios + place // width, there, 1.0) * tl.load(columns + place % width, there, 1.0)
     move = g * tl.rsqrt(tl.maximum(v, _EPS)) * tl.load(factor)
@@ -150,12 +154,12 @@ def _launch(
     unscale: Tensor,
     factor: Tensor,
     decay: Tensor,
-    address: Address,
+    record: Tensor,
+    stream: int,
 ) -> None:
-    n, storage = weight.numel(), pattern(weight)
-    with torch.cuda.device_of(weight):  # Triton launches on the current device, wherever the tensors are
-        _kernel[(math.ceil(n / _ELEMENTS),)](
-            storage, storage if residual is None else residual, pattern(grad), ratios, columns, unscale, factor, decay,
-            address.step, address.seed, address.tensor, n, grad.shape[1], STREAM=address.stream,
-            MODE=mode_of(weight, residual),
-        )  # fmt: skip
+    n = weight.numel()
+    launch(
+        _kernel, (math.ceil(n / _ELEMENTS),),
+        pattern(weight), residual, pattern(grad), ratios, columns, unscale, factor, decay, record, n, grad.shape[1],
+        STREAM=stream, MODE=mode_of(weight, residual),
+    )  # fmt: skip

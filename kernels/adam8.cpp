@@ -28,16 +28,21 @@ struct Step {  // as in adam8_step.py
     float lr, decay, root_eps, ratio, keep_m, add_m, keep_scaled, add_scaled, keep_v, add_v, moves, foresee;
 };
 
+struct Record {  // of a tensor, as in adam8.py
+    uint64_t seed, step, tensor;
+    int64_t skipped;
+};
+
 struct Tensors {  // the arguments of update_
     char* weight;
     int8_t* residual;  // or null
     const char* grad;
     int16_t* codes;
-    int32_t *scales, *skipped;
+    int32_t* scales;
     const float* unscale;
     const Step* numbers;
-    const int64_t* step;
-    uint64_t seed, tensor, stream;
+    Record* record;
+    uint64_t stream;
     int64_t n;
     int64_t weights, grads;  // Storage
 };
@@ -107,12 +112,12 @@ inline float unbend(float places, float full) {
 }
 
 // As bits.lanes: Philox 4x32-10, its words in 64-bit lanes, of which the low half counts.
-void lanes(uint64_t first_group, uint64_t seed, uint64_t step, uint64_t tensor, uint64_t stream, uint16_t* random) {
+void lanes(uint64_t first_group, const Record& at, uint64_t stream, uint16_t* random) {
     constexpr uint64_t low = 0xFFFFFFFF;
     uint64_t words[BLOCK / 8][2];
     for (int group = 0; group < BLOCK / 8; group++) {
-        uint64_t x0 = first_group + group, x1 = step, x2 = tensor, x3 = stream;
-        uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+        uint64_t x0 = first_group + group, x1 = uint32_t(at.step), x2 = at.tensor, x3 = stream;
+        uint32_t k0 = uint32_t(at.seed), k1 = uint32_t(at.seed >> 32);
 #pragma GCC unroll 10
         for (int round = 0; round < 10; round++) {
             uint64_t p0 = (x0 & low) * 0xD2511F53u, p1 = (x2 & low) * 0xCD9E8D57u;
@@ -218,7 +223,7 @@ bool step_block(const Tensors& t, const Step& step, int64_t block) {
     const float lowest = highest - float(form.last);
 
     // the levels of v, rounded stochastically, above ROUND
-    lanes(first / 8, t.seed, uint32_t(*t.step), t.tensor, t.stream, random);
+    lanes(first / 8, *t.record, t.stream, random);
     const float level_0 = ROUND, last_level = ROUND + float(form.last);
     for (int i = 0; i < BLOCK; i++) {
         float exact = fused(log2_of(v[i]), steps, -(lowest + 1.5f));
@@ -267,11 +272,10 @@ extern "C" void adam8_step(const Tensors* t, int32_t threads) {
 #pragma omp parallel for if (blocks >= WORTH_THREADS) num_threads(threads) schedule(dynamic, CHUNK) \
     reduction(+ : skipped)
     for (int64_t block = 0; block < blocks; block++) skipped += !step_block(*t, step, block);
-    *t->skipped += skipped;
+    t->record->skipped += skipped;
 }
 
 // The random bits of some blocks, for steps that are not made here.
-extern "C" void adam8_lanes(uint64_t group, uint64_t seed, uint64_t step, uint64_t tensor, uint64_t stream,
-                            uint16_t* random, int64_t blocks) {
-    for (int64_t b = 0; b < blocks; b++) lanes(group + b * (BLOCK / 8), seed, step, tensor, stream, random + b * BLOCK);
+extern "C" void adam8_lanes(uint64_t group, const Record* at, uint64_t stream, uint16_t* random, int64_t blocks) {
+    for (int64_t b = 0; b < blocks; b++) lanes(group + b * (BLOCK / 8), *at, stream, random + b * BLOCK);
 }

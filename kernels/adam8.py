@@ -8,7 +8,6 @@ How the moments are kept is moment_code.py's. An error made in rounding m would 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from . import bits, native
 from .adam8_step import Step
 from .approximate import reciprocal
-from .launch import Implementation, constant, jit, tl
+from .launch import Implementation, constant, jit, launch, tl
 from .moment_code import BLOCK, dequantize, dequantize_kernel, quantize, quantize_kernel
 from .storage import flat, float32, mode_of, narrow, narrow_kernel, pattern, widen, widen_kernel
 
@@ -30,13 +29,7 @@ GPU_CHUNK = 2**24  # and on a GPU, where each of its 300 operations on a chunk i
 TWIN_BYTES = 76  # an element, of what the twin holds beside its arguments while it works on a chunk
 
 
-class Address(NamedTuple):
-    """Where rounding bits come from: with the element's place, the counter of a Philox draw."""
-
-    seed: int
-    step: Tensor  # int64 [1], beside the weights: a captured launch finds there the step it is replayed in
-    tensor: int
-    stream: int
+SEED, STEP, TENSOR, SKIPPED = range(4)  # the places in a tensor's record: see update_
 
 
 def zero_state(n: int, device: torch.device) -> dict[str, Tensor]:
@@ -63,10 +56,10 @@ def update_(
     grad: Tensor,
     codes: Tensor,
     scales: Tensor,
-    skipped: Tensor,
     unscale: Tensor,
     numbers: Tensor,
-    address: Address,
+    record: Tensor,
+    stream: int,
     kernels: Implementation,
 ) -> None:
     """One AdamW step in place.
@@ -74,23 +67,25 @@ def update_(
     weight: bf16 (with `residual`, int8 [n]: 24 bits together), fp16 or float32. grad: any of these. Both dense, of n
     elements that count in the order of memory, which is the same for both.
     codes: int16 [n] and scales: int32 [ceil(n / 256)], the state, of which nothing stays where keep_scaled and keep_v
-    are 0. skipped: int32 [1], grows by the number of blocks left as they were because a gradient in them was not
-    finite. unscale: float32 [1], multiplies the gradient; where it is NaN the whole tensor is left as it was. numbers:
-    float32 [12], a Step. All on one device, where they are read when the kernel runs, and not before.
+    are 0. unscale: float32 [1], multiplies the gradient; where it is NaN the whole tensor is left as it was. numbers:
+    float32 [12], a Step. record: int64 [4], the seed, the step and the tensor's number, which with `stream` and an
+    element's place are the address of its rounding bits; and a count that grows by the blocks left as they were because
+    a gradient in them was not finite. All on one device, where they are read when the kernel runs, and not before: a
+    captured launch finds there the step it is replayed in.
     """
     if isinstance(weight, FakeTensor):  # there is nothing to compute, and the kernel needs no memory but its arguments
         return
     if steps_at_once(kernels):
         run = _launch if kernels == "triton" else native.step
-        run(weight, residual, grad, codes, scales, skipped, unscale, numbers, address)
+        run(weight, residual, grad, codes, scales, unscale, numbers, record, stream)
         return
     weight, grad, size = flat(weight), flat(grad), chunk_of(weight.device)
     for first in range(0, len(weight), size):
         chunk = slice(first, first + size)
         blocks = slice(first // BLOCK, (first + size) // BLOCK)
         rest = None if residual is None else residual[chunk]
-        state = codes[chunk], scales[blocks], skipped
-        _twin(weight[chunk], rest, grad[chunk], *state, unscale, numbers, address, first // 8)
+        state = codes[chunk], scales[blocks]
+        _twin(weight[chunk], rest, grad[chunk], *state, unscale, numbers, record, stream, first // 8)
 
 
 def steps_at_once(kernels: Implementation) -> bool:
@@ -109,10 +104,10 @@ def _twin(
     grad: Tensor,
     codes: Tensor,
     scales: Tensor,
-    skipped: Tensor,
     unscale: Tensor,
     numbers: Tensor,
-    address: Address,
+    record: Tensor,
+    stream: int,
     first_group: int,
 ) -> None:
     """One chunk of update_: the kernel's meaning."""
@@ -120,11 +115,11 @@ def _twin(
     w, g = _blocks(widen(weight, residual)), _blocks(grad.float())
     present = _blocks(torch.ones(n, dtype=torch.bool, device=weight.device))
     groups = torch.arange(first_group, first_group + w.numel() // 8, device=weight.device)
-    random = bits.lanes(groups, *address).view_as(w)
+    random = bits.lanes(groups, record[SEED], record[STEP], record[TENSOR], stream).view_as(w)
     w, new_codes, new_scales, finite = _advance(
         w, g, _blocks(codes).int(), scales.unsqueeze(1), random, present, unscale, numbers
     )
-    skipped += (~finite).sum()
+    record[SKIPPED] += (~finite).sum()
     scales.copy_(new_scales.squeeze(1))
     codes.copy_(new_codes.flatten()[:n])
     narrow(w.flatten()[:n], random.flatten()[:n], weight, residual)
@@ -160,6 +155,7 @@ def _blocks(flat: Tensor) -> Tensor:
 
 
 _LIMIT, _TRUST, _BLOCK, _ROWS = constant(LIMIT), constant(TRUST), constant(BLOCK), constant(ROWS)
+_SEED, _STEP, _TENSOR, _SKIPPED = constant(SEED), constant(STEP), constant(TENSOR), constant(SKIPPED)
 _LR, _DECAY, _ROOT_EPS, _KEEP_SCALED, _ADD_SCALED, _KEEP_V, _ADD_V, _MOVES, _FORESEE = (
     constant(Step._fields.index(name))
     for name in ["lr", "decay", "root_eps", "keep_scaled", "add_scaled", "keep_v", "add_v", "moves", "foresee"]
@@ -172,10 +168,9 @@ def _limited(x, reach):  # type: ignore[no-untyped-def]
     return bits.as_float(bits.as_bits(tl.minimum(tl.abs(x), reach)) | (bits.as_bits(x) & -0x80000000))
 
 
-# Or 1 and every 16th, and every fourth tensor's count of what it skipped, would be kernels of their own.
-@jit(do_not_specialize=["seed", "tensor"], do_not_specialize_on_alignment=["skipped", "numbers"])
+@jit
 def _kernel(  # type: ignore[no-untyped-def]
-    weight, residual, grad, codes, scales, skipped, unscale, numbers, step, seed, tensor, n,
+    weight, residual, grad, codes, scales, unscale, numbers, record, n,
     STREAM: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     """As _twin, ROWS blocks a program. MODE: the storage of weights, see storage.py."""
@@ -187,7 +182,8 @@ def _kernel(  # type: ignore[no-untyped-def]
     code = tl.load(codes + place, there, 0)
     scale = tl.load(scales + row, here, 0)
     groups = row * (_BLOCK // 8) + tl.arange(0, _BLOCK // 8)[None, :]
-    random = bits.lanes_kernel(groups, seed, tl.load(step).to(tl.uint32), tensor, STREAM)
+    step, tensor = tl.load(record + _STEP).to(tl.uint32), tl.load(record + _TENSOR).to(tl.uint32)
+    random = bits.lanes_kernel(groups, tl.load(record + _SEED), step, tensor, STREAM)
 
     u, root = dequantize_kernel(code.to(tl.int32) & 0xFFFF, scale)
     m = u * root * tl.load(numbers + _KEEP_SCALED) + g * tl.load(numbers + _ADD_SCALED)
@@ -203,7 +199,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     w = w * tl.load(numbers + _DECAY) - update * tl.load(numbers + _LR)
 
     # write, unless a gradient of the block is not finite
-    tl.atomic_add(skipped + row * 0, 1, ~finite, sem="relaxed")
+    tl.atomic_add(record + _SKIPPED + row * 0, 1, ~finite, sem="relaxed")
     tl.store(codes + place, new_code.to(tl.int16), there & finite)
     tl.store(scales + row, tl.where(finite, new_scale, scale), here)
     narrow_kernel(w, random, weight, residual, place, there & finite, MODE)
@@ -215,14 +211,14 @@ def _launch(
     grad: Tensor,
     codes: Tensor,
     scales: Tensor,
-    skipped: Tensor,
     unscale: Tensor,
     numbers: Tensor,
-    address: Address,
+    record: Tensor,
+    stream: int,
 ) -> None:
-    n, storage, mode = weight.numel(), pattern(weight), mode_of(weight, residual)
-    with torch.cuda.device_of(weight):  # Triton launches on the current device, wherever the tensors are
-        _kernel[(math.ceil(n / (ROWS * BLOCK)),)](
-            storage, storage if residual is None else residual, pattern(grad), codes, scales, skipped, unscale,
-            numbers, address.step, address.seed, address.tensor, n, STREAM=address.stream, MODE=mode, maxnreg=REGISTERS,
-        )  # fmt: skip
+    n = weight.numel()
+    launch(
+        _kernel, (math.ceil(n / (ROWS * BLOCK)),),
+        pattern(weight), residual, pattern(grad), codes, scales, unscale, numbers, record, n,
+        STREAM=stream, MODE=mode_of(weight, residual), maxnreg=REGISTERS,
+    )  # fmt: skip

@@ -14,6 +14,7 @@ Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC'11 (Phi
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, TypeVar, cast
 
 import torch
@@ -41,14 +42,19 @@ def philox(seed: Number, c0: Counter, c1: Number, c2: Number, c3: Number) -> tup
     c0: int64 tensor of any shape with values in [0, 2^32), or one int. c1, c2, c3: in [0, 2^32). seed: in [0, 2^64).
     Returns four int64 tensors shaped like c0, or four ints, with values in [0, 2^32).
     """
-    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     x0, x1, x2, x3 = cast(Any, (c0, c1, c2, c3))
-    for _ in range(_ROUNDS):
+    for k0, k1 in zip(_keys(seed, _WEYL_0), _keys(seed >> 32, _WEYL_1), strict=True):
         # int64 products wrap modulo 2^64, which leaves both 32-bit halves exact; Python's own do not wrap at all.
         p0, p1 = x0 * _MULTIPLIER_0, x2 * _MULTIPLIER_1
         x0, x1, x2, x3 = ((p1 >> 32) & _MASK) ^ x1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ x3 ^ k1, p0 & _MASK
-        k0, k1 = (k0 + _WEYL_0) & _MASK, (k1 + _WEYL_1) & _MASK
     return x0, x1, x2, x3
+
+
+def _keys(first: Number, weyl: int) -> Iterable[Number]:
+    """Of all rounds; of a tensor in three operations, not thirty."""
+    if isinstance(first, int):
+        return [(first + weyl * number) & _MASK for number in range(_ROUNDS)]
+    return ((torch.arange(_ROUNDS, device=first.device) * weyl + first) & _MASK).unbind()
 
 
 def _uniform(words: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ _THREADS = "-fopenmp"  # where there is none, a step takes one thread
 _FOR_THIS_PROCESSOR = {"x86_64": "-march=native", "amd64": "-march=native",
                        "aarch64": "-mcpu=native", "arm64": "-mcpu=native"}  # fmt: skip
 _STORAGE = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-_ARGUMENTS = struct.Struct("15Q")  # Tensors in adam8.cpp
+_ARGUMENTS = struct.Struct("12Q")  # Tensors in adam8.cpp
 
 
 def step(
@@ -44,28 +44,26 @@ def step(
     grad: Tensor,
     codes: Tensor,
     scales: Tensor,
-    skipped: Tensor,
     unscale: Tensor,
     numbers: Tensor,
-    address: tuple[int, Tensor, int, int],
+    record: Tensor,
+    stream: int,
 ) -> None:
     """As adam8.update_, for tensors on a CPU, with as many threads as torch takes."""
-    seed, call, tensor, stream = address
     arguments = _ARGUMENTS.pack(
         weight.data_ptr(), 0 if residual is None else residual.data_ptr(), grad.data_ptr(), codes.data_ptr(),
-        scales.data_ptr(), skipped.data_ptr(), unscale.data_ptr(), numbers.data_ptr(), call.data_ptr(),
-        seed & 0xFFFFFFFFFFFFFFFF, tensor, stream, weight.numel(), _STORAGE[weight.dtype], _STORAGE[grad.dtype],
+        scales.data_ptr(), unscale.data_ptr(), numbers.data_ptr(), record.data_ptr(), stream, weight.numel(),
+        _STORAGE[weight.dtype], _STORAGE[grad.dtype],
     )  # fmt: skip
     library().adam8_step(arguments, torch.get_num_threads())
 
 
-def lanes(groups: range, address: tuple[int, Tensor, int, int]) -> Tensor:
-    """As bits.lanes of these groups, flat: int32 [8 * groups]."""
-    seed, call, tensor, stream = address
+def lanes(groups: range, record: Tensor, stream: int) -> Tensor:
+    """As bits.lanes of these groups at the address that adam8.update_ tells of, flat: int32 [8 * groups]."""
     blocks = -(-len(groups) // 32)
     random = torch.empty(256 * blocks, dtype=torch.int16)
-    words = groups.start, seed & 0xFFFFFFFFFFFFFFFF, int(call), tensor, stream
-    library().adam8_lanes(*map(ctypes.c_uint64, words), ctypes.c_void_p(random.data_ptr()), ctypes.c_int64(blocks))
+    pointers = ctypes.c_void_p(record.data_ptr()), ctypes.c_uint64(stream), ctypes.c_void_p(random.data_ptr())
+    library().adam8_lanes(ctypes.c_uint64(groups.start), *pointers, ctypes.c_int64(blocks))
     return random[: 8 * len(groups)].int().bitwise_and_(0xFFFF)
 
 
@@ -197,12 +195,10 @@ def _steps_right() -> bool:
     """Whether a first step of lr = 1 goes against the gradient by about 1. Without tensors: they may be fakes now."""
     signs = [1.0 if place % 3 else -1.0 for place in range(300)]
     weight, grad = (ctypes.c_float * 300)(), (ctypes.c_float * 300)(*signs)
-    codes, scales, skipped = (ctypes.c_int16 * 300)(), (ctypes.c_int32 * 2)(), ctypes.c_int32(0)
+    codes, scales, record = (ctypes.c_int16 * 300)(), (ctypes.c_int32 * 2)(), (ctypes.c_int64 * 4)(0, 1, 0, 0)
     numbers = step_numbers(1, lr=1.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-    rest = ctypes.c_float(1), (ctypes.c_float * len(numbers))(*numbers), ctypes.c_int64(1)
-    addresses = [ctypes.addressof(array) for array in (grad, codes, scales, skipped, *rest)]
+    unscale, given = ctypes.c_float(1), (ctypes.c_float * len(numbers))(*numbers)
+    addresses = [ctypes.addressof(array) for array in (grad, codes, scales, unscale, given, record)]
     storage = _STORAGE[torch.float32]
-    library().adam8_step(
-        _ARGUMENTS.pack(ctypes.addressof(weight), 0, *addresses, 0, 0, 0, len(signs), storage, storage), 1
-    )
-    return skipped.value == 0 and all(abs(w + sign) < 0.01 for w, sign in zip(weight, signs, strict=True))
+    library().adam8_step(_ARGUMENTS.pack(ctypes.addressof(weight), 0, *addresses, 0, len(signs), storage, storage), 1)
+    return record[3] == 0 and all(abs(w + sign) < 0.01 for w, sign in zip(weight, signs, strict=True))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import bits
-from .launch import jit, tl
+from .launch import jit, launch, tl
 
 POSTERIOR, NOISE = 0, 1  # streams
 COLUMNS = 5  # of the table
@@ -44,10 +44,10 @@ def noisy_latents(
         return a * latents + b * noise
     noisy = torch.empty_like(mean)
     size = mean[0].numel()
-    with torch.cuda.device_of(mean):
-        _noisy_kernel[(math.ceil(size / SIZE), len(mean))](
-            mean, logvar, timesteps, table, address, noisy, size, POSTERIOR, NOISE, COLUMNS, SIZE
-        )
+    launch(
+        _noisy_kernel, (math.ceil(size / SIZE), len(mean)), mean, logvar, timesteps, table, address, noisy, size,
+        POSTERIOR=POSTERIOR, NOISE=NOISE, COLUMNS=COLUMNS, SIZE=SIZE,
+    )  # fmt: skip
     return noisy
 
 
@@ -82,11 +82,11 @@ def _loss_and_gradient(
     programs = math.ceil(size / SIZE)
     sums, gradient = mean.new_empty(len(mean), programs), torch.empty_like(mean)
     where = torch.ones(1, device=mean.device) if mask is None else mask.contiguous()
-    with torch.cuda.device_of(mean):
-        _loss_kernel[(programs, len(mean))](
-            prediction, mean, logvar, timesteps, table, address, weights, where, sums, gradient,
-            size, mean[0, 0].numel(), POSTERIOR, NOISE, COLUMNS, SIZE, mask is not None,
-        )  # fmt: skip
+    launch(
+        _loss_kernel, (programs, len(mean)),
+        prediction, mean, logvar, timesteps, table, address, weights, where, sums, gradient, size, mean[0, 0].numel(),
+        POSTERIOR=POSTERIOR, NOISE=NOISE, COLUMNS=COLUMNS, SIZE=SIZE, MASKED=mask is not None,
+    )  # fmt: skip
     rows = sums.sum(1) / size
     return (rows * weights).sum(), rows, gradient
 

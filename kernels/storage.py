@@ -54,9 +54,10 @@ def float32(x):  # type: ignore[no-untyped-def]
 def widen_kernel(weight, residual, place, there, MODE: tl.constexpr):  # type: ignore[no-untyped-def]
     """As widen, of the weights at `place`."""
     w = tl.load(weight + place, there, 0)
-    if MODE != "residual":
+    if MODE == "residual":
+        return bits.join_bf16_kernel(w, tl.load(residual + place, there, 0))
+    else:  # noqa: RET505  # Triton would compile what comes after a return, for a residual that is not there
         return float32(w)
-    return bits.join_bf16_kernel(w, tl.load(residual + place, there, 0))
 
 
 @jit

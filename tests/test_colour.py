@@ -145,8 +145,9 @@ def test_inks_are_what_the_press_makes_of_them(tmp_path, suffix):
     assert furthest(np.asarray(load_photo(tmp_path / f"inks.{suffix}"))[8, 8::16], INKS) <= 5
 
 
-@pytest.mark.parametrize("profile", [b"", ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()])
-def test_lab_needs_no_profile(tmp_path, profile):
+@pytest.mark.parametrize("named", [False, True])
+def test_lab_needs_no_profile(tmp_path, named):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes() if named else b""
     stored = np.rint(to_lab(INKS) * [2.55, 1, 1]).astype(int).astype(np.uint8)  # a and b in two's complement
     Image.fromarray(stored[None], "LAB").save(tmp_path / "lab.tif", icc_profile=profile)
     assert furthest(load_photo(tmp_path / "lab.tif"), INKS) <= 5

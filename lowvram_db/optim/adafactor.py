@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from lowvram_db.kernels import adafactor
-from lowvram_db.kernels.adam8 import Address
 from lowvram_db.kernels.launch import Choice, Implementation
 from lowvram_db.kernels.storage import flat
 from lowvram_db.optim.in_backward import STREAM, InBackward
@@ -105,10 +104,10 @@ class Adafactor(InBackward):
             grad,
             self.state[p]["rows"],
             columns,
-            self._skipped_by_place[place],
             unscale,
             self._numbers_by_group[self._group_of[p]],
-            Address(self._seed, self._call, place, STREAM),
+            self._record_by_place[place],
+            STREAM,
             self._kernels,
         )
 

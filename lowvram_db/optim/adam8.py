@@ -92,10 +92,10 @@ class Adam8(InBackward):
             grad,
             state["codes"],
             state["scales"],
-            self._skipped_by_place[place],
             unscale,
             self._numbers_by_group[self._group_of[p]],
-            adam8.Address(self._seed, self._call, place, STREAM),
+            self._record_by_place[place],
+            STREAM,
             self._kernels,
         )
 
@@ -103,7 +103,7 @@ class Adam8(InBackward):
         bucket = self._buckets[number]
         assert bucket is not None
         skipped = bucket.update_(Step(*self._numbers_by_group[number].unbind()), unscale)
-        self._skipped_by_place[self._places[bucket.parameters[0]]].add_(skipped)
+        self._record_by_place[self._places[bucket.parameters[0]]][adam8.SKIPPED].add_(skipped)
 
     def _may_be_half_stepped(self) -> bool:
         return not adam8.steps_at_once(self._kernels)

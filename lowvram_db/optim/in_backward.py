@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lowvram_db.kernels import bits
+from lowvram_db.kernels.adam8 import SKIPPED, STEP
 from lowvram_db.kernels.launch import Choice, Implementation, implementation
 from lowvram_db.kernels.storage import flat
 from lowvram_db.optim.layout import same_order
@@ -67,7 +68,7 @@ class InBackward(torch.optim.Optimizer, ABC):
     ) -> None:
         super().__init__(params, defaults)
         self.calls = 0  # of step()
-        self._micro_batches, self._max_norm, self._seed = micro_batches, max_norm, seed
+        self._micro_batches, self._max_norm = micro_batches, max_norm
         self._attached = False
         self.scaled = weights == "fp16"  # whether gradients may overflow, for the loss is scaled
         self._group_of = {p: number for number, group in enumerate(self.param_groups) for p in group["params"]}
@@ -84,16 +85,17 @@ class InBackward(torch.optim.Optimizer, ABC):
         self._this_unscale: Tensor | None = None  # from a step's first gradient to its end
         self._squares = torch.zeros(len(self._places), device=device)  # of the gradients, unscaled
         self._norm = torch.zeros(1, device=device)  # of all gradients, what max_norm goes by; 0: not known yet
-        self._skipped = torch.zeros(len(self._places), dtype=torch.int32, device=device)
-        self._skipped_by_place = self._skipped.split(1)
-        self._in_a_row = torch.zeros_like(self._skipped)  # steps in which each was skipped
+        self._in_a_row = torch.zeros(len(self._places), dtype=torch.int64, device=device)  # steps each was skipped in
         self.skipped = torch.zeros(4, dtype=torch.int32, device=device)  # of the last step: see check_skipped
         self._skipping = False
-        # What kernels read of a step, for every group, and the number of calls: on the device, so that launches which
-        # are captured once and replayed find what is new.
+        # What kernels read of a step, for every group and for every tensor: on the device, so that launches which are
+        # captured once and replayed find what is new.
         self._numbers = torch.zeros(len(self.param_groups), self.numbers, dtype=torch.float32, device=device)
         self._numbers_by_group = self._numbers.unbind()
-        self._call = torch.zeros(1, dtype=torch.int64, device=device)
+        signed = (seed + 2**63) % 2**64 - 2**63
+        records = [(signed, 0, place, 0) for place in range(len(self._places))]
+        self._records = torch.tensor(records, dtype=torch.int64, device=device)
+        self._record_by_place = self._records.unbind()
         self._written: tuple[list[tuple[float, ...]], int] | None = None  # of them, last
         self._small = [[p for p in group["params"] if p.numel() < SMALLEST] for group in self.param_groups]
         self._make_state(weights, device)
@@ -168,7 +170,7 @@ class InBackward(torch.optim.Optimizer, ABC):
         # From memory that is not pinned CUDA takes its own copy before this returns and waits for no kernel; pinned
         # memory could be written anew while an earlier copy still reads it.
         self._numbers.copy_(torch.tensor(now[0], dtype=torch.float32), non_blocking=True)
-        self._call.copy_(torch.tensor([self.calls]), non_blocking=True)
+        self._records[:, STEP].copy_(torch.tensor([self.calls]), non_blocking=True)
         self._written = now
 
     def break_off(self) -> int:
@@ -320,11 +322,12 @@ class InBackward(torch.optim.Optimizer, ABC):
         self._squares.zero_()
 
     def _note_skipped(self) -> None:
-        was = self._skipped > 0
+        skipped = self._records[:, SKIPPED]
+        was = skipped > 0
         self._in_a_row.add_(1).mul_(was)
         longest, place = self._in_a_row.max(0)
         self.skipped = torch.stack([was.sum(), was.int().argmax(), longest, place]).int()
-        self._skipped.zero_()
+        skipped.zero_()
 
     def _note_calls(self, calls: int) -> None:
         self.calls = calls

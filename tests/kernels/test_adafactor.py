@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lowvram_db.kernels import adafactor
 from lowvram_db.kernels.adafactor import step_numbers, update_
-from lowvram_db.kernels.adam8 import Address
+from lowvram_db.kernels.adam8 import SKIPPED, STEP
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNELS = ["triton"] if DEVICE == "cuda" else ["triton", "native"]  # on a CPU Triton's are interpreted
@@ -23,21 +23,22 @@ class Matrix:
         self.weight = start.to(DEVICE, DTYPES[mode], copy=True)
         self.residual = torch.zeros_like(self.weight, dtype=torch.int8) if mode == "bf16+residual" else None
         self.rows, self.columns = (torch.zeros(n, device=DEVICE) for n in start.shape)
-        self.skipped = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+        self.record = torch.tensor([7, 0, 3, 0], device=DEVICE)
         self.kernels, self.steps = kernels, 0
 
     def step(self, grad, lr=1e-3, weight_decay=0.01, unscale=1.0):
         self.steps += 1
+        self.record[STEP] = self.steps
         update_(
             self.weight,
             self.residual,
             grad.to(DEVICE, self.weight.dtype),
             self.rows,
             self.columns,
-            self.skipped,
             torch.tensor([unscale], device=DEVICE),
             torch.tensor(step_numbers(self.steps, lr=lr, weight_decay=weight_decay), device=DEVICE),
-            Address(7, torch.tensor([self.steps], device=DEVICE), 3, 16),
+            self.record,
+            16,
             self.kernels,
         )
 
@@ -87,7 +88,7 @@ def test_the_kernel_means_what_its_twin_means(mode, shape, kernels):
         kernel.step(grad)
         assert torch.equal(twin.rows, kernel.rows) and torch.equal(twin.columns, kernel.columns)
         apart = (twin.weight.float() - kernel.weight.float()).abs()
-        place = {"bf16": 2**-9, "bf16+residual": 2**-9, "fp16": 2**-12, "fp32": 2**-24}[mode] * 2
+        place = {"bf16": 2**-7, "bf16+residual": 2**-7, "fp16": 2**-10, "fp32": 2**-23}[mode]  # the last, at the most
         assert (apart <= place * twin.weight.float().abs().clamp(min=2**-14)).all()
         assert mode == "fp32" or (apart > 0).float().mean() < 0.01
         kernel.weight.copy_(twin.weight)
@@ -108,7 +109,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(mode, kernels):
         grad[3, 5] = bad
         matrix.step(grad)
     matrix.step(good, unscale=math.nan)
-    assert matrix.skipped.item() == 3
+    assert matrix.record[SKIPPED] == 3
     after = (matrix.weight, matrix.rows, matrix.columns)
     assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
     matrix.step(good)

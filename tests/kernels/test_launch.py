@@ -118,13 +118,13 @@ def test_a_kernel_is_launched_on_its_tensors_card(monkeypatch, name):
     ):
         monkeypatch.setattr(module, kernel, Kernel())
     flat, noise, ones = torch.ones(256), torch.ones(1, 4, 8, 8), torch.ones(1)
+    record = torch.zeros(4, dtype=torch.int64)
     noised = noise, noise, torch.zeros(1, dtype=torch.int64), torch.ones(1, 5), torch.zeros(2, dtype=torch.int64)
     if name == "adam8":
-        adam8.update_(flat, None, flat, flat, ones, ones, ones, ones, adam8.Address(0, ones, 0, 0), "triton")
+        adam8.update_(flat, None, flat, flat, ones, ones, ones, record, 0, "triton")
     elif name == "adafactor":
         matrix, numbers = flat.view(1, 256), torch.ones(3)
-        address = adam8.Address(0, ones, 0, 0)
-        adafactor.update_(matrix, None, matrix, ones, flat, torch.zeros(1), ones, numbers, address, "triton")
+        adafactor.update_(matrix, None, matrix, ones, flat, ones, numbers, record, 0, "triton")
     elif name == "noisy":
         noise_loss.noisy_latents(*noised, True)
     else:
@@ -132,6 +132,61 @@ def test_a_kernel_is_launched_on_its_tensors_card(monkeypatch, name):
     ((guard, tensors),) = launched
     assert guard is not None and guard.data_ptr() in {tensor.data_ptr() for tensor in tensors}
     assert current == [None]
+
+
+class OnCard(torch.Tensor):
+    """A tensor that says it lies on the second card."""
+
+    device = torch.device("cuda", 1)
+    is_cuda = True
+
+
+class Compiling:
+    """A kernel that notes what it is called with, and so does what it compiles."""
+
+    def __init__(self):
+        self.compiled, self.run = [], []
+
+    def __getitem__(self, grid):
+        def call(*arguments, **constants):
+            self.compiled.append((grid, arguments, constants))
+            return {(*grid, 1, 1)[:3]: lambda *words: self.run.append(words)}
+
+        return call
+
+
+@pytest.fixture
+def on_second_card(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_of", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(launch, "_RUNNERS", {})
+    return lambda *shape, dtype=torch.float32: torch.zeros(*shape, dtype=dtype).as_subclass(OnCard)
+
+
+def test_a_kernel_is_looked_up_once(on_second_card):
+    kernel, x, other = Compiling(), on_second_card(8), on_second_card(8)
+    for tensor in (x, other, x):
+        launch.launch(kernel, (3,), tensor, None, 5, maxnreg=80, MODE="bf16")
+    ((grid, arguments, constants),) = kernel.compiled
+    assert grid == (3,) and arguments[0] is x and arguments[1:] == (None, 5)
+    assert constants == {"MODE": "bf16", "maxnreg": 80}
+    assert [words[0] is tensor for words, tensor in zip(kernel.run, (other, x), strict=True)] == [True, True]
+    assert [words[1:] for words in kernel.run] == [(None, 5, "bf16")] * 2
+
+
+def test_what_triton_compiles_for_is_another_kernel(on_second_card, monkeypatch):
+    """Also one that is launched while another card is the current one goes by way of Triton."""
+    kernel, x = Compiling(), on_second_card(8)
+    given = [(x, 5), (x[1:], 5), (x, 6), (x, None), (on_second_card(8, dtype=torch.int32), 5)]
+    for arguments in given:
+        launch.launch(kernel, (3,), *arguments, MODE="bf16")
+    launch.launch(kernel, (4,), x, 5, MODE="bf16")
+    launch.launch(kernel, (3,), x, 5, MODE="fp16")
+    launch.launch(kernel, (3,), x, 5, MODE="bf16", maxnreg=80)
+    assert len(kernel.compiled) == len(given) + 3 and not kernel.run
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    launch.launch(kernel, (3,), x, 5, MODE="bf16")
+    assert len(kernel.compiled) == len(given) + 4 and not kernel.run
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,11 @@ WORD = st.integers(0, 2**32 - 1)
 
 @given(st.integers(0, 2**32 - 45), st.integers(0, 2**64 - 1), WORD, WORD, WORD)
 def test_random_bits_are_those_of_bits(first, seed, step, tensor, stream):
-    ours = native.lanes(range(first, first + 45), (seed, torch.tensor([step]), tensor, stream))
+    record = torch.tensor([seed - 2**64 if seed >= 2**63 else seed, step, tensor, 0])
+    ours = native.lanes(range(first, first + 45), record, stream)
     expected = bits.lanes(torch.arange(first, first + 45), seed, step, tensor, stream)
     assert torch.equal(ours, expected.flatten())
+    assert torch.equal(bits.lanes(torch.arange(first, first + 45), *record[:3], stream), expected)
 
 
 @pytest.fixture
@@ -146,10 +148,10 @@ def test_what_may_not_be_loaded_from_the_cache_is_loaded_from_elsewhere(compiler
 
 def step_once(kernels):
     weight, grad, ones = torch.zeros(300), torch.ones(300), torch.ones(1)
-    state = torch.zeros(300, dtype=torch.int16), torch.zeros(2, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    state = torch.zeros(300, dtype=torch.int16), torch.zeros(2, dtype=torch.int32)
     numbers = torch.tensor(step_numbers(1, lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0))
-    where = adam8.Address(0, torch.ones(1, dtype=torch.int64), 0, 0)
-    adam8.update_(weight, None, grad, *state, ones, numbers, where, kernels)
+    record = torch.tensor([0, 1, 0, 0])
+    adam8.update_(weight, None, grad, *state, ones, numbers, record, 0, kernels)
     return weight
 
 

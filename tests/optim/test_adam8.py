@@ -20,6 +20,8 @@ from lowvram_db.optim.in_backward import PATIENCE
 from lowvram_db.optim.storage import SMALLEST
 from lowvram_db.train.checkpoint import _flatten
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 class Network(nn.Module):
     """Two tensors above the bucket's limit, six below."""
@@ -155,8 +157,8 @@ def test_schedules_and_groups_reach_the_update():
     assert moved == [[False, True, True], [False, True, True], [False, False, False]]
 
 
-@pytest.mark.parametrize("kernels", ["torch", "triton"])
-def test_what_is_captured_once_and_replayed_makes_the_steps_that_come(monkeypatch, kernels):
+@pytest.mark.parametrize(("kernels", "device"), [("torch", "cpu"), ("triton", DEVICE)])
+def test_what_is_captured_once_and_replayed_makes_the_steps_that_come(monkeypatch, kernels, device):
     """As a CUDA graph does: the first step's calls again, with the same arguments in the same memory."""
 
     def weights_after(steps, replayed):
@@ -171,7 +173,7 @@ def test_what_is_captured_once_and_replayed_makes_the_steps_that_come(monkeypatc
 
         generator = torch.Generator().manual_seed(0)
         parameters = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((64, 128), (16,))]
-        optimizer = Adam8(parameters, weights="bf16", kernels=kernels)
+        optimizer = Adam8(parameters, weights="bf16", kernels=kernels, device=torch.device(device))
         grads = [torch.empty_like(p) for p in parameters]
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = 1e-2 / (step + 1)
