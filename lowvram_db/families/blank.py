@@ -33,13 +33,14 @@ def blank(
     dtype: torch.dtype = torch.float32,
     narrow: Callable[[Tensor], Tensor] = lambda weight: weight,
 ) -> Any:
-    """The network that `build` makes, in eval mode, with empty tensors: of `dtype`, or of what `narrow` makes of it."""
+    """The network that `build` makes, in eval mode, with empty tensors: of `dtype`, or as `narrow` makes them of it."""
     with _disable_current_modes(), torch.device("meta"):  # no initialisation, and nothing for a trace to count
         network = build().eval()
-        dtypes = {id(weight): narrow(weight.detach().to(dtype)).dtype for weight in network.parameters()}
+        stored = {id(weight): narrow(weight.detach().to(dtype)) for weight in network.parameters()}
     for module in network.modules():
         for name, weight in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(torch.empty(weight.shape, dtype=dtypes[id(weight)])))
+            like = stored[id(weight)]
+            setattr(module, name, nn.Parameter(torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)))
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
     return network

@@ -1,9 +1,11 @@
 """What a GPU needs beside the tensors that a trace sees, as constants with their source.
 
-None of them has been calibrated on a GPU by this project yet: bench/plan_accuracy.py measures beside them where there
-is one. Until then they lean to the safe side.
+On an H200, the one GPU that this project has measured on, what the allocator gave out was at the most 3 MiB more than
+predicted for Stable Diffusion 1.5 and 12 MiB more for SDXL (bench/plan_accuracy.py). CONTEXT is other people's reading.
 """
 
+import functools
+import math
 from typing import Any
 
 import torch
@@ -13,7 +15,8 @@ from lowvram_db.memory import segments
 from lowvram_db.memory.trace import GRANULE
 
 # The driver's context with torch's and Triton's kernels loaded: 0.3-0.6 GiB on cards of the last ten years (readings of
-# nvidia-smi less torch.cuda.memory_reserved that users report). Outside the allocator.
+# nvidia-smi less torch.cuda.memory_reserved that users report); .76 GiB on an H200, which has more multiprocessors than
+# any of them. Outside the allocator.
 CONTEXT = 512 * 2**20
 
 # cuBLAS keeps one workspace a handle and stream, and backward's thread has a handle of its own. 32 MiB is what
@@ -22,35 +25,64 @@ CUBLAS_WORKSPACES = 2 * 32 * 2**20
 
 # Of the peak: what the above gets wrong, and what a fragmented allocator cannot hand out again. Where segments do not
 # grow SDXL at 1,024 px needed 5.5% more than its trace, with torch 2.11's allocator over a stand-in for the driver.
+# On an H200, where they do, the allocator held 1 to 2.7% more than it gave out, with nothing to make it give back.
 MARGIN = 0.02 if segments.growing() else 0.06
+
+# Multiprocessors and the threads at home on each, of the card people own that has most, where none is here to be asked.
+_RTX_4090 = 128, 1536
 
 # Host memory of the process itself, with torch and CUDA's libraries loaded.
 RAM_WITH_CUDA = 3 * 2**30
 
 _aten = torch.ops.aten
-_WEIGHTS = {  # of convolutions: the places of the weight among arguments, and of its gradient among results
-    _aten.convolution: ((1,), ()),
-    _aten.convolution_backward: ((2,), (1,)),
-}
+_CONVOLUTIONS = _aten.convolution, _aten.convolution_backward
 _ATTENTION_BACKWARD = {
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: 1,  # the place of the query among its arguments
     _aten._scaled_dot_product_flash_attention_backward: 1,
 }
 
 
-def temporaries(operation: Any, args: Any, outputs: Any, *, channels_last: bool = True) -> int:
+def temporaries(operation: Any, args: Any, outputs: Any) -> int:
     """Bytes an operation of a training step needs on a GPU while it runs; for Trace.
 
-    Convolution: cuDNN's tensor-core kernels want channels last and copy operands and result there and back, so as
-    much again as they are (its nchwToNhwc and nhwcToNchw kernels); but not a weight and its gradient, where they lie
-    so already (channels_last). Activations do not: PyTorch's group norm takes them back to contiguous. Attention
-    backward: FlashAttention-2 sums the query's gradient in float32 (`dq_accum` of its flash_bwd).
+    Convolution: cuDNN's tensor-core kernels want channels last and copy every operand and result that does not lie so
+    there and back (its nchwToNhwc and nhwcToNchw kernels). Attention backward: FlashAttention-2 sums the query's
+    gradient in float32 (`dq_accum` of its flash_bwd). Sums: see summing.
     """
-    if operation in _WEIGHTS:
-        weights, gradients = _WEIGHTS[operation] if channels_last else ((), ())
-        copied = [x for place, x in enumerate(args[:3]) if place not in weights]
-        copied += [x for place, x in enumerate(outputs) if place not in gradients]
-        return sum(-(-x.nbytes // GRANULE) * GRANULE for x in copied if isinstance(x, Tensor))
+    if operation in _CONVOLUTIONS:
+        return sum(_copy(x) for x in (*args[:3], *outputs) if isinstance(x, Tensor) and x.dim() == 4)
+    if operation is _aten.native_group_norm_backward and not args[0].is_contiguous():
+        return int(args[0].nbytes)
     if operation in _ATTENTION_BACKWARD:
         return int(args[_ATTENTION_BACKWARD[operation]].numel()) * 4
+    if operation is _aten.sum and outputs[0].numel():
+        return summing(outputs[0].numel(), args[0].numel() // outputs[0].numel())
     return 0
+
+
+def _copy(x: Tensor) -> int:
+    return 0 if x.is_contiguous(memory_format=torch.channels_last) else -(-x.nbytes // GRANULE) * GRANULE
+
+
+def summing(outputs: int, inputs: int) -> int:
+    """Bytes in which blocks of threads leave what they have of a sum of `inputs` rows with `outputs` columns, as the
+    gradient of a linear layer's bias is: 96 MiB on an RTX 4090, 21 MiB on a 3060.
+
+    setReduceConfig in ATen/native/cuda/Reduce.cuh, for 16 and 32 bits: a block of 32 by 4 threads, a thread for four
+    outputs, and so many blocks for the same outputs that all multiprocessors have work.
+    """
+    multiprocessors, threads = _card()
+    each, columns = math.ceil(inputs / 4), math.ceil(outputs / 128)
+    target = multiprocessors * (threads // 128)
+    if each < 256 or columns > target:
+        return 0
+    blocks = max(min(math.ceil(target / columns), math.ceil(each / 16)), math.ceil(each / 256))
+    return 4 * outputs * blocks * 128 if blocks > 1 else 0
+
+
+@functools.cache
+def _card() -> tuple[int, int]:
+    if not torch.cuda.is_available():
+        return _RTX_4090
+    properties = torch.cuda.get_device_properties()
+    return properties.multi_processor_count, properties.max_threads_per_multi_processor

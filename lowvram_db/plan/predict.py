@@ -24,7 +24,7 @@ from lowvram_db.kernels import adam8
 from lowvram_db.memory.device import DTYPES
 from lowvram_db.memory.overheads import CONTEXT, CUBLAS_WORKSPACES, RAM_WITH_CUDA, temporaries
 from lowvram_db.memory.trace import TEMPORARY, Trace
-from lowvram_db.optim.kinds import KINDS, Name, StepsInBackward
+from lowvram_db.optim.kinds import Name, StepsInBackward
 from lowvram_db.optim.storage import narrowing
 from lowvram_db.plan.result import Phase
 from lowvram_db.train.batches import Batch
@@ -163,7 +163,13 @@ def _step(learner: "BlankLearner", batch: Batch, trace: Trace, name: str) -> Pha
 
 
 def blank_learner(config: Config, family: Blank, strategy: Strategy, trace: Trace) -> "BlankLearner":
-    networks: dict[str, Any] = {family.denoiser_part: family.load_denoiser(narrowing(config.weights))}
+    narrow = narrowing(config.weights)
+
+    def as_stored(weight: Tensor) -> Tensor:
+        last = config.optimizer.kind.keeps_layout and weight.dim() == 4  # as memory.device.lay_out has them on a GPU
+        return narrow(weight).to(memory_format=torch.channels_last if last else torch.preserve_format)
+
+    networks: dict[str, Any] = {family.denoiser_part: family.load_denoiser(as_stored)}
     if config.train.text_encoder:
         networks |= family.load_text_encoders()
     learner = BlankLearner(config, family, networks, CPU, strategy, kernels="torch")
@@ -270,8 +276,7 @@ def tracing(autocast: bool = False, optimizer: Name = "adam8", twin: bool = Fals
     heard between operations."""
     with ExitStack() as stack:
         stopping = stack.enter_context(stop_on_request())
-        # Where the optimizer lets weights lie channels last; all other networks do.
-        trace = Trace(partial(temporaries, channels_last=KINDS[optimizer].keeps_layout), stopping)
+        trace = Trace(temporaries, stopping)
         # bitsandbytes computes its table of 256 codes, and its kernel, which works in place, has no fake of itself; its
         # state is really made.
         if optimizer == "bnb-adam8":
@@ -281,6 +286,7 @@ def tracing(autocast: bool = False, optimizer: Name = "adam8", twin: bool = Fals
         stack.enter_context(trace)
         if twin:
             stack.enter_context(patch.object(adam8, "update_", partial(_twins_memory, trace)))
+        stack.enter_context(patch.object(functional, "group_norm", _contiguous(functional.group_norm)))
         if autocast:
             for norm in ("group_norm", "layer_norm"):
                 stack.enter_context(patch.object(functional, norm, _in_float32(getattr(functional, norm))))
@@ -293,6 +299,11 @@ def _twins_memory(trace: Trace, weight: Tensor, *_: Any) -> None:
     """What the twin takes for its chunk: to follow its operations would take longer than all the rest of a trace."""
     size = min(weight.numel(), adam8.GPU_CHUNK) * adam8.TWIN_BYTES
     trace.label(TEMPORARY, [torch.empty(size, dtype=torch.uint8)])
+
+
+def _contiguous(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A GPU's group norm makes its input contiguous and keeps that for backward; a CPU's takes it as it lies."""
+    return lambda x, *args, **kwargs: norm(x.contiguous(), *args, **kwargs)
 
 
 def _in_float32(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -27,16 +27,20 @@ def folder() -> Path:
 
 def key(config: Config, configs: Path, budget: int | None, explain: bool) -> str:
     """A digest of the settings that matter (and which of them are the user's), the model's config files, our code, the
-    versions of the libraries, how memory is taken, and the computer, whose arithmetic a plan tells of."""
+    versions of the libraries, how memory is taken, and the computer, whose arithmetic and card a plan tells of."""
     settings = [config.model_dump_json(exclude=_NO_MATTER, exclude_unset=unset) for unset in (False, True)]
     digest = hashlib.sha256("".join(settings).encode())
     versions = [version(library) for library in _LIBRARIES]
-    digest.update(f"{budget} {explain} {segments.growing()} {versions} {platform.node()}".encode())
+    digest.update(f"{budget} {explain} {segments.growing()} {versions} {_computer()}".encode())
     kernels = _PACKAGE.parent / "kernels" if (_PACKAGE.parent / "kernels").is_dir() else _PACKAGE / "kernels"
     code = [*_PACKAGE.rglob("*.py"), *kernels.glob("*.py")]
     for file in sorted([*configs.glob("*.json"), *configs.glob("*/*config.json"), *code]):
         digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def _computer() -> tuple[str, str | None]:
+    return platform.node(), os.environ.get("CUDA_VISIBLE_DEVICES")  # which says by which card it goes
 
 
 def recall(key: str) -> Plan | None:

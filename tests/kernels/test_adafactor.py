@@ -80,16 +80,18 @@ def test_a_vector_is_a_matrix_of_one_row():
 @pytest.mark.parametrize("mode", DTYPES)
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_the_kernel_means_what_its_twin_means(mode, shape, kernels):
-    """Roots may differ in the last bit, and so now and then what a weight is rounded to."""
+    """Roots may differ in the last bit and a GPU rounds a product and a sum at once, and so now and then what a weight is
+    rounded to differs by a place, of float32 by two, of what it was or is."""
     start = 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(1))
     twin, kernel = Matrix(start, mode), Matrix(start, mode, kernels)
     for grad in gradients(shape, 3):
+        before = twin.weight.float().abs()
         twin.step(grad)
         kernel.step(grad)
         assert torch.equal(twin.rows, kernel.rows) and torch.equal(twin.columns, kernel.columns)
         apart = (twin.weight.float() - kernel.weight.float()).abs()
-        place = {"bf16": 2**-7, "bf16+residual": 2**-7, "fp16": 2**-10, "fp32": 2**-23}[mode]  # the last, at the most
-        assert (apart <= place * twin.weight.float().abs().clamp(min=2**-14)).all()
+        place = {"bf16": 2**-7, "bf16+residual": 2**-7, "fp16": 2**-10, "fp32": 2**-22}[mode]
+        assert (apart <= place * before.maximum(twin.weight.float().abs()).clamp(min=2**-14)).all()
         assert mode == "fp32" or (apart > 0).float().mean() < 0.01
         kernel.weight.copy_(twin.weight)
         if twin.residual is not None:
