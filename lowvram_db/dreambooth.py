@@ -17,8 +17,9 @@ from lowvram_db.concept.class_images import class_images
 from lowvram_db.config import Config
 from lowvram_db.errors import LESS_MEMORY, DoesNotFit, Interrupted, UserError
 from lowvram_db.families import check_trainable, open_model
-from lowvram_db.families.base import Family
-from lowvram_db.families.draw import pipeline_for
+from lowvram_db.families.base import NO_PROMPT, Family
+from lowvram_db.families.conditioning import Conditioning
+from lowvram_db.families.draw import Drawer
 from lowvram_db.memory import driver
 from lowvram_db.memory.budget import budget_for, cap, crowd
 from lowvram_db.memory.device import (
@@ -39,13 +40,12 @@ from lowvram_db.plan.result import Plan
 from lowvram_db.plan.show import does_not_fit, summary
 from lowvram_db.progress import say
 from lowvram_db.run import Run
-from lowvram_db.sampling import sample_grid
+from lowvram_db.sampling import grid_of_model, sample_grid
 from lowvram_db.train import checkpoint
 from lowvram_db.train.batches import Batches
 from lowvram_db.train.loop import Trainer, optional, train
 from lowvram_db.train.resume import check_content, check_settings, choose, whole
 
-_NO_PROMPT = ""  # what classifier-free guidance steers away from
 _BUCKET_MULTIPLE = 64  # of the sides of buckets, pixels; too coarse for small pictures
 
 
@@ -193,8 +193,22 @@ def _concept(
         return describe(config, photos, [])
     folder = Path(config.prior.images).expanduser() if config.prior.images else run.class_images
     base = model_digest(family, store.catalogue)
-    made = class_images(config, family, folder, base, device, at_once, store.catalogue.is_good)
+    text = partial(_text, config, family, store, device)
+    made = class_images(config, family, folder, base, text, device, at_once, store.catalogue.is_good)
     return describe(config, photos, made)
+
+
+def _text(config: Config, family: Family, store: Store, device: torch.device, prompts: list[str]) -> Conditioning:
+    """What the model's own text encoders say of prompts: from the store, encoded where it is not there yet."""
+    return _precompute(config, family, store, device, photos=[], prompts=prompts).conditioning(prompts)
+
+
+def _precompute(config: Config, family: Family, store: Store, device: torch.device, **what: Any) -> Cached:
+    train = config.train
+    multiple = _BUCKET_MULTIPLE if train.resolution >= 4 * _BUCKET_MULTIPLE else family.side_multiple
+    framing = Framing(train.resolution, train.crop, train.variants, train.flip, train.seed, multiple)
+    dtype = encoder_dtype(config.cache.precision, config.precision.compute, device)
+    return precompute(family, store, device, framing=framing, dtype=dtype, **what)
 
 
 def _cache(
@@ -205,20 +219,11 @@ def _cache(
     device: torch.device,
     begins: Callable[[str], None] = lambda phase: None,
 ) -> Cached:
-    """Everything the encoders have to say; conditioning is left out where the text encoder is going to change it."""
-    train, prompts = config.train, [] if config.train.text_encoder else concept.prompts
+    """Everything the encoders have to say; conditioning is left out where the text encoders are going to change it."""
+    prompts = [] if config.train.text_encoder else concept.prompts
     if prompts and config.sample.every:
-        prompts = [*prompts, *map(config.fill, config.sample.prompts), _NO_PROMPT]
-    multiple = _BUCKET_MULTIPLE if train.resolution >= 4 * _BUCKET_MULTIPLE else family.side_multiple
-    encode = partial(
-        precompute,
-        family,
-        store,
-        device,
-        framing=Framing(train.resolution, train.crop, train.variants, train.flip, train.seed, multiple),
-        prompts=prompts,
-        dtype=encoder_dtype(config.cache.precision, config.precision.compute, device),
-    )
+        prompts = [*prompts, *map(config.fill, config.sample.prompts), NO_PROMPT]
+    encode = partial(_precompute, config, family, store, device, prompts=prompts)
     begins("text encoding")  # by itself, to be measured so; from the store afterwards
     encode(photos=[])
     begins("latent encoding")
@@ -271,44 +276,45 @@ def _written(trainer: Trainer, run: Run) -> dict[str, Path]:
     """Files of the last step's checkpoint that hold what the finished model's would."""
     if trainer.config.weights != trainer.config.output.dtype:
         return {}
-    return {part: run.checkpoint(trainer.step) / f"{part}.safetensors" for part in trainer.modules}
+    whole = (
+        part
+        for part, network in trainer.modules.items()
+        if all(f"{part}.{name}" in trainer.trained for name in network.state_dict())
+    )
+    return {part: run.checkpoint(trainer.step) / f"{part}.safetensors" for part in whole}
 
 
 def _sample_trainer(trainer: Trainer, at_once: int, path: Path) -> None:
     """The sample grid of a model in training: its own networks, the cached conditioning, a VAE for the moment."""
-    parts: dict[str, Any] = dict(trainer.modules)
-    if trainer.text_encoder is None:
-        parts |= {"text_encoder": None, "tokenizer": None}
-    pipeline = trainer.family.pipeline(trainer.activations, **parts).to(trainer.device)
-
-    def inputs(prompt: str) -> dict[str, Any]:
-        if trainer.text_encoder is not None:
-            return {"prompt": prompt}
-        embeds, negative = (trainer.conditioning([text]).to(trainer.activations) for text in (prompt, _NO_PROMPT))
-        return {"prompt_embeds": embeds, "negative_prompt_embeds": negative}
-
-    with trainer.autocast():
-        _write_grid(trainer.config, pipeline, path, at_once=at_once, inputs=inputs)
-    del pipeline
+    drawer = Drawer(
+        trainer.family,
+        trainer.denoiser,
+        trainer.device,
+        trainer.activations,
+        at_once,
+        decoding=trainer.dtype,
+        autocast=trainer.autocast,
+    )
+    _write_grid(trainer.config, path, partial(sample_grid, drawer, text=trainer.text))
+    del drawer
     release_memory()
 
 
 def _sample_result(config: Config, run: Run, device: torch.device, at_once: int) -> None:
     """The sample grid of model/, drawn by what stands on the disk."""
-    pipeline, wider = pipeline_for(open_model(str(run.model)), config.precision.compute, device)
-    _write_grid(config, pipeline, run.sample_grid(config.train.steps), at_once=at_once, wider=wider)
+    family = open_model(str(run.model))
+    draw = partial(grid_of_model, family, compute=config.precision.compute, device=device, at_once=at_once)
+    _write_grid(config, run.sample_grid(config.train.steps), draw)
 
 
-def _write_grid(config: Config, pipeline: Any, path: Path, **how: Any) -> None:
+def _write_grid(config: Config, path: Path, draw: Callable[..., Image.Image]) -> None:
     sample = config.sample
-    grid: Image.Image = sample_grid(
-        pipeline,
-        [config.fill(prompt) for prompt in sample.prompts],
+    grid = draw(
+        prompts=[config.fill(prompt) for prompt in sample.prompts],
         guidance=sample.guidance,
         seeds=sample.seeds,
         steps=sample.steps,
         resolution=config.train.resolution,
-        **how,
     )
     with replacing_file(path) as temporary:
         grid.save(temporary, format="PNG")

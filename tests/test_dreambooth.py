@@ -90,7 +90,7 @@ def test_a_second_start_decodes_no_photo_and_loads_no_encoder(make_config, monke
 
     for where in ("concept.load_photo", "concept.class_images.load_photo", "cache.catalogue.decode_photo"):
         monkeypatch.setattr(f"lowvram_db.{where}", fail)
-    for method in ("load_vae", "load_text_encoder", "pipeline"):
+    for method in ("load_vae", "load_text_encoders", "load_denoiser"):
         monkeypatch.setattr(StableDiffusion, method, fail)
     build_cache(config)
 

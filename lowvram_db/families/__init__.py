@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from lowvram_db.families.blank import Blank
 
 # Imported when they are wanted: with torch and diffusers behind them they take seconds.
-_FAMILIES = {"StableDiffusionPipeline": ("sd", "StableDiffusion")}
+_FAMILIES = {
+    "StableDiffusionPipeline": ("sd", "StableDiffusion"),
+    "StableDiffusionXLPipeline": ("sdxl", "StableDiffusionXL"),
+}
 _BLANKS = {
     "StableDiffusionPipeline": ("sd", "BlankStableDiffusion"),
     "StableDiffusionXLPipeline": ("sdxl", "BlankStableDiffusionXL"),

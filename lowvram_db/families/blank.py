@@ -3,7 +3,6 @@
 Under FakeTensorMode they take no memory at all, which is how a plan looks at a model that nobody has downloaded yet.
 """
 
-from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -12,20 +11,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lowvram_db.families.base import Architecture
+from lowvram_db.families.conditioning import Conditioning
 
 
 class Blank(Architecture):
-    """A model without weights."""
+    """A model without weights. Its encode_prompts takes the prompts for empty ones, whose tokens nobody has to know."""
 
-    conditioning_shape: tuple[int, int]  # of one prompt
+    text_shapes: dict[str, tuple[int, ...]]  # of the text part of the conditioning, one prompt
 
-    @abstractmethod
-    def load_text_encoders(self, dtype: torch.dtype = torch.float32) -> dict[str, nn.Module]:
-        """Each by its name in the model folder."""
-
-    @abstractmethod
-    def conditioning(self, text_encoders: dict[str, Any], rows: int) -> Tensor:
-        """What denoise() takes, for `rows` prompts of no meaning: [rows, *conditioning_shape]."""
+    def cached_text(self, prompts: list[str]) -> Conditioning:
+        """The text part as a cache hands it out: float32, [len(prompts), ...]."""
+        return {name: torch.empty(len(prompts), *shape) for name, shape in self.text_shapes.items()}
 
 
 def blank(
