@@ -5,13 +5,14 @@ import subprocess
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lowvram_db import dreambooth as room
 from lowvram_db.config import load
+from lowvram_db.demo.miniature import write_sd2, write_sdxl
 from lowvram_db.dreambooth import build_cache, run_dreambooth
 from lowvram_db.errors import DoesNotFit, UserError
 from lowvram_db.families.sd import StableDiffusion
@@ -31,6 +32,46 @@ def test_a_run_on_real_photos_from_start_to_picture(make_config, dog_photos):
     assert Image.open(run.sample_grid(4)).height > 3 * 64
     pipeline = StableDiffusionPipeline.from_pretrained(run.model)
     assert pipeline("a photo of a pkblz dog", num_inference_steps=1, height=64, width=64).images[0].size == (64, 64)
+
+
+ENDS_IN_NOISE = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+GENERATIONS = {
+    "SD 2": (write_sd2, {}, {}),
+    "SDXL": (write_sdxl, {}, {"crop": "buckets", "variants": 2, "flip": True}),
+    "SDXL and its text encoders, v prediction that ends in noise": (
+        write_sdxl,
+        ENDS_IN_NOISE,
+        {"text_encoder": True, "min_snr_gamma": 5.0},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GENERATIONS)
+def test_every_generation_trains_resumes_bit_for_bit_samples_and_is_loaded_by_diffusers(make_config, tmp_path, name):
+    write, schedule, train = GENERATIONS[name]
+    write(tmp_path / "model", **schedule)
+    shared = {"model": {"name": str(tmp_path / "model")}, "cache": {"dir": str(tmp_path / "shared")}}
+
+    def run(where, steps, **sections):
+        settings = {"train": {**train, "steps": steps}, "output": {"name": where}, **shared, **sections}
+        return run_dreambooth(make_config(**settings))
+
+    straight = run("straight", 4, sample={"every": 2})
+    run("resumed", 2)
+    resumed = run("resumed", 4)
+    wanted, got = (sorted(model.rglob("*.safetensors")) for model in (straight.model, resumed.model))
+    assert [path.read_bytes() for path in wanted] == [path.read_bytes() for path in got]
+    assert straight.sample_grid(2).exists()
+    assert straight.sample_grid(4).read_bytes() == resumed.sample_grid(4).read_bytes()
+
+    trained = {"unet"} | ({"text_encoder", "text_encoder_2"} if train.get("text_encoder") else set())
+    for path in wanted:
+        before, after = load_file(tmp_path / "model" / path.relative_to(straight.model)), load_file(path)
+        assert before.keys() == after.keys()
+        moved = [key for key in before if not torch.equal(before[key], after[key])]
+        assert bool(moved) == (path.parent.name in trained), path
+    pipeline = DiffusionPipeline.from_pretrained(straight.model)
+    assert pipeline("a pkblz ball", num_inference_steps=1, height=64, width=64).images[0].size == (64, 64)
 
 
 def test_every_weight_of_the_unet_is_trained(make_config, miniature):
