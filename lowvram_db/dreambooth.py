@@ -18,8 +18,9 @@ from lowvram_db.config import Config
 from lowvram_db.errors import LESS_MEMORY, DoesNotFit, Interrupted, UserError
 from lowvram_db.families import check_trainable, open_model
 from lowvram_db.families.base import NO_PROMPT, Family
-from lowvram_db.families.conditioning import Conditioning
+from lowvram_db.families.conditioning import Conditioning, collated
 from lowvram_db.families.draw import Drawer
+from lowvram_db.families.prediction import Picture, errors, spoken_instead
 from lowvram_db.memory import driver
 from lowvram_db.memory.budget import budget_for, cap, crowd
 from lowvram_db.memory.device import (
@@ -28,6 +29,7 @@ from lowvram_db.memory.device import (
     emulation,
     encoder_dtype,
     pick_device,
+    picture_dtypes,
     release_memory,
 )
 from lowvram_db.memory.out_of_memory import is_out_of_memory, reason
@@ -115,6 +117,8 @@ def _run(config: Config, resume: str) -> Run:
             family = _open_family(config)
             run.save_config(config)
             with Watch(device), Meter(plan, run, device) as meter:
+                if start is None:
+                    _check_prediction(config, family, store, photos, device, meter.begins)
                 meter.begins("class images")
                 concept = _concept(config, family, run, photos, store, device, plan.prior_batch)
                 release_memory()
@@ -157,10 +161,16 @@ def _cache_folder(config: Config, run: Run) -> Path:
 
 def _open_family(config: Config) -> Family:
     """The model, found fit for all prompts of the run."""
-    family = open_model(config.model.name, config.model.revision)
+    family = _open(config)
+    for remark in family.remarks:
+        say(remark)
     family.check_prompts([config.fill(prompt) for prompt in [*config.subject.prompts, *config.sample.prompts]])
     family.check_prompts([config.fill(config.prior.prompt)])
     return family
+
+
+def _open(config: Config) -> Family:
+    return open_model(config.model.name, config.model.revision, config.model.prediction_type)
 
 
 def _finished(config: Config, start: Path | None, run: Run, photos: list[Path]) -> bool:
@@ -173,7 +183,7 @@ def _finished(config: Config, start: Path | None, run: Run, photos: list[Path]) 
     catalogue = catalogue_of(_cache_folder(config, run))
     present = {"photos": [catalogue.look(photo).digest for photo in photos]}
     with contextlib.suppress(UserError):  # the model may have gone since: nothing needs it any more
-        family = open_model(config.model.name, config.model.revision)
+        family = _open(config)
         present["model"] = [model_digest(family, catalogue)]
     check_content(state, present, start)
     return True
@@ -209,6 +219,43 @@ def _precompute(config: Config, family: Family, store: Store, device: torch.devi
     framing = Framing(train.resolution, train.crop, train.variants, train.flip, train.seed, multiple)
     dtype = encoder_dtype(config.cache.precision, config.precision.compute, device)
     return precompute(family, store, device, framing=framing, dtype=dtype, **what)
+
+
+def _check_prediction(
+    config: Config,
+    family: Family,
+    store: Store,
+    photos: list[Path],
+    device: torch.device,
+    begins: Callable[[str], None],
+) -> None:
+    """See that the base weights predict what the model's scheduler says. Raises UserError where they do not by far,
+    and says so where the user has decided."""
+    prompt, said = config.fill(config.prior.prompt), family.noise_schedule.prediction_type
+    begins("text encoding")
+    _precompute(config, family, store, device, photos=[], prompts=[prompt])
+    begins("latent encoding")
+    cached = _precompute(config, family, store, device, photos=photos, prompts=[prompt])
+    begins("the check of what is predicted")
+    pictures = [
+        Picture(
+            cached.moments(frame.keys[:1]).mean,
+            cached.conditioning([prompt]) | collated([family.view_conditioning(frame.views[0])]),
+        )
+        for frame in cached.photos.values()
+    ]
+    dtype, _ = picture_dtypes(config.precision.compute, device)
+    denoiser = family.load_denoiser(lambda weight: weight.to(dtype)).to(device)
+    read = errors(family, denoiser, pictures, dtype)
+    del denoiser
+    release_memory()
+    if (speaks := spoken_instead(read, said)) is None:
+        return
+    found = f"the weights predict {speaks}, not {said} (errors of {read[speaks]:.2f} and {read[said]:.2f})"
+    if config.model.prediction_type is None:
+        where = family.folder / "scheduler" / "scheduler_config.json"
+        raise UserError(f'{where}: says {said}, but {found}; set model.prediction_type = "{speaks}"')
+    say(f"model.prediction_type: is {said}, but {found}")
 
 
 def _cache(

@@ -1,7 +1,9 @@
 import errno
 import gc
+import json
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import lowvram_db
 from lowvram_db import dreambooth as room
 from lowvram_db.config import load
 from lowvram_db.demo.miniature import write_sd2, write_sdxl
@@ -95,7 +98,7 @@ def test_no_other_weights_are_in_memory_when_a_denoiser_comes(make_config, monke
     monkeypatch.setattr(StableDiffusion, "load_denoiser", watched)
     before = count_weights()
     run_dreambooth(make_config())
-    assert seen == [before] * 3, "for class images, for training, for the pictures of what was trained"
+    assert seen == [before] * 4, "to look at, for class images, for training, for the pictures of what was trained"
 
 
 def test_without_prior_preservation_no_class_image_is_made(make_config):
@@ -337,6 +340,29 @@ def test_the_allocator_is_capped_at_the_budget_before_anything_is_loaded(make_co
     with pytest.raises(ZeroDivisionError):
         begin(make_config(memory={"vram": "12GiB"}))
     assert done == [("budget of", "12GiB"), ("cap", 2**35, pick_device().type), "loads"]
+
+
+def test_a_model_whose_scheduler_says_the_wrong_prediction_is_refused_before_any_picture(make_config, tmp_path, capfd):
+    """The base model of the demo, which predicts v."""
+    base = shutil.copytree(Path(lowvram_db.__file__).parent / "demo" / "base", tmp_path / "base")
+    path = base / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "epsilon"}))
+    photos = {"photos": str(Path(lowvram_db.__file__).parent / "demo" / "jellyfish"), "class": "jellyfish"}
+
+    def config(**model):
+        return make_config(model={"name": str(base), **model}, subject=photos, train={"steps": 1})
+
+    with pytest.raises(
+        UserError, match=r'says epsilon, but the weights predict v_pred.*; set model\.prediction_type = "v_prediction"'
+    ):
+        run_dreambooth(config())
+    assert not list((tmp_path / "runs").rglob("class-*.png"))
+    capfd.readouterr()
+    run = run_dreambooth(config(prediction_type="v_prediction"))
+    assert "the weights predict" not in capfd.readouterr().err
+    saved = json.loads((run.model / "scheduler" / "scheduler_config.json").read_text())
+    assert saved["prediction_type"] == "v_prediction"
+    assert json.loads(path.read_text())["prediction_type"] == "epsilon", "the user's own file stays"
 
 
 def test_what_keeps_a_run_from_its_gpu_comes_first(make_config, monkeypatch, capfd):

@@ -118,6 +118,7 @@ def _recipe(config: Config, base: str) -> Recipe:
         steps=config.prior.steps,
         guidance=config.prior.guidance,
         seed=config.train.seed,
+        prediction_type=config.model.prediction_type,
     )
 
 

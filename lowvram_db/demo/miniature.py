@@ -134,7 +134,9 @@ def _letter_tokenizer(**special: str) -> CLIPTokenizer:
     """CLIP's tokenizer without a single merge: every byte is a token, and another one at the end of a word."""
     letters = list(_byte_letters().values())
     tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={token: number for number, token in enumerate(tokens)}, merges=[], model_max_length=77, **special)
+    return CLIPTokenizer(
+        vocab={token: number for number, token in enumerate(tokens)}, merges=[], model_max_length=77, **special
+    )
 
 
 def _byte_letters() -> dict[int, str]:

@@ -103,6 +103,7 @@ class Family(Architecture):
     vae_files: list[Path]  # files whose bytes decide what encode_images gives
     text_files: list[Path]  # files whose bytes decide what encode_prompts gives
     model_files: list[Path]  # files whose bytes decide what the model is: all configs and weights, and the tokenizers
+    remarks: list[str]  # what to know before training it
 
     @abstractmethod
     def encode_images(self, vae: Any, pixels: Tensor) -> Moments:

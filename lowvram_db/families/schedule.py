@@ -14,6 +14,7 @@ from lowvram_db.families.source import naming, read_json
 
 _PREDICTION_TYPES = ("epsilon", "v_prediction")
 _BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")  # that trainer and solver both know
+_FEW_STEPS = ("LCMScheduler", "TCDScheduler")
 _TIMESTEPS = range(100, 10_001)  # fewer cannot be drawn with in the usual number of steps
 _BETAS = {
     "num_train_timesteps": 1000,
@@ -51,6 +52,23 @@ def solver(folder: Path, prediction_type: str | None = None) -> DPMSolverMultist
         timestep_spacing="trailing" if settings["rescale_betas_zero_snr"] else "linspace",
         steps_offset=1,  # without a meaning to these spacings; diffusers' pipeline warns of any other number
     )
+
+
+def of_few_steps(folder: Path) -> str | None:
+    """What to say of a schedule that is a distilled model's, such as Turbo and Lightning; None for another one."""
+    config = read_json(schedule_file(folder), "the noise schedule and prediction type stand in it")
+    trailing = config.get("timestep_spacing") == "trailing"
+    signs = {
+        "_class_name": config.get("_class_name") in _FEW_STEPS,
+        "timestep_spacing": trailing and config.get("prediction_type", "epsilon") == "epsilon",
+    }
+    for sign, found in signs.items():
+        if found:
+            return (
+                f"{schedule_file(folder)}: {sign} {config[sign]} is what models have that were distilled to draw in a "
+                "few steps (Turbo, Lightning, LCM); training breaks that: the result wants some 30 steps, and guidance"
+            )
+    return None
 
 
 def _settings(folder: Path, prediction_type: str | None = None) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from lowvram_db.families.configs import (
     read_text_config,
 )
 from lowvram_db.families.finished import save_network
-from lowvram_db.families.schedule import read_schedule, schedule_file, solver
+from lowvram_db.families.schedule import of_few_steps, read_schedule, schedule_file, solver
 from lowvram_db.families.source import naming, read_json
 from lowvram_db.families.weight_files import refuse_stand_in, weight_files
 from lowvram_db.families.weights import Narrow, read_weights
@@ -151,6 +151,7 @@ class StableDiffusion(StableDiffusionConfigs, Family):
             self.text_files += [*self._files_of(part), *files]
         self.vae_files = self._files_of("vae")
         self.model_files = [*self._files_of("unet"), *self.vae_files, *self.text_files, schedule_file(folder)]
+        self.remarks = [distilled] if (distilled := of_few_steps(folder)) else []
 
     def _files_of(self, part: str) -> list[Path]:
         return [self.folder / part / "config.json", *self._weights[part]]

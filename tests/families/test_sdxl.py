@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 
 from lowvram_db.cache import Framing, View
 from lowvram_db.demo.miniature import write_sdxl
-from lowvram_db.families import open_model
+from lowvram_db.errors import UserError
+from lowvram_db.families import open_blank, open_model
 
 VIEW = View.of((96, 96), (64, 64))
 
@@ -140,3 +142,70 @@ def test_a_saved_model_is_whole_in_diffusers_with_what_was_trained(family, model
     files = [{str(path.relative_to(at)) for path in at.rglob("*")} for at in (tmp_path / "saved", model)]
     assert files[0] == files[1]
     open_model(str(tmp_path / "saved"))
+
+
+def refused(copy, opened=open_model):
+    with pytest.raises(UserError) as error:
+        opened(str(copy))
+    assert "\n" not in str(error.value) and str(copy) in str(error.value)
+    return str(error.value)
+
+
+REFINER = "refiner.*; train the base model"
+REFUSED = {
+    "refiner, by its pipeline": ({"model_index.json": {"_class_name": "StableDiffusionXLImg2ImgPipeline"}}, REFINER),
+    "refiner, by its one encoder": ({"model_index.json": {"text_encoder": [None, None]}}, REFINER),
+    "refiner, by its width": (
+        {"unet/config.json": {"cross_attention_dim": 48}},
+        r"unet: wants text 48 wide, but the text encoders give 80; .*refiner",
+    ),
+    "refiner, by its sizes": (
+        {"unet/config.json": {"projection_class_embeddings_input_dim": 48 + 5 * 8}},
+        "projection_class_embeddings_input_dim is 88, and text_encoder_2's 48 and 6 sizes of 8 are given",
+    ),
+    "no sizes": ({"unet/config.json": {"addition_time_embed_dim": None}}, "6 sizes of None are given"),
+    "inpainting": ({"unet/config.json": {"in_channels": 9}}, "takes 9 .* inpainting and edit models cannot be trained"),
+    "edit": ({"unet/config.json": {"in_channels": 8}}, "takes 8 .* inpainting and edit models cannot be trained"),
+    "inpainting, by its pipeline": (
+        {"model_index.json": {"_class_name": "StableDiffusionXLInpaintPipeline"}},
+        "it fills holes in pictures; train a text-to-image model",
+    ),
+    "edit, by its pipeline": (
+        {"model_index.json": {"_class_name": "StableDiffusionXLInstructPix2PixPipeline"}},
+        "it edits pictures; train a text-to-image model",
+    ),
+    "a second encoder without projection": (
+        {"model_index.json": {"text_encoder_2": ["transformers", "CLIPTextModel"]}},
+        "text_encoder_2 is a CLIPTextModel; a CLIPTextModelWithProjection is supported",
+    ),
+    "a second encoder of another model": (
+        {"text_encoder_2/config.json": {"hidden_size": 32}},
+        "wants text 80 wide, but the text encoders give 64; they are of different models",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused_from_the_configs_alone(copy, edit, what):
+    changes, words = REFUSED[what]
+    for file, fields in changes.items():
+        edit(file, **fields)
+    assert re.search(words, refused(copy))
+    assert re.search(words, refused(copy, lambda folder: open_blank(Path(folder))))
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"])
+def test_a_missing_folder_is_named(copy, part):
+    shutil.rmtree(copy / part)
+    assert re.search(rf"{part}(/config\.json: missing|: holds no CLIP tokenizer)", refused(copy))
+
+
+def test_missing_weights_of_the_second_encoder_are_named(copy):
+    (copy / "text_encoder_2" / "model.safetensors").unlink()
+    assert "text_encoder_2: no weights" in refused(copy)
+
+
+def test_a_prompt_has_to_fit_every_tokenizer(copy, edit):
+    edit("tokenizer_2/tokenizer_config.json", model_max_length=20)
+    with pytest.raises(UserError, match="the model reads 20; shorten it"):
+        open_model(str(copy)).check_prompts(["x" * 30])
