@@ -119,14 +119,13 @@ def _run(config: Config, resume: str) -> Run:
             with Watch(device), Meter(plan, run, device) as meter:
                 if start is None:
                     _check_prediction(config, family, store, photos, device, meter.begins)
-                meter.begins("class images")
-                concept = _concept(config, family, run, photos, store, device, plan.prior_batch)
+                concept = _concept(config, family, run, photos, store, device, plan.prior_batch, meter.begins)
                 release_memory()
                 cached = _cache(config, family, store, concept, device, meter.begins)
                 _train(config, family, run, concept, cached, device, start, plan, meter)
                 release_memory()
-                meter.begins("sampling")
-                optional(partial(_sample_result, config, run, device, plan.sample_batch), "pictures of the result")
+                sample = partial(_sample_result, config, run, device, plan.sample_batch, meter.begins)
+                optional(sample, "pictures of the result")
     return run
 
 
@@ -197,6 +196,7 @@ def _concept(
     store: Store,
     device: torch.device,
     at_once: int | None = None,
+    begins: Callable[[str], None] = lambda phase: None,
 ) -> Concept:
     """Photos, and class images where prior preservation wants them."""
     if not config.prior.enabled:
@@ -204,7 +204,9 @@ def _concept(
     folder = Path(config.prior.images).expanduser() if config.prior.images else run.class_images
     base = model_digest(family, store.catalogue)
     text = partial(_text, config, family, store, device)
-    made = class_images(config, family, folder, base, text, device, at_once, store.catalogue.is_good)
+    made = class_images(
+        config, family, folder, base, text, device, at_once, store.catalogue.is_good, _stages("class images", begins)
+    )
     return describe(config, photos, made)
 
 
@@ -347,11 +349,17 @@ def _sample_trainer(trainer: Trainer, at_once: int, path: Path) -> None:
     release_memory()
 
 
-def _sample_result(config: Config, run: Run, device: torch.device, at_once: int) -> None:
+def _sample_result(config: Config, run: Run, device: torch.device, at_once: int, begins: Callable[[str], None]) -> None:
     """The sample grid of model/, drawn by what stands on the disk."""
     family = open_model(str(run.model))
-    draw = partial(grid_of_model, family, compute=config.precision.compute, device=device, at_once=at_once)
+    compute, told = config.precision.compute, _stages("sampling", begins)
+    draw = partial(grid_of_model, family, compute=compute, device=device, at_once=at_once, begins=told)
     _write_grid(config, run.sample_grid(config.train.steps), draw)
+
+
+def _stages(what: str, begins: Callable[[str], None]) -> Callable[[str], None]:
+    """Tells of the stages of drawing as of the plan's phases."""
+    return lambda stage: begins(f"{what}, {stage}")
 
 
 def _write_grid(config: Config, path: Path, draw: Callable[..., Image.Image]) -> None:

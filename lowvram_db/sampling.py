@@ -50,12 +50,19 @@ def sample_grid(
 
 
 def grid_of_model(
-    family: Family, prompts: list[str], compute: str, device: torch.device, *, at_once: int, **how: Any
+    family: Family,
+    prompts: list[str],
+    compute: str,
+    device: torch.device,
+    *,
+    at_once: int,
+    begins: Callable[[str], None] = lambda stage: None,
+    **how: Any,
 ) -> Image.Image:
     """The grid of a model on disk: its text encoders have gone before its denoiser comes."""
     dtype, _ = picture_dtypes(compute, device)
     known = dict(encoded(family, list(dict.fromkeys([*prompts, NO_PROMPT])), device, dtype))
-    drawer = drawer_for(family, compute, device, at_once)
+    drawer = drawer_for(family, compute, device, at_once, begins)
     return sample_grid(drawer, prompts, lambda wanted: collated([known[prompt] for prompt in wanted]), **how)
 
 

@@ -182,7 +182,7 @@ def test_a_picture_that_fails_ends_no_training(make_config, monkeypatch, capfd):
     def fail(*_, **__):
         raise ZeroDivisionError("in a solver")
 
-    monkeypatch.setattr("lowvram_db.sampling.Drawer", fail)
+    monkeypatch.setattr("lowvram_db.sampling.draw_grid", fail)
     run = run_dreambooth(make_config(sample={"every": 2}))
     said = capfd.readouterr().err
     assert "step 2: pictures left out: in a solver" in said

@@ -33,11 +33,13 @@ def class_images(
     device: torch.device,
     at_once: int | None = None,
     is_good: Callable[[Path], bool] = lambda photo: False,
+    begins: Callable[[str], None] = lambda stage: None,
 ) -> list[Path]:
     """`prior.count` class images from `folder`; the missing ones are generated into it, each by its own number.
 
     base: digest of the base model. text: gives the text part of the conditioning of prompts; asked where pictures are
     made. at_once: how many go through the model together; default: prior.batch.
+    begins: told of the stages of drawing.
 
     A picture is a function of (recipe, its number), so an interrupted generation goes on where it stopped and ends with
     the same set. The user's own pictures in the folder count first and are never touched; each is decoded once, unless
@@ -54,7 +56,7 @@ def class_images(
             if found.missing:
                 told = text([recipe.prompt, NO_PROMPT])
                 release_memory()
-                drawer = drawer_for(family, config.precision.compute, device, at_once or config.prior.batch)
+                drawer = drawer_for(family, config.precision.compute, device, at_once or config.prior.batch, begins)
                 _generate(drawer, told, recipe, found)
     return found.images
 

@@ -23,12 +23,14 @@ from lowvram_db.memory.out_of_memory import is_out_of_memory
 from lowvram_db.progress import say
 
 
-def drawer_for(family: Family, compute: str, device: torch.device, at_once: int) -> "Drawer":
+def drawer_for(
+    family: Family, compute: str, device: torch.device, at_once: int, begins: Callable[[str], None] = lambda stage: None
+) -> "Drawer":
     """For a model on disk, in the precision of pictures."""
     dtype, wider = picture_dtypes(compute, device)
     denoiser: Any = family.load_denoiser(lambda weight: weight.to(dtype)).to(device)
     lay_out(denoiser, device)
-    return Drawer(family, denoiser, device, dtype, at_once, wider=wider, makes_way=True)
+    return Drawer(family, denoiser, device, dtype, at_once, wider=wider, makes_way=True, begins=begins)
 
 
 class Drawer:
@@ -46,13 +48,15 @@ class Drawer:
         wider: torch.dtype | None = None,
         makes_way: bool = False,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        begins: Callable[[str], None] = lambda stage: None,
     ) -> None:
         """denoiser: on the device, taking `dtype`. decoding: the VAE's dtype; default: the same. wider: the precision
         that a denoiser in fp16 goes over to, for good, where it overflows; None where its weights are not its own.
-        makes_way: whether it may leave the device for the VAE. autocast: around the denoiser."""
+        makes_way: whether it may leave the device for the VAE. autocast: around the denoiser. begins: is told
+        of every "denoising" and "decoding"."""
         self._family, self._denoiser, self._device, self._dtype = family, denoiser, device, dtype
         self._at_once, self._wider, self._makes_way, self._autocast = at_once, wider, makes_way, autocast
-        self._pipeline = family.sampler(denoiser)
+        self._begins, self._pipeline = begins, family.sampler(denoiser)
         self._decoder = Decoder(family, device, decoding or dtype)
 
     def draw(
@@ -70,12 +74,14 @@ class Drawer:
         }
         left = seeds
         while left:
+            self._begins("denoising")
             latents = self._latents(conditioning, left[: self._at_once], inputs)
             if latents is None:
                 self._at_once = min(self._at_once, len(left)) // 2
                 say(f"pictures: out of memory; {self._at_once} at once from here on")
                 release_memory()
                 continue
+            self._begins("decoding")
             yield from [self._picture(pixels) for pixels in self._decoded(latents)]
             left = left[len(latents) :]
 

@@ -25,7 +25,7 @@ from lowvram_db.families.conditioning import brought, collated
 from lowvram_db.kernels import adam8
 from lowvram_db.memory.device import DTYPES
 from lowvram_db.memory.overheads import CONTEXT, CUBLAS_WORKSPACES, RAM_WITH_CUDA, temporaries
-from lowvram_db.memory.trace import TEMPORARY, Trace
+from lowvram_db.memory.trace import GRANULE, TEMPORARY, Trace
 from lowvram_db.optim.kinds import KINDS, Name, StepsInBackward
 from lowvram_db.plan.result import Phase
 from lowvram_db.train.batches import Batch
@@ -39,12 +39,11 @@ CPU = torch.device("cpu")  # fake tensors of a GPU cannot go backward where torc
 
 def encoding(config: Config, family: Blank) -> Iterator[Phase]:
     """Text encoding (one prompt at a time) and latent encoding (one photo at a time), both in float32."""
-    if not config.train.text_encoder:
-        with tracing() as trace, torch.no_grad():
-            encoders = family.load_text_encoders()
-            trace.label("weights", _tensors(encoders.values()))
-            family.encode_prompts(encoders, [""])
-        yield _phase("text encoding", trace)
+    with tracing() as trace, torch.no_grad():
+        encoders = family.load_text_encoders()
+        trace.label("weights", _tensors(encoders.values()))
+        family.encode_prompts(encoders, [""])
+    yield _phase("text encoding", trace)
     side = config.train.resolution
     with tracing() as trace, torch.no_grad():
         vae: Any = family.load_vae()
@@ -54,33 +53,61 @@ def encoding(config: Config, family: Blank) -> Iterator[Phase]:
 
 
 @contextmanager
-def drawing(config: Config, family: Blank) -> Iterator[Callable[[str, int, float], Phase]]:
-    """What it takes to draw, in the precision that the config computes in: a function of the phase's name, how many
-    pictures are made at once, and their guidance scale. Text encoders have gone by then; and so does the denoiser where
-    the VAE does not fit beside it (families/draw.py)."""
-    dtype = DTYPES[config.precision.compute]
+def drawing(config: Config, family: Blank) -> Iterator["Drawing"]:
+    """What it takes to draw with a model of which only the denoiser is on the card to begin with."""
     with tracing() as trace, torch.no_grad():
-        denoiser: Any = family.load_denoiser(lambda weight: weight.to(dtype))
-        vae: Any = family.load_vae(dtype)
-        trace.label("weights", _tensors([denoiser, vae]))
-
-        def draw(name: str, pictures: int, guidance: float) -> Phase:
-            start = trace.mark()
-            _draw(config, family, denoiser, vae, pictures, guidance, dtype)
-            return _phase(name, trace, start)
-
-        yield draw
+        yield Drawing(config, family, trace)
 
 
-def _draw(
-    config: Config, family: Blank, denoiser: Any, vae: Any, pictures: int, guidance: float, dtype: torch.dtype
-) -> None:
-    """One denoising step, with and without the prompt where there is guidance, and a picture decoded."""
+class Drawing:
+    """The two stages of families/draw.py, in the precision that the config computes in."""
+
+    def __init__(self, config: Config, family: Blank, trace: Trace):
+        self._config, self._family, self._trace = config, family, trace
+        self._dtype = DTYPES[config.precision.compute]
+        self._denoiser: Any = family.load_denoiser(lambda weight: weight.to(self._dtype))
+        trace.label("weights", _tensors([self._denoiser]))
+
+    def denoising(self, what: str, pictures: int, guidance: float) -> Phase:
+        """So many pictures at once."""
+        start = self._trace.mark()
+        _denoise(self._config, self._family, self._denoiser, pictures, guidance, self._dtype)
+        return _phase(f"{what}, denoising", self._trace, start)
+
+    def decoding(self, what: str, limit: int | None) -> Phase:
+        """One picture at a time: beside the denoiser, or without it where that is over the limit, or then in tiles."""
+        beside = self._decoded(what, tiled=False)
+        away = sum(-(-tensor.nbytes // GRANULE) * GRANULE for tensor in _tensors([self._denoiser]))
+        for phase in (beside, _without(beside, away)):
+            if limit is None or phase.peak_bytes <= limit:
+                return phase
+        return _without(self._decoded(what, tiled=True), away)
+
+    def _decoded(self, what: str, tiled: bool) -> Phase:
+        start = self._trace.mark()
+        _decode(self._config, self._family, self._trace, torch.float32, tiled)
+        return _phase(f"{what}, decoding", self._trace, start)
+
+
+def _without(phase: Phase, weights: int) -> Phase:
+    return replace(phase, components={**phase.components, "weights": phase.components["weights"] - weights})
+
+
+def _denoise(config: Config, family: Blank, denoiser: Any, pictures: int, guidance: float, dtype: torch.dtype) -> None:
+    """One step, with and without the prompt where there is guidance."""
     rows = pictures * (2 if guidance > 1 else 1)
     latents = torch.empty(_latent_shape(config, family, rows), dtype=dtype)
     told = collated([family.view_conditioning(_view(config))] * rows) | family.cached_text([""] * rows)
     family.denoise(denoiser, latents, _timesteps(rows, 0), brought(told, CPU, dtype))
-    vae.decode(latents[:1])
+
+
+def _decode(config: Config, family: Blank, trace: Trace, dtype: torch.dtype, tiled: bool = False) -> None:
+    """One picture, by a VAE that comes for it. In float32, for which half precision is given up where it overflows."""
+    vae: Any = family.load_vae(dtype)
+    trace.label("weights", _tensors([vae]))
+    if tiled:
+        vae.enable_tiling()
+    vae.decode(torch.empty(_latent_shape(config, family, 1), dtype=dtype))
 
 
 def training(config: Config, family: Blank, strategy: Strategy, limit: int | None = None) -> list[Phase]:
@@ -172,10 +199,12 @@ def blank_learner(config: Config, family: Blank, strategy: Strategy, trace: Trac
 
 def _sampling_on_the_way(config: Config, family: Blank, learner: Learner, trace: Trace, pictures: int) -> Phase:
     start = trace.mark()
-    with torch.no_grad(), learner.autocast():
-        vae: Any = family.load_vae(learner.activations)
-        trace.label("weights", _tensors([vae]))
-        _draw(config, family, learner.denoiser, vae, pictures, max(config.sample.guidance), learner.activations)
+    with torch.no_grad():
+        with learner.autocast():
+            guidance = max(config.sample.guidance)
+            _denoise(config, family, learner.denoiser, pictures, guidance, learner.activations)
+        overflows = learner.dtype == torch.float16
+        _decode(config, family, trace, torch.float32 if overflows else learner.dtype)
     return _phase("sampling on the way", trace, start)
 
 
