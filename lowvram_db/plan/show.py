@@ -10,7 +10,7 @@ from lowvram_db.plan.result import COMPONENTS, Phase, Plan, Rung
 _COLORS = dict(zip(COMPONENTS, ("blue", "cyan", "magenta", "green", "yellow", "bright_black"), strict=True))
 _LETTERS = dict(zip(COMPONENTS, "WOGA-C", strict=True))  # where there are no colours
 _HEADINGS = ("weights", "state", "grads", "activ.", "work", "context")
-_BAR = 58  # characters of the largest phase's bar
+_BAR = 54  # characters of the largest phase's bar
 
 
 def show(plan: Plan, explain: bool = False, console: Console | None = None) -> None:
