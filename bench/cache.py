@@ -174,7 +174,8 @@ def reading(place: Path) -> None:
 
 def sampler(opened: Store, keys: list[str]) -> float:
     """Batches a second through the training's own sampler, which chooses by (seed, step) what is read."""
-    frames = {Path(key): Frame(key, (512, 512), [key]) for key in keys}
+    view = View.of((512, 512), (512, 512))
+    frames = {Path(key): Frame(key, [view], [key]) for key in keys}
     concept = Concept(list(frames), ["a ball"], [], "")
     batches = Batches(concept, Cached(opened, frames, {}, {}), 4, seed=0)
     began = time.process_time()

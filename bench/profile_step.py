@@ -145,7 +145,7 @@ def reading(work: Work) -> float:
     with tempfile.TemporaryDirectory() as folder, Store(Path(folder)) as store:
         for row, key in enumerate(rows):
             store.put(key, {name: tensor[row] for name, tensor in moments.items()})
-        store.put(prompt, {"conditioning": work.conditioning(family)[0]})
+        store.put(prompt, {name: tensor[0] for name, tensor in work.text(family).items()})
         cached = Cached(store, {}, {}, {"": prompt})
         return timed(lambda: (cached.moments(rows), cached.conditioning([""] * work.rows)), torch.device("cpu"), 200)
 

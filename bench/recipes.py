@@ -17,18 +17,19 @@ from torch import Tensor
 from torch.nn import functional as F
 from usage import peaks, reset_peaks, settle
 
+from lowvram_db.cache.framing import View
 from lowvram_db.config import Config
 from lowvram_db.families import open_blank
 from lowvram_db.families.base import Moments
 from lowvram_db.families.blank import Blank
+from lowvram_db.families.conditioning import Conditioning, brought, collated, rows_of
 from lowvram_db.families.source import find_configs
 from lowvram_db.kernels.launch import implementation
 from lowvram_db.memory.attention import use_attention
 from lowvram_db.memory.device import compute_dtype
 from lowvram_db.optim.storage import narrowing
-from lowvram_db.plan import predict
 from lowvram_db.train.batches import Batch
-from lowvram_db.train.learner import Learner
+from lowvram_db.train.learner import Learner, Surroundings
 from lowvram_db.train.strategy import Strategy
 
 LR = 2e-6
@@ -73,33 +74,21 @@ class Work:
         generator = torch.Generator().manual_seed(self.seed)
         return Moments(torch.randn(shape, generator=generator), torch.full(shape, -6.0))
 
-    def conditioning(self, family: Blank) -> Tensor:
-        """Random, float32 [rows, *conditioning_shape]."""
+    def text(self, family: Blank) -> Conditioning:
+        """Random, float32 [rows, ...] by name."""
         generator = torch.Generator().manual_seed(self.seed + 1)
-        return torch.randn(self.rows, *family.conditioning_shape, generator=generator)
+        shapes = family.text_shapes.items()
+        return {name: torch.randn(self.rows, *shape, generator=generator) for name, shape in shapes}
+
+    @property
+    def views(self) -> list[View]:
+        return [View.of((self.resolution,) * 2, (self.resolution,) * 2)] * self.rows
 
 
 class Recipe(Protocol):
     """A way to train."""
 
     def step(self) -> None: ...
-
-
-class _Learner(predict.BlankLearner):
-    """Our own, on random data."""
-
-    given: Tensor  # conditioning of all rows
-
-    # On the device that is there.
-    _move_to_device = Learner._move_to_device
-    _arithmetic = Learner._arithmetic
-
-    def timesteps(self, rows: int) -> Tensor:
-        generator = torch.Generator().manual_seed(self.step)
-        return torch.randint(0, len(self.table), (rows,), generator=generator)
-
-    def conditioning(self, prompts: list[str]) -> Tensor:
-        return self.given[: len(prompts)].to(self.device)
 
 
 class Ours:
@@ -110,10 +99,20 @@ class Ours:
         network = random_denoiser(family, narrowing(config.weights))
         strategy = strategy or everywhere(family)
         kernels = implementation(config.kernels, device)
-        self.learner = _Learner(config, family, {family.denoiser_part: network}, device, strategy, kernels)
-        self.learner.given = work.conditioning(family)
+        text, most = work.text(family), len(family.noise_schedule.alphas_cumprod)
+
+        def timesteps(rows: int, batch_number: int) -> Tensor:
+            return torch.randint(0, most, (rows,), generator=torch.Generator().manual_seed(batch_number))
+
+        surroundings = Surroundings(
+            device,
+            compute_dtype(work.compute, device),
+            timesteps,
+            lambda prompts: rows_of(text, slice(len(prompts))),
+        )
+        self.learner = Learner(config, family, {family.denoiser_part: network}, surroundings, strategy, kernels)
         use_attention(self.learner.denoiser, config.attention, device, self.learner.dtype)
-        self._batch = Batch(work.moments(family), [""] * work.rows, work.batch)
+        self._batch = Batch(work.moments(family), work.views, [""] * work.rows, work.batch)
 
     def step(self) -> None:
         loss = self.learner.backward(self._batch)
@@ -139,7 +138,8 @@ class Classic:
         # Cached, as ours: one sample of each, which is what such caches keep.
         mean, logvar = work.moments(family)
         self._latents = (mean + torch.exp(logvar / 2) * torch.randn_like(mean)).to(device)
-        self._conditioning = work.conditioning(family).to(device)
+        sizes = collated([family.view_conditioning(view) for view in work.views])
+        self._conditioning = brought(work.text(family) | sizes, device, torch.float32)
 
     def step(self) -> None:
         noise = torch.randn_like(self._latents)

@@ -48,7 +48,7 @@ def train(model: Path, cached: Cached, prompt: str, steps: int, device: torch.de
     unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet").to(device).train()
     schedule = DDPMScheduler.from_pretrained(model, subfolder="scheduler")
     optimizer = torch.optim.AdamW(unet.parameters(), lr=2e-6)
-    conditioning = cached.conditioning([prompt] * batch).to(device)
+    text = cached.conditioning([prompt] * batch)["text"].to(device)
     chance = random.Random(0)
     for step in range(steps):
         size = chance.choice([frame.size for frame in cached.photos.values()])
@@ -59,7 +59,7 @@ def train(model: Path, cached: Cached, prompt: str, steps: int, device: torch.de
         latents = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
         noise = torch.randn_like(latents)
         timesteps = torch.randint(schedule.config.num_train_timesteps, (batch,), device=device)
-        prediction = unet(schedule.add_noise(latents, noise, timesteps), timesteps, conditioning).sample
+        prediction = unet(schedule.add_noise(latents, noise, timesteps), timesteps, text).sample
         loss = torch.nn.functional.mse_loss(prediction, noise)
         loss.backward()
         optimizer.step()

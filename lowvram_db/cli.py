@@ -52,7 +52,7 @@ def new(
     name: Annotated[str, typer.Argument(help="Name of the run; writes NAME.toml here.")],
     photos: Annotated[str, typer.Option(help="Folder of 3-6 photos of the subject.")],
     class_noun: Annotated[str, typer.Option("--class", help="What kind of thing it is: dog, teapot, ...")],
-    model: Annotated[str, typer.Option(help="Hub id or local folder of a Stable Diffusion 1.x model.")],
+    model: Annotated[str, typer.Option(help="Hub id or local folder of a Stable Diffusion 1.x, 2.x or XL model.")],
     identifier: Annotated[
         str, typer.Option(help="A rare word that will come to mean the subject.")
     ] = DEFAULT_IDENTIFIER,

@@ -48,6 +48,9 @@ DEFAULT_IDENTIFIER = "ohwx"  # one token of CLIP's vocabulary, and rare
 class ModelConfig(_Section):
     name: Place = Field(description="a local folder in diffusers' format, or a hub id")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id; default: its main branch")
+    prediction_type: Literal["epsilon", "v_prediction"] | None = Field(
+        None, description="epsilon | v_prediction, where the model's scheduler_config.json is wrong about it"
+    )
 
 
 class SubjectConfig(_Section):

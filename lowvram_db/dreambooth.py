@@ -17,8 +17,10 @@ from lowvram_db.concept.class_images import class_images
 from lowvram_db.config import Config
 from lowvram_db.errors import LESS_MEMORY, DoesNotFit, Interrupted, UserError
 from lowvram_db.families import check_trainable, open_model
-from lowvram_db.families.base import Family
-from lowvram_db.families.draw import pipeline_for
+from lowvram_db.families.base import NO_PROMPT, Family
+from lowvram_db.families.conditioning import Conditioning, collated
+from lowvram_db.families.draw import Drawer
+from lowvram_db.families.prediction import Picture, errors, spoken_instead
 from lowvram_db.memory import driver
 from lowvram_db.memory.budget import budget_for, cap, crowd
 from lowvram_db.memory.device import (
@@ -27,6 +29,7 @@ from lowvram_db.memory.device import (
     emulation,
     encoder_dtype,
     pick_device,
+    picture_dtypes,
     release_memory,
 )
 from lowvram_db.memory.out_of_memory import is_out_of_memory, reason
@@ -39,13 +42,12 @@ from lowvram_db.plan.result import Plan
 from lowvram_db.plan.show import does_not_fit, summary
 from lowvram_db.progress import say
 from lowvram_db.run import Run
-from lowvram_db.sampling import sample_grid
+from lowvram_db.sampling import grid_of_model, sample_grid
 from lowvram_db.train import checkpoint
 from lowvram_db.train.batches import Batches
 from lowvram_db.train.loop import Trainer, optional, train
 from lowvram_db.train.resume import check_content, check_settings, choose, whole
 
-_NO_PROMPT = ""  # what classifier-free guidance steers away from
 _BUCKET_MULTIPLE = 64  # of the sides of buckets, pixels; too coarse for small pictures
 
 
@@ -115,14 +117,15 @@ def _run(config: Config, resume: str) -> Run:
             family = _open_family(config)
             run.save_config(config)
             with Watch(device), Meter(plan, run, device) as meter:
-                meter.begins("class images")
-                concept = _concept(config, family, run, photos, store, device, plan.prior_batch)
+                if start is None:
+                    _check_prediction(config, family, store, photos, device, meter.begins)
+                concept = _concept(config, family, run, photos, store, device, plan.prior_batch, meter.begins)
                 release_memory()
                 cached = _cache(config, family, store, concept, device, meter.begins)
                 _train(config, family, run, concept, cached, device, start, plan, meter)
                 release_memory()
-                meter.begins("sampling")
-                optional(partial(_sample_result, config, run, device, plan.sample_batch), "pictures of the result")
+                sample = partial(_sample_result, config, run, device, plan.sample_batch, meter.begins)
+                optional(sample, "pictures of the result")
     return run
 
 
@@ -157,10 +160,16 @@ def _cache_folder(config: Config, run: Run) -> Path:
 
 def _open_family(config: Config) -> Family:
     """The model, found fit for all prompts of the run."""
-    family = open_model(config.model.name, config.model.revision)
+    family = _open(config)
+    for remark in family.remarks:
+        say(remark)
     family.check_prompts([config.fill(prompt) for prompt in [*config.subject.prompts, *config.sample.prompts]])
     family.check_prompts([config.fill(config.prior.prompt)])
     return family
+
+
+def _open(config: Config) -> Family:
+    return open_model(config.model.name, config.model.revision, config.model.prediction_type)
 
 
 def _finished(config: Config, start: Path | None, run: Run, photos: list[Path]) -> bool:
@@ -173,7 +182,7 @@ def _finished(config: Config, start: Path | None, run: Run, photos: list[Path]) 
     catalogue = catalogue_of(_cache_folder(config, run))
     present = {"photos": [catalogue.look(photo).digest for photo in photos]}
     with contextlib.suppress(UserError):  # the model may have gone since: nothing needs it any more
-        family = open_model(config.model.name, config.model.revision)
+        family = _open(config)
         present["model"] = [model_digest(family, catalogue)]
     check_content(state, present, start)
     return True
@@ -187,14 +196,68 @@ def _concept(
     store: Store,
     device: torch.device,
     at_once: int | None = None,
+    begins: Callable[[str], None] = lambda phase: None,
 ) -> Concept:
     """Photos, and class images where prior preservation wants them."""
     if not config.prior.enabled:
         return describe(config, photos, [])
     folder = Path(config.prior.images).expanduser() if config.prior.images else run.class_images
     base = model_digest(family, store.catalogue)
-    made = class_images(config, family, folder, base, device, at_once, store.catalogue.is_good)
+    text = partial(_text, config, family, store, device)
+    made = class_images(
+        config, family, folder, base, text, device, at_once, store.catalogue.is_good, _stages("class images", begins)
+    )
     return describe(config, photos, made)
+
+
+def _text(config: Config, family: Family, store: Store, device: torch.device, prompts: list[str]) -> Conditioning:
+    """What the model's own text encoders say of prompts: from the store, encoded where it is not there yet."""
+    return _precompute(config, family, store, device, photos=[], prompts=prompts).conditioning(prompts)
+
+
+def _precompute(config: Config, family: Family, store: Store, device: torch.device, **what: Any) -> Cached:
+    train = config.train
+    multiple = _BUCKET_MULTIPLE if train.resolution >= 4 * _BUCKET_MULTIPLE else family.side_multiple
+    framing = Framing(train.resolution, train.crop, train.variants, train.flip, train.seed, multiple)
+    dtype = encoder_dtype(config.cache.precision, config.precision.compute, device)
+    return precompute(family, store, device, framing=framing, dtype=dtype, **what)
+
+
+def _check_prediction(
+    config: Config,
+    family: Family,
+    store: Store,
+    photos: list[Path],
+    device: torch.device,
+    begins: Callable[[str], None],
+) -> None:
+    """See that the base weights predict what the model's scheduler says. Raises UserError where they do not by far,
+    and says so where the user has decided."""
+    prompt, said = config.fill(config.prior.prompt), family.noise_schedule.prediction_type
+    begins("text encoding")
+    _precompute(config, family, store, device, photos=[], prompts=[prompt])
+    begins("latent encoding")
+    cached = _precompute(config, family, store, device, photos=photos, prompts=[prompt])
+    begins("the check of what is predicted")
+    pictures = [
+        Picture(
+            cached.moments(frame.keys[:1]).mean,
+            cached.conditioning([prompt]) | collated([family.view_conditioning(frame.views[0])]),
+        )
+        for frame in cached.photos.values()
+    ]
+    dtype, _ = picture_dtypes(config.precision.compute, device)
+    denoiser = family.load_denoiser(lambda weight: weight.to(dtype)).to(device)
+    read = errors(family, denoiser, pictures, dtype)
+    del denoiser
+    release_memory()
+    if (speaks := spoken_instead(read, said)) is None:
+        return
+    found = f"the weights predict {speaks}, not {said} (errors of {read[speaks]:.2f} and {read[said]:.2f})"
+    if config.model.prediction_type is None:
+        where = family.folder / "scheduler" / "scheduler_config.json"
+        raise UserError(f'{where}: says {said}, but {found}; set model.prediction_type = "{speaks}"')
+    say(f"model.prediction_type: is {said}, but {found}")
 
 
 def _cache(
@@ -205,20 +268,11 @@ def _cache(
     device: torch.device,
     begins: Callable[[str], None] = lambda phase: None,
 ) -> Cached:
-    """Everything the encoders have to say; conditioning is left out where the text encoder is going to change it."""
-    train, prompts = config.train, [] if config.train.text_encoder else concept.prompts
+    """Everything the encoders have to say; conditioning is left out where the text encoders are going to change it."""
+    prompts = [] if config.train.text_encoder else concept.prompts
     if prompts and config.sample.every:
-        prompts = [*prompts, *map(config.fill, config.sample.prompts), _NO_PROMPT]
-    multiple = _BUCKET_MULTIPLE if train.resolution >= 4 * _BUCKET_MULTIPLE else family.side_multiple
-    encode = partial(
-        precompute,
-        family,
-        store,
-        device,
-        framing=Framing(train.resolution, train.crop, train.variants, train.flip, train.seed, multiple),
-        prompts=prompts,
-        dtype=encoder_dtype(config.cache.precision, config.precision.compute, device),
-    )
+        prompts = [*prompts, *map(config.fill, config.sample.prompts), NO_PROMPT]
+    encode = partial(_precompute, config, family, store, device, prompts=prompts)
     begins("text encoding")  # by itself, to be measured so; from the store afterwards
     encode(photos=[])
     begins("latent encoding")
@@ -271,44 +325,51 @@ def _written(trainer: Trainer, run: Run) -> dict[str, Path]:
     """Files of the last step's checkpoint that hold what the finished model's would."""
     if trainer.config.weights != trainer.config.output.dtype:
         return {}
-    return {part: run.checkpoint(trainer.step) / f"{part}.safetensors" for part in trainer.modules}
+    whole = (
+        part
+        for part, network in trainer.modules.items()
+        if all(f"{part}.{name}" in trainer.trained for name in network.state_dict())
+    )
+    return {part: run.checkpoint(trainer.step) / f"{part}.safetensors" for part in whole}
 
 
 def _sample_trainer(trainer: Trainer, at_once: int, path: Path) -> None:
     """The sample grid of a model in training: its own networks, the cached conditioning, a VAE for the moment."""
-    parts: dict[str, Any] = dict(trainer.modules)
-    if trainer.text_encoder is None:
-        parts |= {"text_encoder": None, "tokenizer": None}
-    pipeline = trainer.family.pipeline(trainer.activations, **parts).to(trainer.device)
-
-    def inputs(prompt: str) -> dict[str, Any]:
-        if trainer.text_encoder is not None:
-            return {"prompt": prompt}
-        embeds, negative = (trainer.conditioning([text]).to(trainer.activations) for text in (prompt, _NO_PROMPT))
-        return {"prompt_embeds": embeds, "negative_prompt_embeds": negative}
-
-    with trainer.autocast():
-        _write_grid(trainer.config, pipeline, path, at_once=at_once, inputs=inputs)
-    del pipeline
+    drawer = Drawer(
+        trainer.family,
+        trainer.denoiser,
+        trainer.device,
+        trainer.activations,
+        at_once,
+        decoding=trainer.dtype,
+        autocast=trainer.autocast,
+    )
+    _write_grid(trainer.config, path, partial(sample_grid, drawer, text=trainer.text))
+    del drawer
     release_memory()
 
 
-def _sample_result(config: Config, run: Run, device: torch.device, at_once: int) -> None:
+def _sample_result(config: Config, run: Run, device: torch.device, at_once: int, begins: Callable[[str], None]) -> None:
     """The sample grid of model/, drawn by what stands on the disk."""
-    pipeline, wider = pipeline_for(open_model(str(run.model)), config.precision.compute, device)
-    _write_grid(config, pipeline, run.sample_grid(config.train.steps), at_once=at_once, wider=wider)
+    family = open_model(str(run.model))
+    compute, told = config.precision.compute, _stages("sampling", begins)
+    draw = partial(grid_of_model, family, compute=compute, device=device, at_once=at_once, begins=told)
+    _write_grid(config, run.sample_grid(config.train.steps), draw)
 
 
-def _write_grid(config: Config, pipeline: Any, path: Path, **how: Any) -> None:
+def _stages(what: str, begins: Callable[[str], None]) -> Callable[[str], None]:
+    """Tells of the stages of drawing as of the plan's phases."""
+    return lambda stage: begins(f"{what}, {stage}")
+
+
+def _write_grid(config: Config, path: Path, draw: Callable[..., Image.Image]) -> None:
     sample = config.sample
-    grid: Image.Image = sample_grid(
-        pipeline,
-        [config.fill(prompt) for prompt in sample.prompts],
+    grid = draw(
+        prompts=[config.fill(prompt) for prompt in sample.prompts],
         guidance=sample.guidance,
         seeds=sample.seeds,
         steps=sample.steps,
         resolution=config.train.resolution,
-        **how,
     )
     with replacing_file(path) as temporary:
         grid.save(temporary, format="PNG")

@@ -11,8 +11,11 @@ from PIL import Image, ImageDraw, ImageFont
 from lowvram_db.atomic import replacing_file
 from lowvram_db.errors import UserError
 from lowvram_db.families import open_model
-from lowvram_db.families.draw import Drawer, pipeline_for
-from lowvram_db.memory.device import pick_device
+from lowvram_db.families.base import NO_PROMPT, Family
+from lowvram_db.families.conditioning import Conditioning, collated
+from lowvram_db.families.draw import Drawer, drawer_for
+from lowvram_db.families.text import encoded
+from lowvram_db.memory.device import pick_device, picture_dtypes
 from lowvram_db.progress import Bar
 
 _GAP = 4  # pixels between cells
@@ -20,41 +23,47 @@ _INK, _PAPER = "black", "white"
 
 
 def sample_grid(
-    pipeline: Any,
+    drawer: Drawer,
     prompts: list[str],
+    text: Callable[[list[str]], Conditioning],
     *,
     guidance: list[float],
     seeds: int,
     steps: int,
     resolution: int,
-    at_once: int | None = None,
-    inputs: Callable[[str], dict[str, Any]] = lambda prompt: {"prompt": prompt},
-    wider: torch.dtype | None = None,
 ) -> Image.Image:
     """Draw every prompt at every guidance scale with seeds 0..seeds-1 into a labelled grid.
 
-    pipeline: a diffusers text-to-image pipeline on its device. A seed gives the same starting noise on every device.
-    at_once: how many of a prompt's and scale's pictures are made together; all of them where it is not said.
-    inputs: what to hand the pipeline for a prompt; the prompt itself, or embeddings where it has no text encoder.
-    wider: as for draw().
+    text: gives the text part of the conditioning of prompts, and of NO_PROMPT.
     """
-    drawer = Drawer(pipeline, at_once or seeds, wider)
     rows: list[list[Image.Image]] = []
     with Bar("sampling", total=len(prompts) * len(guidance) * seeds, unit="picture") as bar:
         for prompt in prompts:
+            told = text([prompt, NO_PROMPT])
             rows.append([])
             for scale in guidance:
-                for picture in drawer.draw(
-                    list(range(seeds)),
-                    **inputs(prompt),
-                    guidance_scale=scale,
-                    num_inference_steps=steps,
-                    height=resolution,
-                    width=resolution,
-                ):
+                pictures = drawer.draw(told, list(range(seeds)), guidance=scale, steps=steps, resolution=resolution)
+                for picture in pictures:
                     rows[-1].append(picture)
                     bar.advance()
     return draw_grid(rows, prompts, [f"guidance {scale:g}, seed {seed}" for scale in guidance for seed in range(seeds)])
+
+
+def grid_of_model(
+    family: Family,
+    prompts: list[str],
+    compute: str,
+    device: torch.device,
+    *,
+    at_once: int,
+    begins: Callable[[str], None] = lambda stage: None,
+    **how: Any,
+) -> Image.Image:
+    """The grid of a model on disk: its text encoders have gone before its denoiser comes."""
+    dtype, _ = picture_dtypes(compute, device)
+    known = dict(encoded(family, list(dict.fromkeys([*prompts, NO_PROMPT])), device, dtype))
+    drawer = drawer_for(family, compute, device, at_once, begins)
+    return sample_grid(drawer, prompts, lambda wanted: collated([known[prompt] for prompt in wanted]), **how)
 
 
 def sample_model(
@@ -75,15 +84,16 @@ def sample_model(
         raise UserError(f"--resolution {resolution}: not divisible by 8")
     family, device = open_model(model), pick_device()
     family.check_prompts(prompts)
-    pipeline, wider = pipeline_for(family, compute, device)
-    grid = sample_grid(
-        pipeline,
+    grid = grid_of_model(
+        family,
         prompts,
+        compute,
+        device,
+        at_once=seeds,
         guidance=guidance,
         seeds=seeds,
         steps=steps,
         resolution=resolution or family.native_resolution,
-        wider=wider,
     )
     with replacing_file(out) as temporary:
         grid.save(temporary, format="PNG")

@@ -91,11 +91,11 @@ def test_the_cache_is_built_looked_at_and_checked(lowvram_db, toml, tmp_path, ph
     assert not (tmp_path / "runs" / "test" / "model").exists()
     code, out, _ = lowvram_db("cache", "info", tmp_path / "shared")
     assert code == 0
-    assert out.startswith("views of photos: 8\nprompts: 2\nshards: 2\nsize: 0.")
+    assert out.startswith("views of photos: 8\nprompts: 3\nshards: 3\nsize: 0.")
     code, out, _ = lowvram_db("cache", "verify", tmp_path / "shared")
     assert (code, out.splitlines()[-1]) == (0, "all whole")
 
-    shard = max((tmp_path / "shared" / "v2").glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    shard = max((tmp_path / "shared" / "v3").glob("*.safetensors"), key=lambda path: path.stat().st_size)
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)

@@ -1,17 +1,21 @@
 import errno
 import gc
+import json
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import lowvram_db
 from lowvram_db import dreambooth as room
 from lowvram_db.config import load
+from lowvram_db.demo.miniature import write_sd2, write_sdxl
 from lowvram_db.dreambooth import build_cache, run_dreambooth
 from lowvram_db.errors import DoesNotFit, UserError
 from lowvram_db.families.sd import StableDiffusion
@@ -31,6 +35,46 @@ def test_a_run_on_real_photos_from_start_to_picture(make_config, dog_photos):
     assert Image.open(run.sample_grid(4)).height > 3 * 64
     pipeline = StableDiffusionPipeline.from_pretrained(run.model)
     assert pipeline("a photo of a pkblz dog", num_inference_steps=1, height=64, width=64).images[0].size == (64, 64)
+
+
+ENDS_IN_NOISE = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+GENERATIONS = {
+    "SD 2": (write_sd2, {}, {}),
+    "SDXL": (write_sdxl, {}, {"crop": "buckets", "variants": 2, "flip": True}),
+    "SDXL and its text encoders, v prediction that ends in noise": (
+        write_sdxl,
+        ENDS_IN_NOISE,
+        {"text_encoder": True, "min_snr_gamma": 5.0},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GENERATIONS)
+def test_every_generation_trains_resumes_bit_for_bit_samples_and_is_loaded_by_diffusers(make_config, tmp_path, name):
+    write, schedule, train = GENERATIONS[name]
+    write(tmp_path / "model", **schedule)
+    shared = {"model": {"name": str(tmp_path / "model")}, "cache": {"dir": str(tmp_path / "shared")}}
+
+    def run(where, steps, **sections):
+        settings = {"train": {**train, "steps": steps}, "output": {"name": where}, **shared, **sections}
+        return run_dreambooth(make_config(**settings))
+
+    straight = run("straight", 4, sample={"every": 2})
+    run("resumed", 2)
+    resumed = run("resumed", 4)
+    wanted, got = (sorted(model.rglob("*.safetensors")) for model in (straight.model, resumed.model))
+    assert [path.read_bytes() for path in wanted] == [path.read_bytes() for path in got]
+    assert straight.sample_grid(2).exists()
+    assert straight.sample_grid(4).read_bytes() == resumed.sample_grid(4).read_bytes()
+
+    trained = {"unet"} | ({"text_encoder", "text_encoder_2"} if train.get("text_encoder") else set())
+    for path in wanted:
+        before, after = load_file(tmp_path / "model" / path.relative_to(straight.model)), load_file(path)
+        assert before.keys() == after.keys()
+        moved = [key for key in before if not torch.equal(before[key], after[key])]
+        assert bool(moved) == (path.parent.name in trained), path
+    pipeline = DiffusionPipeline.from_pretrained(straight.model)
+    assert pipeline("a pkblz ball", num_inference_steps=1, height=64, width=64).images[0].size == (64, 64)
 
 
 def test_every_weight_of_the_unet_is_trained(make_config, miniature):
@@ -54,7 +98,7 @@ def test_no_other_weights_are_in_memory_when_a_denoiser_comes(make_config, monke
     monkeypatch.setattr(StableDiffusion, "load_denoiser", watched)
     before = count_weights()
     run_dreambooth(make_config())
-    assert seen == [before] * 3, "for class images, for training, for the pictures of what was trained"
+    assert seen == [before] * 4, "to look at, for class images, for training, for the pictures of what was trained"
 
 
 def test_without_prior_preservation_no_class_image_is_made(make_config):
@@ -90,7 +134,7 @@ def test_a_second_start_decodes_no_photo_and_loads_no_encoder(make_config, monke
 
     for where in ("concept.load_photo", "concept.class_images.load_photo", "cache.catalogue.decode_photo"):
         monkeypatch.setattr(f"lowvram_db.{where}", fail)
-    for method in ("load_vae", "load_text_encoder", "pipeline"):
+    for method in ("load_vae", "load_text_encoders", "load_denoiser"):
         monkeypatch.setattr(StableDiffusion, method, fail)
     build_cache(config)
 
@@ -138,7 +182,7 @@ def test_a_picture_that_fails_ends_no_training(make_config, monkeypatch, capfd):
     def fail(*_, **__):
         raise ZeroDivisionError("in a solver")
 
-    monkeypatch.setattr("lowvram_db.sampling.Drawer", fail)
+    monkeypatch.setattr("lowvram_db.sampling.draw_grid", fail)
     run = run_dreambooth(make_config(sample={"every": 2}))
     said = capfd.readouterr().err
     assert "step 2: pictures left out: in a solver" in said
@@ -296,6 +340,29 @@ def test_the_allocator_is_capped_at_the_budget_before_anything_is_loaded(make_co
     with pytest.raises(ZeroDivisionError):
         begin(make_config(memory={"vram": "12GiB"}))
     assert done == [("budget of", "12GiB"), ("cap", 2**35, pick_device().type), "loads"]
+
+
+def test_a_model_whose_scheduler_says_the_wrong_prediction_is_refused_before_any_picture(make_config, tmp_path, capfd):
+    """The base model of the demo, which predicts v."""
+    base = shutil.copytree(Path(lowvram_db.__file__).parent / "demo" / "base", tmp_path / "base")
+    path = base / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "epsilon"}))
+    photos = {"photos": str(Path(lowvram_db.__file__).parent / "demo" / "jellyfish"), "class": "jellyfish"}
+
+    def config(**model):
+        return make_config(model={"name": str(base), **model}, subject=photos, train={"steps": 1})
+
+    with pytest.raises(
+        UserError, match=r'says epsilon, but the weights predict v_pred.*; set model\.prediction_type = "v_prediction"'
+    ):
+        run_dreambooth(config())
+    assert not list((tmp_path / "runs").rglob("class-*.png"))
+    capfd.readouterr()
+    run = run_dreambooth(config(prediction_type="v_prediction"))
+    assert "the weights predict" not in capfd.readouterr().err
+    saved = json.loads((run.model / "scheduler" / "scheduler_config.json").read_text())
+    assert saved["prediction_type"] == "v_prediction"
+    assert json.loads(path.read_text())["prediction_type"] == "epsilon", "the user's own file stays"
 
 
 def test_what_keeps_a_run_from_its_gpu_comes_first(make_config, monkeypatch, capfd):

@@ -4,7 +4,7 @@
     with Store(Path("cache")) as store:
         cached = precompute(family, store, device, framing=Framing(512), photos=photos, prompts=prompts)
         mean, logvar = cached.moments([cached.photos[photo].keys[0] for photo in batch])
-        conditioning = cached.conditioning(["a photo of a pkblz dog"] * len(batch))
+        text = cached.conditioning(["a photo of a pkblz dog"] * len(batch))["text"]
 
 docs/cache.md says what an entry is valid for and what a crash, a second process or a damaged disk can and cannot do to
 it; docs/cache_example.py trains a UNet of diffusers from a cache.

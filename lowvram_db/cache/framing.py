@@ -6,7 +6,7 @@ cut a little closer, elsewhere and mirrored, so that augmentation survives the c
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -28,6 +28,7 @@ _MAX_ZOOM = 1.15  # how much closer a variant may look: crops of a square photo 
 class View:
     """A rectangle of a photo, resized and perhaps mirrored. Its text is part of a latent's key."""
 
+    photo: Size
     size: Size
     box: tuple[float, float, float, float]  # left, top, right, bottom in the photo's pixels
     mirrored: bool = False
@@ -43,7 +44,15 @@ class View:
         width_cut, height_cut = width_cut / zoom, height_cut / zoom
         left, top = (width - width_cut) * x, (height - height_cut) * y
         # A rounding beyond the edge would be refused.
-        return cls(size, (left, top, min(left + width_cut, width), min(top + height_cut, height)))
+        return cls(photo, size, (left, top, min(left + width_cut, width), min(top + height_cut, height)))
+
+    @property
+    def corner(self) -> Size:
+        """How far from the left and the top of the photo, resized and mirrored as the view is, the view begins: whole
+        pixels."""
+        left, top, right, bottom = self.box
+        before = self.photo[0] - right if self.mirrored else left
+        return round(before * self.size[0] / (right - left)), round(top * self.size[1] / (bottom - top))
 
     def pixels(self, photo: Image.Image) -> Tensor:
         """What is seen of an RGB photo: uint8 [3, H, W]."""
@@ -99,4 +108,4 @@ class Framing:
         words = bits.philox(self.seed, torch.zeros(1, dtype=torch.int64), int(pixels[:8], 16), variant, AUGMENT)
         zoom, x, y = (int(word) / 2**32 for word in words[:3])
         view = View.of(photo, size, 1.0 + (_MAX_ZOOM - 1.0) * zoom, x, y)
-        return View(view.size, view.box, mirrored=self.flip and variant % 2 == 1)
+        return replace(view, mirrored=self.flip and variant % 2 == 1)

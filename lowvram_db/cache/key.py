@@ -9,7 +9,7 @@ from PIL import Image
 
 from lowvram_db.cache.framing import View
 
-FORMAT_VERSION = 2  # of entries and files; another one's folder lies beside and is not looked into
+FORMAT_VERSION = 3  # of entries and files; another one's folder lies beside and is not looked into
 
 
 def pixels_digest(photo: Image.Image) -> str:

@@ -19,7 +19,8 @@ from lowvram_db.cache.key import encoder_digest, latent_key, text_key
 from lowvram_db.cache.store import Store
 from lowvram_db.errors import UserError
 from lowvram_db.families.base import Family, Moments
-from lowvram_db.memory.device import release_memory
+from lowvram_db.families.conditioning import Conditioning
+from lowvram_db.families.text import encoded
 from lowvram_db.progress import Bar, say
 
 _DECODERS = min(4, os.cpu_count() or 1)  # threads that read photos while the encoder works
@@ -31,15 +32,21 @@ class Frame(NamedTuple):
     """One photo of the subject in the cache."""
 
     digest: str  # of its pixels
-    size: Size  # pixels; what all rows of a batch have in common
-    keys: list[str]  # its views, the plain one first
+    views: list[View]  # the plain one first
+    keys: list[str]  # under which each of them stands
+
+    @property
+    def size(self) -> Size:
+        """Of its views, pixels; what all rows of a batch have in common."""
+        return self.views[0].size
 
 
 class ClassFrame(NamedTuple):
     """One class image in the cache."""
 
     digest: str  # of its pixels
-    keys: dict[Size, str]  # the plain view, cut to every size that photos have
+    views: dict[Size, View]  # the plain one, cut to every size that photos have
+    keys: dict[Size, str]  # under which each of them stands
 
 
 @dataclass(frozen=True)
@@ -55,10 +62,10 @@ class Cached:
         """Moments of views of one size: float32 [len(keys), C, h, w], on the CPU. Raises UserError for a lost entry."""
         return Moments(**self._read(keys))
 
-    def conditioning(self, prompts: Sequence[str]) -> Tensor:
-        """float32 [len(prompts), tokens, width], on the CPU. Raises KeyError for a prompt that was not encoded, and
-        UserError for a lost entry."""
-        return self._read([self.prompts[prompt] for prompt in prompts])["conditioning"]
+    def conditioning(self, prompts: Sequence[str]) -> Conditioning:
+        """The text part of it: float32 [len(prompts), ...] by name, on the CPU. Raises KeyError for a prompt that was
+        not encoded, and UserError for a lost entry."""
+        return self._read([self.prompts[prompt] for prompt in prompts])
 
     def _read(self, keys: Sequence[str]) -> dict[str, Tensor]:
         try:
@@ -102,39 +109,27 @@ def precompute(
         store.flush()
     return Cached(
         store,
+        {photo: Frame(found.seen.digest, found.views, encoding.keys(found)) for photo, found in subject.items()},
         {
-            photo: Frame(found.seen.digest, found.views[0].size, encoding.keys(found))
-            for photo, found in subject.items()
-        },
-        {
-            photo: ClassFrame(found.seen.digest, dict(zip(sizes, encoding.keys(found), strict=True)))
+            photo: ClassFrame(
+                found.seen.digest,
+                dict(zip(sizes, found.views, strict=True)),
+                dict(zip(sizes, encoding.keys(found), strict=True)),
+            )
             for photo, found in others.items()
         },
         text_keys,
     )
 
 
-@torch.no_grad()
 def _encode_prompts(
     family: Family, prompts: Iterable[str], store: Store, device: torch.device, dtype: torch.dtype
 ) -> dict[str, str]:
     encoder = _digest(family.text_files, store.catalogue) if prompts else ""
     keys = {prompt: text_key(prompt, encoder, _name(dtype)) for prompt in prompts}
     missing = [prompt for prompt, key in keys.items() if not store.holds(key)]
-    for precision in dict.fromkeys((dtype, torch.float32)):
-        if missing:
-            text_encoder, overflowed = family.load_text_encoder(precision).to(device), []
-            for prompt in missing:
-                conditioning = family.encode_prompts(text_encoder, [prompt])[0].float()
-                if conditioning.isfinite().all():
-                    store.put(keys[prompt], {"conditioning": conditioning})
-                else:
-                    overflowed.append(prompt)
-            del text_encoder
-            release_memory()
-            missing = overflowed
-    if missing:
-        raise UserError(f"{family.folder}: its text encoder makes no finite numbers of {missing[0]!r}; replace it")
+    for prompt, text in encoded(family, missing, device, dtype):
+        store.put(keys[prompt], text)
     return keys
 
 

@@ -1,8 +1,8 @@
 """A folder of entries by key: shards that are written once, read through memory maps, and checked before they are used.
 
     FOLDER/CACHEDIR.TAG            says that the folder is ours (and to backup programs that it can be left out)
-    FOLDER/v2/files.jsonl          the catalogue: what is known of files from before, and which shards there are
-    FOLDER/v2/<header's digest>.safetensors     the shards, which hold everything
+    FOLDER/v3/files.jsonl          the catalogue: what is known of files from before, and which shards there are
+    FOLDER/v3/<header's digest>.safetensors     the shards, which hold everything
 
 Shards never change and nothing else counts, so two processes may write at once: each adds files of its own. A file is
 written beside its name, synced and renamed, so a kill leaves it whole or absent; what was put since the last one is

@@ -13,9 +13,11 @@ from lowvram_db.concept import generated
 from lowvram_db.concept.generated import Recipe
 from lowvram_db.config import Config
 from lowvram_db.errors import UserError
-from lowvram_db.families.base import Family
-from lowvram_db.families.draw import Drawer, pipeline_for
+from lowvram_db.families.base import NO_PROMPT, Family
+from lowvram_db.families.conditioning import Conditioning
+from lowvram_db.families.draw import Drawer, drawer_for
 from lowvram_db.lock import hold
+from lowvram_db.memory.device import release_memory
 from lowvram_db.photos import folders_below, list_photos, load_photo
 from lowvram_db.progress import Bar, say
 
@@ -27,13 +29,17 @@ def class_images(
     family: Family,
     folder: Path,
     base: str,
+    text: Callable[[list[str]], Conditioning],
     device: torch.device,
     at_once: int | None = None,
     is_good: Callable[[Path], bool] = lambda photo: False,
+    begins: Callable[[str], None] = lambda stage: None,
 ) -> list[Path]:
     """`prior.count` class images from `folder`; the missing ones are generated into it, each by its own number.
 
-    base: digest of the base model. at_once: how many go through the model together; default: prior.batch.
+    base: digest of the base model. text: gives the text part of the conditioning of prompts; asked where pictures are
+    made. at_once: how many go through the model together; default: prior.batch.
+    begins: told of the stages of drawing.
 
     A picture is a function of (recipe, its number), so an interrupted generation goes on where it stopped and ends with
     the same set. The user's own pictures in the folder count first and are never touched; each is decoded once, unless
@@ -48,7 +54,10 @@ def class_images(
         with _claimed(folder):
             found = _look(config, folder, recipe, is_good)  # another run may have made some meanwhile
             if found.missing:
-                _generate(config, family, recipe, found, device, at_once or config.prior.batch)
+                told = text([recipe.prompt, NO_PROMPT])
+                release_memory()
+                drawer = drawer_for(family, config.precision.compute, device, at_once or config.prior.batch, begins)
+                _generate(drawer, told, recipe, found)
     return found.images
 
 
@@ -111,6 +120,7 @@ def _recipe(config: Config, base: str) -> Recipe:
         steps=config.prior.steps,
         guidance=config.prior.guidance,
         seed=config.train.seed,
+        prediction_type=config.model.prediction_type,
     )
 
 
@@ -147,23 +157,14 @@ def _claimed(folder: Path) -> Iterator[None]:
             lock.release()
 
 
-def _generate(
-    config: Config,
-    family: Family,
-    recipe: Recipe,
-    found: _Found,
-    device: torch.device,
-    at_once: int,
-) -> None:
-    pipeline, wider = pipeline_for(family, config.precision.compute, device)
+def _generate(drawer: Drawer, told: Conditioning, recipe: Recipe, found: _Found) -> None:
     total, missing = len(found.generated), found.missing
-    pictures = Drawer(pipeline, at_once, wider).draw(
+    pictures = drawer.draw(
+        told,
         [_image_seed(recipe.seed, number) for number in missing],
-        prompt=recipe.prompt,
-        height=recipe.resolution,
-        width=recipe.resolution,
-        num_inference_steps=recipe.steps,
-        guidance_scale=recipe.guidance,
+        guidance=recipe.guidance,
+        steps=recipe.steps,
+        resolution=recipe.resolution,
     )
     with Bar("class images", total=total, done=total - len(missing)) as bar:
         for number, image in zip(missing, pictures, strict=True):

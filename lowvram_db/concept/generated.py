@@ -29,6 +29,7 @@ class Recipe:
     steps: int
     guidance: float
     seed: int
+    prediction_type: str | None = None  # the setting, where there is one
 
     def changes(self, other: "Recipe") -> list[str]:
         """What differs, in words: "steps (30 -> 25)"."""

@@ -1,6 +1,6 @@
-"""A Stable Diffusion pipeline in miniature with random weights, and photos to train it on.
+"""Stable Diffusion pipelines in miniature with random weights, of every generation, and photos to train them on.
 
-It has every part of a real one, from diffusers' and transformers' own classes, and knows nothing: it shows that a run
+Each has every part of a real one, from diffusers' and transformers' own classes, and knows nothing: it shows that a run
 works from end to end, not what DreamBooth can do.
 """
 
@@ -9,9 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image, ImageDraw
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 MINIATURE_UNET: dict[str, Any] = {
     "sample_size": 8,
@@ -41,38 +47,79 @@ MINIATURE_TEXT: dict[str, Any] = {
 }
 
 
+# As Stable Diffusion 2.x has it: heads of a width that all blocks share, projections by linear layers, OpenCLIP's gelu.
+SD2_UNET: dict[str, Any] = MINIATURE_UNET | {"attention_head_dim": (4, 8), "use_linear_projection": True}
+SD2_TEXT: dict[str, Any] = MINIATURE_TEXT | {"hidden_act": "gelu", "num_hidden_layers": 3, "projection_dim": 16}
+
+# As SDXL has it: more transformer layers the coarser the block, pooled text and six sizes beside the time.
+SDXL_TEXT_2: dict[str, Any] = SD2_TEXT | {"hidden_size": 48, "intermediate_size": 96, "projection_dim": 48}
+SDXL_UNET: dict[str, Any] = SD2_UNET | {
+    "cross_attention_dim": 32 + 48,
+    "transformer_layers_per_block": (1, 2),
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 48 + 6 * 8,
+}
+SDXL_VAE: dict[str, Any] = MINIATURE_VAE | {"scaling_factor": 0.13025, "force_upcast": True}
+
+
 def write_pipeline(
     folder: Path,
     *,
     unet: dict[str, Any] = MINIATURE_UNET,
     vae: dict[str, Any] = MINIATURE_VAE,
     text: dict[str, Any] = MINIATURE_TEXT,
-    prediction_type: str = "epsilon",
+    text_2: dict[str, Any] | None = None,
     seed: int = 0,
+    **schedule: Any,
 ) -> None:
-    """Write a Stable Diffusion pipeline of these configs, with random weights, into `folder` in diffusers' format."""
+    """Write a Stable Diffusion pipeline of these configs, with random weights, into `folder` in diffusers' format.
+
+    text_2: of a second text encoder, which makes it one of Stable Diffusion XL. schedule: what the scheduler's config
+    has other than Stable Diffusion 1.5's.
+    """
     torch.manual_seed(seed)
     tokenizer = _letter_tokenizer()
-    text_config = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, **text}
-    StableDiffusionPipeline(
-        unet=UNet2DConditionModel(**unet),
-        vae=AutoencoderKL(**vae),
-        text_encoder=CLIPTextModel(CLIPTextConfig(eos_token_id=tokenizer.eos_token_id, **text_config)),
-        tokenizer=tokenizer,
-        scheduler=DDIMScheduler(
+    parts: dict[str, Any] = {
+        "unet": UNet2DConditionModel(**unet),
+        "vae": AutoencoderKL(**vae),
+        "text_encoder": CLIPTextModel(_text_config(tokenizer, text)),
+        "tokenizer": tokenizer,
+        "scheduler": DDIMScheduler(
             beta_start=0.00085,
             beta_end=0.012,
             beta_schedule="scaled_linear",
             clip_sample=False,
             set_alpha_to_one=False,
             steps_offset=1,
-            prediction_type=prediction_type,
+            **schedule,
         ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder)
+    }
+    if text_2 is None:
+        nothing = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        StableDiffusionPipeline(**parts, **nothing).save_pretrained(folder)
+    else:
+        tokenizer_2 = _letter_tokenizer(pad_token="!")
+        encoder = CLIPTextModelWithProjection(_text_config(tokenizer_2, text_2))
+        pipeline = StableDiffusionXLPipeline(**parts, text_encoder_2=encoder, tokenizer_2=tokenizer_2)
+        pipeline.save_pretrained(folder)
+        write_classic_tokenizer(folder / "tokenizer_2")
     write_classic_tokenizer(folder / "tokenizer")
+
+
+def write_sd2(folder: Path, **schedule: Any) -> None:
+    """As write_pipeline: a miniature of Stable Diffusion 2.x, predicting v if nothing else is said."""
+    write_pipeline(folder, unet=SD2_UNET, text=SD2_TEXT, **{"prediction_type": "v_prediction", **schedule})
+
+
+def write_sdxl(folder: Path, **schedule: Any) -> None:
+    """As write_pipeline: a miniature of Stable Diffusion XL."""
+    write_pipeline(folder, unet=SDXL_UNET, vae=SDXL_VAE, text_2=SDXL_TEXT_2, **schedule)
+
+
+def _text_config(tokenizer: CLIPTokenizer, text: dict[str, Any]) -> CLIPTextConfig:
+    tokens = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    return CLIPTextConfig(**{"vocab_size": len(tokenizer), **tokens, **text})
 
 
 def write_classic_tokenizer(folder: Path) -> None:
@@ -83,11 +130,13 @@ def write_classic_tokenizer(folder: Path) -> None:
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
 
 
-def _letter_tokenizer() -> CLIPTokenizer:
+def _letter_tokenizer(**special: str) -> CLIPTokenizer:
     """CLIP's tokenizer without a single merge: every byte is a token, and another one at the end of a word."""
     letters = list(_byte_letters().values())
     tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={token: number for number, token in enumerate(tokens)}, merges=[], model_max_length=77)
+    return CLIPTokenizer(
+        vocab={token: number for number, token in enumerate(tokens)}, merges=[], model_max_length=77, **special
+    )
 
 
 def _byte_letters() -> dict[int, str]:

@@ -14,10 +14,21 @@ if TYPE_CHECKING:
     from lowvram_db.families.blank import Blank
 
 # Imported when they are wanted: with torch and diffusers behind them they take seconds.
-_FAMILIES = {"StableDiffusionPipeline": ("sd", "StableDiffusion")}
+_FAMILIES = {
+    "StableDiffusionPipeline": ("sd", "StableDiffusion"),
+    "StableDiffusionXLPipeline": ("sdxl", "StableDiffusionXL"),
+}
 _BLANKS = {
     "StableDiffusionPipeline": ("sd", "BlankStableDiffusion"),
     "StableDiffusionXLPipeline": ("sdxl", "BlankStableDiffusionXL"),
+}
+
+
+# Pipelines that work on a picture beside the prompt, by a word in their names.
+_OTHER_TASKS = {
+    "Img2Img": "such a pipeline belongs to the refiner of Stable Diffusion XL; train the base model",
+    "Inpaint": "it fills holes in pictures; train a text-to-image model",
+    "Pix2Pix": "it edits pictures; train a text-to-image model",
 }
 
 
@@ -26,19 +37,22 @@ def check_trainable(name: str, revision: str | None = None) -> None:
     _class_for(find_configs(name, revision), _FAMILIES, "trained")
 
 
-def open_model(name: str, revision: str | None = None) -> Family:
-    """Find a model and check what it is, from its config files alone. Raises UserError naming what does not fit."""
+def open_model(name: str, revision: str | None = None, prediction_type: str | None = None) -> Family:
+    """Find a model and check what it is, from its config files alone. Raises UserError naming what does not fit.
+
+    prediction_type: what the denoiser predicts, whatever its scheduler's config says.
+    """
     configs = find_configs(name, revision)
     family = _class_for(configs, _FAMILIES, "trained")
-    open_blank(configs)  # before gigabytes are downloaded in vain
-    return family(find_model(name, revision))
+    open_blank(configs, prediction_type)  # before gigabytes are downloaded in vain
+    return family(find_model(name, revision), prediction_type)
 
 
-def open_blank(folder: Path) -> Blank:
+def open_blank(folder: Path, prediction_type: str | None = None) -> Blank:
     """The model whose config files are in `folder`, without its weights. Raises UserError as open_model does."""
     from lowvram_db.families.trial import try_out  # heavy as the families are
 
-    blank = _class_for(folder, _BLANKS, "planned")(folder)
+    blank = _class_for(folder, _BLANKS, "planned")(folder, prediction_type)
     try_out(blank)
     return blank
 
@@ -46,6 +60,8 @@ def open_blank(folder: Path) -> Blank:
 def _class_for(folder: Path, classes: dict[str, tuple[str, str]], done: str) -> Any:
     kind = read_json(folder / "model_index.json", "a model folder in diffusers' format has one").get("_class_name")
     if not isinstance(kind, str) or kind not in classes:
-        raise UserError(f"{folder}: a {kind} cannot be {done} here; supported: {', '.join(classes)}")
+        task = next((words for task, words in _OTHER_TASKS.items() if task in str(kind)), None)
+        reason = task or f"supported: {', '.join(classes)}"
+        raise UserError(f"{folder}: a {kind} cannot be {done} here; {reason}")
     module, name = classes[kind]
     return getattr(import_module(f"lowvram_db.families.{module}"), name)

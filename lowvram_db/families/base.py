@@ -5,19 +5,28 @@ networks never have to sit in memory together. Tensors cross this border in the 
 
     pixels        float32 [B, 3, H, W] in [-1, 1]
     moments       the VAE posterior's mean and log-variance, float32 [B, C, h, w], in the denoiser's latent scale
-    latents       float32 [B, C, h, w]
-    conditioning  what the denoiser wants to know of the prompts, [B, ...]
+    latents       float32 [B, C, h, w], in the denoiser's scale
+    conditioning  what the denoiser wants to know of prompts and pictures, by name, [B, ...] each
 """
+
+from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from lowvram_db.families.conditioning import Conditioning
+
+if TYPE_CHECKING:
+    from lowvram_db.cache.framing import View
+
+NO_PROMPT = ""  # what guidance steers away from
 
 
 class Moments(NamedTuple):
@@ -33,6 +42,11 @@ class NoiseSchedule:
 
     alphas_cumprod: Tensor  # float32 [T]
     prediction_type: str  # "epsilon" | "v_prediction"
+
+    @property
+    def ends_in_noise(self) -> bool:
+        """Whether the signal is zero at the last timestep (Lin et al. 2024)."""
+        return self.alphas_cumprod[-1].item() == 0
 
 
 class Architecture(ABC):
@@ -55,12 +69,28 @@ class Architecture(ABC):
     def load_vae(self, dtype: torch.dtype = torch.float32) -> nn.Module: ...
 
     @abstractmethod
+    def load_text_encoders(self, dtype: torch.dtype = torch.float32) -> dict[str, nn.Module]:
+        """All of them, each by its name in the model folder."""
+
+    @abstractmethod
     def load_denoiser(self, narrow: Callable[[Tensor], Tensor] = lambda weight: weight) -> nn.Module:
         """The denoiser with float32 weights, or with what `narrow` makes of each, one after the other."""
 
     @abstractmethod
-    def denoise(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Tensor) -> Tensor:
-        """Noisy latents [B, C, h, w], timesteps int64 [B], conditioning [B, ...] -> prediction [B, C, h, w]."""
+    def encode_prompts(self, text_encoders: Mapping[str, Any], prompts: list[str]) -> Conditioning:
+        """The part of the conditioning that follows from the prompts, in the encoders' dtype and on their device."""
+
+    def view_conditioning(self, view: View) -> Conditioning:
+        """The part that follows from how a picture is looked at: exact, on the CPU, without a row's dimension."""
+        return {}
+
+    @abstractmethod
+    def denoise(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """Noisy latents [B, C, h, w], timesteps int64 [B], conditioning of both parts -> prediction [B, C, h, w]."""
+
+    def trainable(self, part: str, network: nn.Module) -> dict[str, nn.Parameter]:
+        """Those of a part's parameters that have a part in what the denoiser predicts, by their names in it."""
+        return dict(network.named_parameters())
 
     @abstractmethod
     def checkpoint_blocks(self, denoiser: Any) -> list[nn.Module]:
@@ -72,30 +102,37 @@ class Family(Architecture):
 
     vae_files: list[Path]  # files whose bytes decide what encode_images gives
     text_files: list[Path]  # files whose bytes decide what encode_prompts gives
-    model_files: list[Path]  # files whose bytes decide what the model is: all configs and weights, and the tokenizer
+    model_files: list[Path]  # files whose bytes decide what the model is: all configs and weights, and the tokenizers
+    remarks: list[str]  # what to know before training it
 
     @abstractmethod
     def encode_images(self, vae: Any, pixels: Tensor) -> Moments:
         """pixels float32 [B, 3, H, W] -> float32 moments [B, C, h, w]; not finite where the VAE's dtype overflowed."""
+
+    @abstractmethod
+    def decode_latents(self, vae: Any, latents: Tensor) -> Tensor:
+        """latents [B, C, h, w] -> pixels float32 [B, 3, H, W]; not finite where the VAE's dtype overflowed."""
 
     def tile(self, vae: Any) -> None:
         """Let a VAE take images larger than those it was made for in overlapping tiles, from now on."""
         vae.enable_tiling()
 
     @abstractmethod
-    def load_text_encoder(self, dtype: torch.dtype = torch.float32) -> nn.Module: ...
-
-    @abstractmethod
     def check_prompts(self, prompts: list[str]) -> None:
-        """Raise UserError for a prompt longer than the text encoder reads; it would be cut in silence."""
+        """Raise UserError for a prompt longer than a text encoder reads; it would be cut in silence."""
 
     @abstractmethod
-    def encode_prompts(self, text_encoder: Any, prompts: list[str]) -> Tensor:
-        """Prompts -> conditioning [len(prompts), tokens, width]."""
+    def sampler(self, denoiser: Any) -> Any:
+        """A diffusers pipeline that holds this denoiser and nothing else: called with sampling_inputs it gives latents
+        in the denoiser's scale, for output_type="latent"."""
+
+    @abstractmethod
+    def sampling_inputs(self, conditioning: Conditioning) -> dict[str, Any]:
+        """What the pipeline is to be called with. conditioning: the text part of two rows, a prompt and NO_PROMPT."""
 
     @abstractmethod
     def pipeline(self, dtype: torch.dtype = torch.float32, **parts: Any) -> Any:
-        """A diffusers pipeline for sampling; a part given by name (or None) is used instead of being loaded."""
+        """A whole diffusers pipeline; a part given by name (or None) is used instead of being loaded."""
 
     @abstractmethod
     def save(

@@ -3,7 +3,6 @@
 Under FakeTensorMode they take no memory at all, which is how a plan looks at a model that nobody has downloaded yet.
 """
 
-from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -12,20 +11,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lowvram_db.families.base import Architecture
+from lowvram_db.families.conditioning import Conditioning
 
 
 class Blank(Architecture):
-    """A model without weights."""
+    """A model without weights. Its encode_prompts takes the prompts for empty ones, whose tokens nobody has to know."""
 
-    conditioning_shape: tuple[int, int]  # of one prompt
+    text_shapes: dict[str, tuple[int, ...]]  # of the text part of the conditioning, one prompt
 
-    @abstractmethod
-    def load_text_encoders(self, dtype: torch.dtype = torch.float32) -> dict[str, nn.Module]:
-        """Each by its name in the model folder."""
-
-    @abstractmethod
-    def conditioning(self, text_encoders: dict[str, Any], rows: int) -> Tensor:
-        """What denoise() takes, for `rows` prompts of no meaning: [rows, *conditioning_shape]."""
+    def cached_text(self, prompts: list[str]) -> Conditioning:
+        """The text part as a cache hands it out: float32, [len(prompts), ...]."""
+        return {name: torch.empty(len(prompts), *shape) for name, shape in self.text_shapes.items()}
 
 
 def blank(
@@ -33,14 +29,13 @@ def blank(
     dtype: torch.dtype = torch.float32,
     narrow: Callable[[Tensor], Tensor] = lambda weight: weight,
 ) -> Any:
-    """The network that `build` makes, in eval mode, with empty tensors: of `dtype`, or as `narrow` makes them of it."""
+    """The network that `build` makes, in eval mode, with empty tensors: of `dtype`, or of what `narrow` makes of it."""
     with _disable_current_modes(), torch.device("meta"):  # no initialisation, and nothing for a trace to count
         network = build().eval()
-        stored = {id(weight): narrow(weight.detach().to(dtype)) for weight in network.parameters()}
+        dtypes = {id(weight): narrow(weight.detach().to(dtype)).dtype for weight in network.parameters()}
     for module in network.modules():
         for name, weight in module.named_parameters(recurse=False):
-            like = stored[id(weight)]
-            setattr(module, name, nn.Parameter(torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)))
+            setattr(module, name, nn.Parameter(torch.empty(weight.shape, dtype=dtypes[id(weight)])))
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
     return network

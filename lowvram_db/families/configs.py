@@ -19,8 +19,7 @@ _DEPTHS = (
     "num_hidden_layers",
 )
 _MOST_LATENTS = 1024  # a side
-_NETWORKS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
-NAMED_PARTS = (*_NETWORKS, "tokenizer", "scheduler")  # in model_index.json
+_REFINER = "it is the second stage of Stable Diffusion XL, a refiner; train the base model"
 
 # Blocks that are called as a text-to-image UNet calls them; each has a twin on the way up. diffusers' others want more.
 _WAYS_DOWN = {
@@ -44,16 +43,18 @@ _NOT_SERVED = {
 }
 
 
-def check_index(folder: Path) -> None:
-    """Raises UserError where model_index.json names other networks than can be trained, or no scheduler."""
+def check_index(folder: Path, networks: dict[str, type[Any]], others: tuple[str, ...]) -> None:
+    """Raises UserError where model_index.json names other classes for these networks, or lacks one of the parts."""
     path = folder / "model_index.json"
     index = read_json(path, "a model folder in diffusers' format has one")
-    for part in NAMED_PARTS:
+    if "text_encoder_2" in networks and index.get("text_encoder") == [None, None]:
+        raise UserError(f"{path}: has one text encoder; {_REFINER}")
+    for part in (*networks, *others):
         entry = index.get(part)
         if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(word, str) for word in entry):
             raise UserError(f"{path}: {part} should be a library and a class, and is {entry!r}")
-        if entry[1] != _NETWORKS.get(part, entry[1]):
-            raise UserError(f"{path}: {part} is a {entry[1]}; a {_NETWORKS[part]} is supported")
+        if part in networks and entry[1] != networks[part].__name__:
+            raise UserError(f"{path}: {part} is a {entry[1]}; a {networks[part].__name__} is supported")
 
 
 def read_config(folder: Path, part: str, network: type[Any]) -> dict[str, Any]:
@@ -85,10 +86,14 @@ def read_text_config(folder: Path, part: str) -> CLIPTextConfig:
         return CLIPTextConfig(**config)
 
 
-def check_unet(folder: Path, unet: dict[str, Any], channels: int, text_width: int, addition: str | None = None) -> None:
-    """Raises UserError where UNet, VAE and text encoder do not belong together, or the UNet wants what it will not get.
+def check_unet(
+    folder: Path, unet: dict[str, Any], channels: int, text_widths: list[int], addition: str | None = None
+) -> None:
+    """Raises UserError where UNet, VAE and text encoders do not belong together, or the UNet wants what it will not
+    get.
 
-    addition: the kind of further embeddings that this family gives it.
+    text_widths: of the text encoders, whose words stand side by side. addition: the kind of further embeddings that
+    this family gives the UNet.
     """
     takes, gives = unet["in_channels"], unet["out_channels"]
     if (takes, gives) != (channels, channels):
@@ -110,12 +115,13 @@ def check_unet(folder: Path, unet: dict[str, Any], channels: int, text_width: in
             f"{folder / 'unet' / 'config.json'}: addition_embed_type is {unet['addition_embed_type']!r}, "
             f"and this kind of model gives {addition!r}; it belongs to another kind"
         )
-    wanted = unet["cross_attention_dim"]
-    if any(width != text_width for width in (wanted if isinstance(wanted, list) else [wanted])):
-        raise UserError(
-            f"{folder / 'unet'}: wants text {wanted} wide, but text_encoder/ gives {text_width}; "
-            "they are of different models"
-        )
+    wanted, given = unet["cross_attention_dim"], sum(text_widths)
+    widths = wanted if isinstance(wanted, list) else [wanted]
+    if any(width != given for width in widths):
+        is_refiner = len(text_widths) > 1 and set(widths) == {text_widths[-1]}
+        meaning = _REFINER if is_refiner else "they are of different models"
+        names = "text_encoder/ gives" if len(text_widths) == 1 else "the text encoders give"
+        raise UserError(f"{folder / 'unet'}: wants text {wanted} wide, but {names} {given}; {meaning}")
 
 
 def check_vae(folder: Path, vae: dict[str, Any]) -> None:

@@ -1,90 +1,141 @@
-"""Pictures from a diffusers pipeline, seen to be pictures: networks that give no numbers draw black without a word."""
+"""Pictures of a model in two stages, denoising and decoding, seen to be pictures: networks that give no numbers draw
+black without a word.
 
-from collections.abc import Iterator
+The big networks need not be on the device together: text encoders have gone before a denoiser comes, and where the VAE
+does not fit beside the denoiser, that makes way for it.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor
 
 from lowvram_db.errors import UserError
 from lowvram_db.families.base import Family
+from lowvram_db.families.conditioning import Conditioning, brought
+from lowvram_db.families.decoder import Decoder
 from lowvram_db.memory.device import lay_out, picture_dtypes, release_memory
 from lowvram_db.memory.out_of_memory import is_out_of_memory
 from lowvram_db.progress import say
 
 
-def pipeline_for(family: Family, compute: str, device: torch.device) -> tuple[Any, torch.dtype | None]:
-    """A model's pipeline on its device, in the precision of pictures; and the `wider` one for draw()."""
+def drawer_for(
+    family: Family, compute: str, device: torch.device, at_once: int, begins: Callable[[str], None] = lambda stage: None
+) -> "Drawer":
+    """For a model on disk, in the precision of pictures."""
     dtype, wider = picture_dtypes(compute, device)
-    pipeline = family.pipeline(dtype).to(device)
-    for part in pipeline.components.values():
-        if isinstance(part, nn.Module):
-            lay_out(part, device)
-    return pipeline, wider
+    denoiser: Any = family.load_denoiser(lambda weight: weight.to(dtype)).to(device)
+    lay_out(denoiser, device)
+    return Drawer(family, denoiser, device, dtype, at_once, wider=wider, makes_way=True, begins=begins)
 
 
 class Drawer:
     """Draws several pictures at once: fewer, from then on, where the memory does not suffice, which is said."""
 
-    def __init__(self, pipeline: Any, at_once: int, wider: torch.dtype | None = None) -> None:
-        """wider: as for draw()."""
-        self._pipeline, self._at_once, self._wider = pipeline, at_once, wider
+    def __init__(
+        self,
+        family: Family,
+        denoiser: Any,
+        device: torch.device,
+        dtype: torch.dtype,
+        at_once: int,
+        *,
+        decoding: torch.dtype | None = None,
+        wider: torch.dtype | None = None,
+        makes_way: bool = False,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        begins: Callable[[str], None] = lambda stage: None,
+    ) -> None:
+        """denoiser: on the device, taking `dtype`. decoding: the VAE's dtype; default: the same. wider: the precision
+        that a denoiser in fp16 goes over to, for good, where it overflows; None where its weights are not its own.
+        makes_way: whether it may leave the device for the VAE. autocast: around the denoiser. begins: is told
+        of every "denoising" and "decoding"."""
+        self._family, self._denoiser, self._device, self._dtype = family, denoiser, device, dtype
+        self._at_once, self._wider, self._makes_way, self._autocast = at_once, wider, makes_way, autocast
+        self._begins, self._pipeline = begins, family.sampler(denoiser)
+        self._decoder = Decoder(family, device, decoding or dtype)
 
-    def draw(self, seeds: list[int], **inputs: Any) -> Iterator[Image.Image]:
-        """A picture of the same inputs for every seed."""
+    def draw(
+        self, conditioning: Conditioning, seeds: list[int], *, guidance: float, steps: int, resolution: int
+    ) -> Iterator[Image.Image]:
+        """A picture for every seed. conditioning: the text part of a prompt and of NO_PROMPT. A seed gives the same
+        starting noise on every device. Raises UserError where pixels are no numbers, or all the same, which no model
+        draws that works."""
+        inputs = {
+            "guidance_scale": guidance,
+            "num_inference_steps": steps,
+            "height": resolution,
+            "width": resolution,
+            "output_type": "latent",
+        }
         left = seeds
         while left:
-            images = self._drawn(left[: self._at_once], inputs)
-            if images is None:
+            self._begins("denoising")
+            latents = self._latents(conditioning, left[: self._at_once], inputs)
+            if latents is None:
                 self._at_once = min(self._at_once, len(left)) // 2
                 say(f"pictures: out of memory; {self._at_once} at once from here on")
                 release_memory()
                 continue
-            yield from images
-            left = left[len(images) :]
+            self._begins("decoding")
+            yield from [self._picture(pixels) for pixels in self._decoded(latents)]
+            left = left[len(latents) :]
 
-    def _drawn(self, seeds: list[int], inputs: dict[str, Any]) -> list[Image.Image] | None:
+    def _latents(self, conditioning: Conditioning, seeds: list[int], inputs: dict[str, Any]) -> Tensor | None:
+        """Finite ones, [len(seeds), C, h, w]; None where memory does not suffice for so many."""
+        latents = self._try(conditioning, seeds, inputs)
+        if latents is None or latents.isfinite().all():
+            return latents
+        if self._wider is not None and self._dtype == torch.float16:
+            name = str(self._wider).removeprefix("torch.")
+            say(f"the model overflows in fp16: its pictures are drawn in {name} from here on")
+            self._dtype = self._wider
+            self._denoiser.to(self._wider)
+            return self._latents(conditioning, seeds, inputs)
+        raise UserError(f"the model's pictures are no numbers (NaN); {self._mend()}")
+
+    def _try(self, conditioning: Conditioning, seeds: list[int], inputs: dict[str, Any]) -> Tensor | None:
         """None where memory does not suffice for so many: whoever tries again must not do it inside `except`, which
         keeps it full."""
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # on the CPU: the same on every device
+        told = self._family.sampling_inputs(brought(conditioning, self._device, self._dtype))
         try:
-            return draw(self._pipeline, seeds, self._wider, **inputs)
+            with self._autocast():
+                return self._pipeline(**told, **inputs, num_images_per_prompt=len(seeds), generator=generators).images
         except Exception as error:
             if len(seeds) == 1 or not is_out_of_memory(error):
                 raise
             return None
 
+    def _decoded(self, latents: Tensor) -> Tensor:
+        """Pixels, float32 [B, 3, H, W] on the CPU; the denoiser is on the device again afterwards."""
+        pixels = self._decoder.decode(latents)
+        if pixels is not None:
+            return pixels
+        if self._makes_way:
+            self._denoiser.to("cpu")
+            release_memory()
+            pixels = self._decoder.decode(latents)
+        while pixels is None:
+            if not self._decoder.tile():
+                raise torch.OutOfMemoryError("no picture can be decoded, not even in tiles")
+            pixels = self._decoder.decode(latents)
+        self._denoiser.to(self._device)
+        return pixels
 
-def draw(pipeline: Any, seeds: list[int], wider: torch.dtype | None = None, **inputs: Any) -> list[Image.Image]:
-    """What a text-to-image pipeline draws of its inputs, for one prompt, a picture for every seed.
+    def _picture(self, pixels: Tensor) -> Image.Image:
+        """Of [3, H, W] in [-1, 1]."""
+        if not pixels.isfinite().all():
+            raise UserError(f"the model's pictures are no numbers (NaN); {self._mend()}")
+        values = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+        if (values == values[0, 0]).all():
+            raise UserError(f"the model draws nothing but a single colour; {self._mend()}")
+        return Image.fromarray(np.ascontiguousarray(values))
 
-    wider: the precision that a pipeline in fp16 goes over to, for good, where it overflows; None where its weights are
-    not its own. Raises UserError where pixels are no numbers, or all the same, which no model draws that works.
-    """
-    pixels = _pixels(pipeline, seeds, inputs)
-    if wider is not None and pipeline.dtype == torch.float16 and not np.isfinite(pixels).all():
-        say(f"the model overflows in fp16: its pictures are drawn in {str(wider).removeprefix('torch.')} from here on")
-        pipeline.to(wider)
-        pixels = _pixels(pipeline, seeds, inputs)
-    if not np.isfinite(pixels).all():
-        raise UserError(f"the model's pictures are no numbers (NaN); {_mend(pipeline)}")
-    images = pipeline.image_processor.numpy_to_pil(pixels)
-    if any(_is_plain(image) for image in images):
-        raise UserError(f"the model draws nothing but a single colour; {_mend(pipeline)}")
-    return images
-
-
-def _pixels(pipeline: Any, seeds: list[int], inputs: dict[str, Any]) -> Any:
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # on the CPU: the same noise on every device
-    return pipeline(**inputs, num_images_per_prompt=len(seeds), generator=generators, output_type="np").images
-
-
-def _is_plain(image: Image.Image) -> bool:
-    values = np.asarray(image)
-    return bool((values == values[0, 0]).all())
-
-
-def _mend(pipeline: Any) -> str:
-    finer = "" if pipeline.dtype == torch.float32 else ", or draw it in fp32, which does not overflow"
-    return f"take another copy of it, its weights may be damaged{finer}"
+    def _mend(self) -> str:
+        finer = "" if self._dtype == torch.float32 else ", or draw it in fp32, which does not overflow"
+        return f"take another copy of it, its weights may be damaged{finer}"

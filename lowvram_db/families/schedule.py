@@ -14,6 +14,7 @@ from lowvram_db.families.source import naming, read_json
 
 _PREDICTION_TYPES = ("epsilon", "v_prediction")
 _BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")  # that trainer and solver both know
+_FEW_STEPS = ("LCMScheduler", "TCDScheduler")
 _TIMESTEPS = range(100, 10_001)  # fewer cannot be drawn with in the usual number of steps
 _BETAS = {
     "num_train_timesteps": 1000,
@@ -25,9 +26,10 @@ _BETAS = {
 }  # and diffusers' defaults, where a file says nothing
 
 
-def read_schedule(folder: Path) -> NoiseSchedule:
-    """The noise schedule that stands in the model's scheduler config. Raises UserError for one we cannot train with."""
-    path, settings = _file(folder), _settings(folder)
+def read_schedule(folder: Path, prediction_type: str | None = None) -> NoiseSchedule:
+    """The noise schedule that stands in the model's scheduler config, which `prediction_type` knows better than. Raises
+    UserError for one we cannot train with."""
+    path, settings = schedule_file(folder), _settings(folder, prediction_type)
     with naming(path, "no noise schedule can be made of it"):
         alphas_cumprod = DDPMScheduler(**settings).alphas_cumprod.float()
     # At no signal at all the schedule may end, if it is rescaled to; the solver takes care of it then.
@@ -37,22 +39,43 @@ def read_schedule(folder: Path) -> NoiseSchedule:
     return NoiseSchedule(alphas_cumprod, settings["prediction_type"])
 
 
-def solver(folder: Path) -> DPMSolverMultistepScheduler:
-    """What pictures are drawn with: DPM-Solver++ of second order, which needs 25-30 steps, on the model's schedule."""
+def solver(folder: Path, prediction_type: str | None = None) -> DPMSolverMultistepScheduler:
+    """What pictures are drawn with: DPM-Solver++ of second order, which needs 25-30 steps, on the model's schedule.
+
+    A schedule that ends in nothing but noise is begun at its very end (Lin et al. 2024, section 3.3).
+    """
+    settings = _settings(folder, prediction_type)
     return DPMSolverMultistepScheduler(
-        **_settings(folder),
+        **settings,
         algorithm_type="dpmsolver++",
         solver_order=2,
-        timestep_spacing="linspace",
-        steps_offset=1,  # without a meaning to this spacing; diffusers' pipeline warns of any other number
+        timestep_spacing="trailing" if settings["rescale_betas_zero_snr"] else "linspace",
+        steps_offset=1,  # without a meaning to these spacings; diffusers' pipeline warns of any other number
     )
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    path = _file(folder)
+def of_few_steps(folder: Path) -> str | None:
+    """What to say of a schedule that is a distilled model's, such as Turbo and Lightning; None for another one."""
+    config = read_json(schedule_file(folder), "the noise schedule and prediction type stand in it")
+    trailing = config.get("timestep_spacing") == "trailing"
+    signs = {
+        "_class_name": config.get("_class_name") in _FEW_STEPS,
+        "timestep_spacing": trailing and config.get("prediction_type", "epsilon") == "epsilon",
+    }
+    for sign, found in signs.items():
+        if found:
+            return (
+                f"{schedule_file(folder)}: {sign} {config[sign]} is what models have that were distilled to draw in a "
+                "few steps (Turbo, Lightning, LCM); training breaks that: the result wants some 30 steps, and guidance"
+            )
+    return None
+
+
+def _settings(folder: Path, prediction_type: str | None = None) -> dict[str, Any]:
+    path = schedule_file(folder)
     config = read_json(path, "the noise schedule and prediction type stand in it")
     settings = {key: config.get(key, default) for key, default in _BETAS.items()}
-    kind = config.get("prediction_type", "epsilon")
+    kind = prediction_type or config.get("prediction_type", "epsilon")
     if kind not in _PREDICTION_TYPES:
         raise UserError(f"{path}: prediction_type {kind!r} is not supported; {' and '.join(_PREDICTION_TYPES)} are")
     if settings["beta_schedule"] not in _BETA_SCHEDULES:
@@ -82,5 +105,5 @@ def _is_beta(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1
 
 
-def _file(folder: Path) -> Path:
+def schedule_file(folder: Path) -> Path:
     return folder / "scheduler" / "scheduler_config.json"

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowvram_db.cache.framing import View
 from lowvram_db.errors import UserError
 from lowvram_db.families.blank import Blank
+from lowvram_db.families.conditioning import Conditioning, collated
 from lowvram_db.families.configs import NOT_BUILT
 from lowvram_db.families.source import naming
 
@@ -26,13 +28,15 @@ def try_out(family: Blank) -> None:
 def _try_networks(family: Blank) -> None:
     side = family.side_multiple // family.latent_side
     latents = (1, family.latent_channels, side, side)
+    view = View.of((family.side_multiple,) * 2, (family.side_multiple,) * 2)
     with torch.device("meta"), torch.enable_grad():
         with naming(family.folder / "text_encoder" / "config.json", NOT_BUILT):
-            conditioning = family.conditioning(family.load_text_encoders(), rows=1).detach().requires_grad_()
+            text = family.encode_prompts(family.load_text_encoders(), [""])
+        text = {name: tensor.detach().requires_grad_() for name, tensor in text.items()}
         with naming(family.folder / "vae" / "config.json", NOT_BUILT):
             _try_vae(family.load_vae(), (1, 3, family.side_multiple, family.side_multiple), latents)
         with naming(family.folder / "unet" / "config.json", NOT_BUILT):
-            _try_denoiser(family, latents, conditioning)
+            _try_denoiser(family, latents, text, collated([family.view_conditioning(view)]))
 
 
 def _try_vae(vae: Any, picture: tuple[int, ...], latents: tuple[int, ...]) -> None:
@@ -42,10 +46,11 @@ def _try_vae(vae: Any, picture: tuple[int, ...], latents: tuple[int, ...]) -> No
         raise ValueError(f"a picture {picture} becomes {tuple(mean.shape)}, and {latents} {tuple(decoded.shape)}")
 
 
-def _try_denoiser(family: Blank, latents: tuple[int, ...], conditioning: Tensor) -> None:
+def _try_denoiser(family: Blank, latents: tuple[int, ...], text: Conditioning, sizes: Conditioning) -> None:
     denoiser: Any = family.load_denoiser().requires_grad_()
     denoiser.enable_gradient_checkpointing()
-    prediction = family.denoise(denoiser, torch.empty(latents), torch.zeros(1, dtype=torch.int64), conditioning)
+    timesteps = torch.zeros(1, dtype=torch.int64)
+    prediction = family.denoise(denoiser, torch.empty(latents), timesteps, text | sizes)
     if prediction.shape != latents:
         raise ValueError(f"{latents} becomes {tuple(prediction.shape)}")
     reached = set(map(id, _leaves(prediction)))
@@ -53,7 +58,7 @@ def _try_denoiser(family: Blank, latents: tuple[int, ...], conditioning: Tensor)
     path = family.folder / family.denoiser_part / "config.json"
     if idle:
         raise UserError(f"{path}: {idle[0]} of this UNet has no part in what it predicts, and would not be trained")
-    if id(conditioning) not in reached:
+    if not reached.issuperset(map(id, text.values())):
         raise UserError(f"{path}: this UNet does not listen to the prompt (it has no cross attention)")
 
 

@@ -19,7 +19,6 @@ _TRANSFORMERS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-_NAMES = {"unet": _DIFFUSERS, "vae": _DIFFUSERS, "text_encoder": _TRANSFORMERS}
 _STAND_INS = {
     b"version https://git-lfs": "is a Git LFS pointer, not the content; run `git lfs pull`, or download it again",
     b"<!doctype html": "is a web page, not the content; download it again",
@@ -28,13 +27,14 @@ _STAND_INS = {
 
 
 def weight_files(folder: Path, part: str) -> list[Path]:
-    """The weight files of a model's "unet", "vae" or "text_encoder": one file, or the shards that an index names.
+    """The weight files of a model's "unet", "vae" or a text encoder: one file, or the shards that an index names.
 
     Raises UserError when there are none, when a shard is missing, and for what is no weights at all.
     """
-    found = next((folder / part / name for name in _NAMES[part] if (folder / part / name).is_file()), None)
+    names = _TRANSFORMERS if part.startswith("text_encoder") else _DIFFUSERS
+    found = next((folder / part / name for name in names if (folder / part / name).is_file()), None)
     if found is None:
-        single = next(name for name in _NAMES[part] if name.endswith(".safetensors"))
+        single = next(name for name in names if name.endswith(".safetensors"))
         raise UserError(
             f"{folder / part}: no weights there by the name of {single} (other names, *.fp16.* too, are not read); "
             "the model folder is not complete"

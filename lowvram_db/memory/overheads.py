@@ -1,7 +1,7 @@
 """What a GPU needs beside the tensors that a trace sees, as constants with their source.
 
-On an H200, the one GPU that this project has measured on, what the allocator gave out was at the most 3 MiB more than
-predicted for Stable Diffusion 1.5 and 12 MiB more for SDXL (bench/plan_accuracy.py). CONTEXT is other people's reading.
+Beside the rows of bench/results/plan_accuracy.csv from an H200, the one GPU that this project has measured on, what is
+said here leaves 3 MiB unexplained for Stable Diffusion 1.5 and 12 for SDXL. CONTEXT is other people's reading.
 """
 
 import functools

@@ -24,7 +24,7 @@ def make_plan(config: Config, budget: int | None, explain: bool = False) -> Plan
             from lowvram_db.families import open_blank
             from lowvram_db.plan.choose import choose
 
-            plan = choose(config, open_blank(configs), budget, explain)
+            plan = choose(config, open_blank(configs, config.model.prediction_type), budget, explain)
         remember.keep(key, plan)
     return plan
 

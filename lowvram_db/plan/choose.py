@@ -9,6 +9,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -36,11 +37,11 @@ def choose(config: Config, family: Blank, budget: int | None, explain: bool = Fa
         others = beside(_others, config, family, limit)
         training, rungs, on_the_way = _training(config, family, limit, explain)
         drawn, encoding, sampling, batch, at_the_end = others()
-    phases = [*drawn, *encoding, *training, sampling]
+    phases = [*drawn, *encoding, *training, *sampling]
     fits = None if limit is None else all(phase.peak_bytes <= limit for phase in phases)
     chosen = next(rung.strategy for rung in rungs if rung.chosen)
     steps = [phase for phase in training if phase.name.endswith("step")]
-    ram = predict.host_memory(steps, [*drawn, *encoding, sampling])
+    ram = predict.host_memory(steps, [*drawn, *encoding, *sampling])
     plan = Plan(fits, budget, chosen, batch, min(on_the_way, at_the_end), phases, rungs, *ram)
     if fits is False:
         plan.advice = list(_advice(config, family, budget))
@@ -120,7 +121,7 @@ def _relative(rungs: list[Rung]) -> list[Rung]:
     return rungs
 
 
-def _others(config: Config, family: Blank, limit: int | None) -> tuple[list[Phase], list[Phase], Phase, int, int]:
+def _others(config: Config, family: Blank, limit: int | None) -> tuple[list[Phase], list[Phase], list[Phase], int, int]:
     """The phases beside training; and how many class images, and pictures of the result, are made at once."""
     drawn, sampling, batch, pictures = _pictures(config, family, limit)
     return drawn, list(predict.encoding(config, family)), sampling, batch, pictures
@@ -143,19 +144,25 @@ def _end_at_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def _pictures(config: Config, family: Blank, limit: int | None) -> tuple[list[Phase], Phase, int, int]:
-    """Class images, where they are wanted, and sampling; and how many of each are made at once: class images exactly
-    prior.batch where the user has set it."""
+def _pictures(config: Config, family: Blank, limit: int | None) -> tuple[list[Phase], list[Phase], int, int]:
+    """Class images, where they are wanted, and sampling, two phases each; and how many of each are made at once: class
+    images exactly prior.batch where the user has set it."""
     batch, fixed = config.prior.batch, "batch" in config.prior.model_fields_set
     with predict.drawing(config, family) as draw:
         guidance = max(config.sample.guidance)
-        sampling, pictures = _as_many(config.sample.seeds, lambda count: draw("sampling", count, guidance), limit)
+        denoised, pictures = _as_many(
+            config.sample.seeds, lambda count: draw.denoising("sampling", count, guidance), limit
+        )
+        decoded = draw.decoding("sampling", limit)
+        sampling = [denoised, decoded]
         if not config.prior.enabled:
             return [], sampling, batch, pictures
         drawn, batch = _as_many(
-            batch, lambda count: draw("class images", count, config.prior.guidance), None if fixed else limit
+            batch,
+            lambda count: draw.denoising("class images", count, config.prior.guidance),
+            None if fixed else limit,
         )
-    return [drawn], sampling, batch, pictures
+        return [drawn, replace(decoded, name="class images, decoding")], sampling, batch, pictures
 
 
 def _as_many(wanted: int, draw: Callable[[int], Phase], limit: int | None) -> tuple[Phase, int]:
@@ -248,5 +255,5 @@ def _fits(config: Config, family: Blank, budget: int | None) -> bool:
     except OverLimit:
         return False
     drawn, encoding, sampling, *_ = _others(config, family, limit)
-    phases = [*drawn, sampling, *encoding]
+    phases = [*drawn, *sampling, *encoding]
     return all(phase.peak_bytes <= limit for phase in phases)

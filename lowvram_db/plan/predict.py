@@ -17,32 +17,33 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
+from lowvram_db.cache.framing import View
 from lowvram_db.config import Config
 from lowvram_db.families.base import Moments
 from lowvram_db.families.blank import Blank
+from lowvram_db.families.conditioning import brought, collated
 from lowvram_db.kernels import adam8
 from lowvram_db.memory.device import DTYPES
 from lowvram_db.memory.overheads import CONTEXT, CUBLAS_WORKSPACES, RAM_WITH_CUDA, temporaries
-from lowvram_db.memory.trace import TEMPORARY, Trace
+from lowvram_db.memory.trace import GRANULE, TEMPORARY, Trace
 from lowvram_db.optim.kinds import Name, StepsInBackward
-from lowvram_db.optim.storage import narrowing
 from lowvram_db.plan.result import Phase
 from lowvram_db.train.batches import Batch
 from lowvram_db.train.interrupt import stop_on_request
-from lowvram_db.train.learner import Learner
+from lowvram_db.train.learner import Learner, Surroundings
 from lowvram_db.train.strategy import Strategy
+from lowvram_db.train.trained import load_networks
 
 CPU = torch.device("cpu")  # fake tensors of a GPU cannot go backward where torch has no CUDA
 
 
 def encoding(config: Config, family: Blank) -> Iterator[Phase]:
     """Text encoding (one prompt at a time) and latent encoding (one photo at a time), both in float32."""
-    if not config.train.text_encoder:
-        with tracing() as trace, torch.no_grad():
-            encoders = family.load_text_encoders()
-            trace.label("weights", _tensors(encoders.values()))
-            family.conditioning(encoders, 1)
-        yield _phase("text encoding", trace)
+    with tracing() as trace, torch.no_grad():
+        encoders = family.load_text_encoders()
+        trace.label("weights", _tensors(encoders.values()))
+        family.encode_prompts(encoders, [""])
+    yield _phase("text encoding", trace)
     side = config.train.resolution
     with tracing() as trace, torch.no_grad():
         vae: Any = family.load_vae()
@@ -52,37 +53,61 @@ def encoding(config: Config, family: Blank) -> Iterator[Phase]:
 
 
 @contextmanager
-def drawing(config: Config, family: Blank) -> Iterator[Callable[[str, int, float], Phase]]:
-    """What it takes to draw with a whole pipeline, in the precision that the config computes in: a function of the
-    phase's name, how many pictures are made at once, and their guidance scale."""
-    dtype = DTYPES[config.precision.compute]
+def drawing(config: Config, family: Blank) -> Iterator["Drawing"]:
+    """What it takes to draw with a model of which only the denoiser is on the card to begin with."""
     with tracing() as trace, torch.no_grad():
-        encoders = family.load_text_encoders(dtype)
-        denoiser: Any = family.load_denoiser(lambda weight: weight.to(dtype))
-        vae: Any = family.load_vae(dtype)
-        trace.label("weights", _tensors([*encoders.values(), denoiser, vae]))
-        conditioning = family.conditioning(encoders, 1)
-
-        def draw(name: str, pictures: int, guidance: float) -> Phase:
-            start = trace.mark()
-            _draw(config, family, denoiser, vae, conditioning, pictures, guidance, dtype)
-            return _phase(name, trace, start)
-
-        yield draw
+        yield Drawing(config, family, trace)
 
 
-def _draw(
-    config: Config, family: Blank, denoiser: Any, vae: Any, conditioning: Tensor, pictures: int, guidance: float,
-    dtype: torch.dtype,
-) -> None:  # fmt: skip
-    """One denoising step, with and without the prompt where there is guidance, and the pictures decoded."""
+class Drawing:
+    """The two stages of families/draw.py, in the precision that the config computes in."""
+
+    def __init__(self, config: Config, family: Blank, trace: Trace):
+        self._config, self._family, self._trace = config, family, trace
+        self._dtype = DTYPES[config.precision.compute]
+        self._denoiser: Any = family.load_denoiser(lambda weight: weight.to(self._dtype))
+        trace.label("weights", _tensors([self._denoiser]))
+
+    def denoising(self, what: str, pictures: int, guidance: float) -> Phase:
+        """So many pictures at once."""
+        start = self._trace.mark()
+        _denoise(self._config, self._family, self._denoiser, pictures, guidance, self._dtype)
+        return _phase(f"{what}, denoising", self._trace, start)
+
+    def decoding(self, what: str, limit: int | None) -> Phase:
+        """One picture at a time: beside the denoiser, or without it where that is over the limit, or then in tiles."""
+        beside = self._decoded(what, tiled=False)
+        away = sum(-(-tensor.nbytes // GRANULE) * GRANULE for tensor in _tensors([self._denoiser]))
+        for phase in (beside, _without(beside, away)):
+            if limit is None or phase.peak_bytes <= limit:
+                return phase
+        return _without(self._decoded(what, tiled=True), away)
+
+    def _decoded(self, what: str, tiled: bool) -> Phase:
+        start = self._trace.mark()
+        _decode(self._config, self._family, self._trace, torch.float32, tiled)
+        return _phase(f"{what}, decoding", self._trace, start)
+
+
+def _without(phase: Phase, weights: int) -> Phase:
+    return replace(phase, components={**phase.components, "weights": phase.components["weights"] - weights})
+
+
+def _denoise(config: Config, family: Blank, denoiser: Any, pictures: int, guidance: float, dtype: torch.dtype) -> None:
+    """One step, with and without the prompt where there is guidance."""
     rows = pictures * (2 if guidance > 1 else 1)
     latents = torch.empty(_latent_shape(config, family, rows), dtype=dtype)
-    family.denoise(denoiser, latents, _zeros(rows), conditioning.to(dtype).expand(rows, -1, -1))
-    # One after the other, as pipelines do: the last, beside those before it.
-    decoded = torch.empty(pictures - 1, 3, config.train.resolution, config.train.resolution, dtype=dtype)
-    vae.decode(latents[:1])
-    del decoded
+    told = collated([family.view_conditioning(_view(config))] * rows) | family.cached_text([""] * rows)
+    family.denoise(denoiser, latents, _timesteps(rows, 0), brought(told, CPU, dtype))
+
+
+def _decode(config: Config, family: Blank, trace: Trace, dtype: torch.dtype, tiled: bool = False) -> None:
+    """One picture, by a VAE that comes for it. In float32, for which half precision is given up where it overflows."""
+    vae: Any = family.load_vae(dtype)
+    trace.label("weights", _tensors([vae]))
+    if tiled:
+        vae.enable_tiling()
+    vae.decode(torch.empty(_latent_shape(config, family, 1), dtype=dtype))
 
 
 def training(config: Config, family: Blank, strategy: Strategy, limit: int | None = None) -> list[Phase]:
@@ -151,7 +176,7 @@ def autocasts(config: Config) -> bool:
     return config.weights == "fp32" and config.precision.compute != "fp32"
 
 
-def _step(learner: "BlankLearner", batch: Batch, trace: Trace, name: str) -> Phase:
+def _step(learner: Learner, batch: Batch, trace: Trace, name: str) -> Phase:
     start, before = trace.mark(), trace.flops
     for micro_batch in range(min(2, learner.config.train.accumulate)):  # all that follow are as the second
         learner.micro_batch = micro_batch
@@ -162,17 +187,14 @@ def _step(learner: "BlankLearner", batch: Batch, trace: Trace, name: str) -> Pha
     return _phase(name, trace, start, flops=trace.flops - before)
 
 
-def blank_learner(config: Config, family: Blank, strategy: Strategy, trace: Trace) -> "BlankLearner":
-    narrow = narrowing(config.weights)
-
-    def as_stored(weight: Tensor) -> Tensor:
-        last = config.optimizer.kind.keeps_layout and weight.dim() == 4  # as memory.device.lay_out has them on a GPU
-        return narrow(weight).to(memory_format=torch.channels_last if last else torch.preserve_format)
-
-    networks: dict[str, Any] = {family.denoiser_part: family.load_denoiser(as_stored)}
-    if config.train.text_encoder:
-        networks |= family.load_text_encoders()
-    learner = BlankLearner(config, family, networks, CPU, strategy, kernels="torch")
+def blank_learner(config: Config, family: Blank, strategy: Strategy, trace: Trace) -> Learner:
+    surroundings = Surroundings(CPU, DTYPES[config.precision.compute], _timesteps, family.cached_text, are_real=False)
+    networks = load_networks(config, family)
+    if config.optimizer.kind.keeps_layout:  # as memory.device.lay_out has them on a GPU; Module.to refuses fake tensors
+        for weight in _tensors(networks.values()):
+            if weight.dim() == 4:
+                weight.data = weight.data.to(memory_format=torch.channels_last)
+    learner = Learner(config, family, networks, surroundings, strategy, kernels="torch")
     for parameter in learner.parameters:
         parameter.register_hook(lambda gradient: trace.label("gradients", [gradient]))
     trace.label("weights", _tensors(learner.modules.values()))
@@ -182,12 +204,12 @@ def blank_learner(config: Config, family: Blank, strategy: Strategy, trace: Trac
 
 def _sampling_on_the_way(config: Config, family: Blank, learner: Learner, trace: Trace, pictures: int) -> Phase:
     start = trace.mark()
-    with torch.no_grad(), learner.autocast():
-        vae: Any = family.load_vae(learner.activations)
-        trace.label("weights", _tensors([vae]))
-        conditioning = torch.empty(1, *family.conditioning_shape)
-        guidance = max(config.sample.guidance)
-        _draw(config, family, learner.denoiser, vae, conditioning, pictures, guidance, learner.activations)
+    with torch.no_grad():
+        with learner.autocast():
+            guidance = max(config.sample.guidance)
+            _denoise(config, family, learner.denoiser, pictures, guidance, learner.activations)
+        overflows = learner.dtype == torch.float16
+        _decode(config, family, trace, torch.float32 if overflows else learner.dtype)
     return _phase("sampling on the way", trace, start)
 
 
@@ -201,39 +223,16 @@ def _saving(learner: Learner, trace: Trace) -> Phase:
     return _phase("saving", trace, start)
 
 
-class BlankLearner(Learner):
-    """The learner on data of no meaning."""
-
-    family: Blank
-
-    def _move_to_device(self) -> None:
-        """They are there already, and Module.to refuses fake tensors."""
-
-    def _arithmetic(self) -> torch.dtype:
-        """A GPU's, whatever this computer is able to."""
-        return DTYPES[self.config.precision.compute]
-
-    def timesteps(self, rows: int) -> Tensor:
-        return _zeros(rows)
-
-    def conditioning(self, prompts: list[str]) -> Tensor:
-        if self.text_encoder:
-            return self.family.conditioning({"text_encoder": self.text_encoder}, len(prompts))
-        return torch.empty(len(prompts), *self.family.conditioning_shape)
-
-    def is_number(self, loss: Tensor) -> bool:
-        return True
-
-    def _loss_scale(self) -> Any:
-        scaler = super()._loss_scale()
-        # torch's own asks after every backward whether a gradient overflowed; it holds two numbers.
-        return torch.amp.GradScaler(enabled=False) if isinstance(scaler, torch.amp.GradScaler) else scaler
-
-
 def blank_batch(config: Config, family: Blank) -> Batch:
     rows = config.train.batch * (2 if config.prior.enabled else 1)
     shape = _latent_shape(config, family, rows)
-    return Batch(Moments(torch.empty(shape), torch.empty(shape)), [""] * rows, config.train.batch)
+    moments, views = Moments(torch.empty(shape), torch.empty(shape)), [_view(config)] * rows
+    return Batch(moments, views, [""] * rows, config.train.batch)
+
+
+def _view(config: Config) -> View:
+    side = config.train.resolution
+    return View.of((side, side), (side, side))
 
 
 def _latent_shape(config: Config, family: Blank, rows: int) -> tuple[int, int, int, int]:
@@ -241,7 +240,7 @@ def _latent_shape(config: Config, family: Blank, rows: int) -> tuple[int, int, i
     return rows, family.latent_channels, side, side
 
 
-def _zeros(rows: int) -> Tensor:
+def _timesteps(rows: int, batch_number: int) -> Tensor:
     return torch.zeros(rows, dtype=torch.int64)
 
 

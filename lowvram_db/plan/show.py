@@ -10,7 +10,7 @@ from lowvram_db.plan.result import COMPONENTS, Phase, Plan, Rung
 _COLORS = dict(zip(COMPONENTS, ("blue", "cyan", "magenta", "green", "yellow", "bright_black"), strict=True))
 _LETTERS = dict(zip(COMPONENTS, "WOGA-C", strict=True))  # where there are no colours
 _HEADINGS = ("weights", "state", "grads", "activ.", "work", "context")
-_BAR = 58  # characters of the largest phase's bar
+_BAR = 54  # characters of the largest phase's bar
 
 
 def show(plan: Plan, explain: bool = False, console: Console | None = None) -> None:
@@ -59,7 +59,7 @@ def _bar(phase: Phase, longest: int) -> Text:
 def summary(plan: Plan) -> str:
     """One line: the peak, how it is reached, and what is left."""
     words = f"peak {gib(plan.peak.peak_bytes)} in {plan.peak.name}, with {plan.strategy}"
-    if any(phase.name == "class images" for phase in plan.phases):
+    if any(phase.name.startswith("class images") for phase in plan.phases):
         words += f", {plan.prior_batch} class images at once"
     if plan.budget_bytes is None:
         return f"{words}; no budget given, for example --vram 12GiB"

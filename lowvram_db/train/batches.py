@@ -5,7 +5,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from lowvram_db.cache.framing import Size
+from lowvram_db.cache.framing import Size, View
 from lowvram_db.cache.precompute import Cached
 from lowvram_db.concept import Concept
 from lowvram_db.families.base import Moments
@@ -17,6 +17,7 @@ class Batch(NamedTuple):
     """Instance rows first, then as many prior rows where there is a prior."""
 
     moments: Moments  # float32 [B, C, h, w]
+    views: list[View]
     prompts: list[str]
     instances: int  # how many rows show the subject
 
@@ -44,8 +45,9 @@ class Batches:
         if self.concept.class_photos:
             rows += [self._prior(step, row, size) for row in range(self.size)]
         return Batch(
-            moments=self.cached.moments([key for key, _ in rows]),
-            prompts=[prompt for _, prompt in rows],
+            moments=self.cached.moments([key for key, *_ in rows]),
+            views=[view for _, view, _ in rows],
+            prompts=[prompt for *_, prompt in rows],
             instances=self.size,
         )
 
@@ -76,25 +78,26 @@ class Batches:
         size = order[place]
         return size, round_ * len(self._buckets[size]) + order[:place].count(size)
 
-    def _instance(self, step: int, row: int, size: Size, visit: int) -> tuple[str, str]:
-        """Key and prompt of one row of the subject."""
-        photo = self._pick(self._buckets[size], visit * self.size + row, Stream.INSTANCE_ORDER)
-        keys, prompts = self.cached.photos[photo].keys, self.concept.instance_prompts
-        return self._draw(keys, step, row, Stream.VARIANT), self._draw(prompts, step, row, Stream.PROMPT)
+    def _instance(self, step: int, row: int, size: Size, visit: int) -> tuple[str, View, str]:
+        """Key, view and prompt of one row of the subject."""
+        photo = self.cached.photos[self._pick(self._buckets[size], visit * self.size + row, Stream.INSTANCE_ORDER)]
+        variant, prompts = self._draw(len(photo.keys), step, row, Stream.VARIANT), self.concept.instance_prompts
+        prompt = prompts[self._draw(len(prompts), step, row, Stream.PROMPT)]
+        return photo.keys[variant], photo.views[variant], prompt
 
-    def _prior(self, step: int, row: int, size: Size) -> tuple[str, str]:
-        photo = self._pick(self.concept.class_photos, step * self.size + row, Stream.CLASS_ORDER)
-        return self.cached.class_photos[photo].keys[size], self.concept.class_prompt
+    def _prior(self, step: int, row: int, size: Size) -> tuple[str, View, str]:
+        photo = self.cached.class_photos[
+            self._pick(self.concept.class_photos, step * self.size + row, Stream.CLASS_ORDER)
+        ]
+        return photo.keys[size], photo.views[size], self.concept.class_prompt
 
     def _pick(self, photos: list[Path], number: int, stream: Stream) -> Path:
         """The photo of the row with this number; each epoch shows every photo once, in an order of its own."""
         epoch, place = divmod(number, len(photos))
         return photos[_order(len(photos), self.seed, epoch, stream)[place]]
 
-    def _draw(self, choices: list[str], step: int, row: int, stream: Stream) -> str:
-        if len(choices) == 1:
-            return choices[0]
-        return choices[bits.integer(len(choices), self.seed, step=step, sample=row, stream=stream)]
+    def _draw(self, choices: int, step: int, row: int, stream: Stream) -> int:
+        return 0 if choices == 1 else bits.integer(choices, self.seed, step=step, sample=row, stream=stream)
 
 
 @lru_cache(maxsize=16)

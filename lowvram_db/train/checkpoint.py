@@ -9,12 +9,13 @@ import re
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowvram_db.atomic import creating_folder, remove_folder
 from lowvram_db.config import Config
@@ -89,11 +90,23 @@ def _step_of(checkpoint: Path) -> int | None:
         return None
 
 
-def contents(state: State, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> Contents:
-    """What a checkpoint holds: live tensors, and `state` with the optimizer's plain numbers."""
+def contents(state: State, trained: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> Contents:
+    """What a checkpoint holds: live tensors, and `state` with the optimizer's plain numbers.
+
+    trained: by the names of network and tensor; each network's stand in a file of its own.
+    """
     tensors, numbers = _flatten(optimizer.state_dict()["state"])
-    files = {f"{name}.safetensors": module.state_dict() for name, module in modules.items()}
+    files: Files = {}
+    for name, tensor in trained.items():
+        file, own_name = _place(name)
+        files.setdefault(file, {})[own_name] = tensor.detach()
     return Contents(replace(state, optimizer=numbers), {**files, _OPTIMIZER: tensors})
+
+
+def _place(name: str) -> tuple[str, str]:
+    """The file of a trained tensor, and its name in there."""
+    network, _, own_name = name.partition(".")
+    return f"{network}.safetensors", own_name
 
 
 def save(folder: Path, contents: Contents) -> None:
@@ -144,14 +157,14 @@ def _checksum(file: Path) -> int:
     return checksum
 
 
-def restore(folder: Path, state: State, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
-    """Copy a checkpoint's tensors into live modules and optimizer, one after the other. Raises UserError for a file
-    that does not fit."""
+def restore(folder: Path, state: State, trained: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """Copy a checkpoint's tensors into the live ones and the optimizer, one after the other. Raises UserError for a
+    file that does not fit."""
     try:
-        for name, module in modules.items():
-            with Reader(folder / f"{name}.safetensors") as file, torch.no_grad():
-                for tensor_name, tensor in module.state_dict().items():
-                    tensor.copy_(file[tensor_name])
+        for name, tensors in groupby(trained, lambda name: _place(name)[0]):
+            with Reader(folder / name) as file, torch.no_grad():
+                for tensor in tensors:
+                    trained[tensor].copy_(file[_place(tensor)[1]])
         with Reader(folder / _OPTIMIZER) as file:
             _take_up(optimizer, _Stored(file, state.optimizer))
     except (OSError, SafetensorError) as error:

@@ -3,7 +3,8 @@
 It reads no files and waits for no value, so that a plan runs the very same code on tensors that are not there.
 """
 
-from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,9 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 from lowvram_db.config import Config
 from lowvram_db.families.base import Architecture
+from lowvram_db.families.conditioning import Conditioning, brought, collated, rows_of
 from lowvram_db.kernels.launch import Implementation
 from lowvram_db.kernels.noise_loss import noise_loss, noisy_latents
-from lowvram_db.memory.device import compute_dtype, lay_out, sent
+from lowvram_db.memory.device import lay_out, sent
 from lowvram_db.memory.widening import widen
 from lowvram_db.optim.choices import build, make_state
 from lowvram_db.optim.kinds import StepsInBackward
@@ -25,6 +27,7 @@ from lowvram_db.optim.storage import DTYPES
 from lowvram_db.train import objective
 from lowvram_db.train.batches import Batch
 from lowvram_db.train.strategy import Strategy
+from lowvram_db.train.trained import trained
 
 
 class Inputs(NamedTuple):
@@ -35,10 +38,21 @@ class Inputs(NamedTuple):
     timesteps: Tensor  # int64 [B]
     address: Tensor  # int64 [2]: seed and step of all draws
     weights: Tensor  # float32 [B], of each row's loss
-    conditioning: Tensor | None  # [B, ...]; None where the text encoder is trained, which makes it in the forward pass
+    conditioning: Conditioning  # without the text where its encoders are trained, which make it in the forward pass
 
 
-class Learner(ABC):
+@dataclass(frozen=True)
+class Surroundings:
+    """Where a learner is, and what it is fed beside its batches."""
+
+    device: torch.device
+    dtype: torch.dtype  # of the arithmetic
+    timesteps: Callable[[int, int], Tensor]  # of so many rows of the batch of that number: int64 [rows], on the CPU
+    text: Callable[[list[str]], Conditioning]  # what the text encoders said of prompts, where they are not trained
+    are_real: bool = True  # False: tensors have no values, and are where they have to be
+
+
+class Learner:
     """The trained networks, their optimizer and the number of steps done."""
 
     def __init__(
@@ -46,40 +60,42 @@ class Learner(ABC):
         config: Config,
         family: Architecture,
         networks: dict[str, Any],
-        device: torch.device,
+        surroundings: Surroundings,
         strategy: Strategy,
         kernels: Implementation,
     ):
         """networks: by their names in the model folder, on the CPU; they move to the device, weights as the config
         stores them. Backward steps them from now on, where the optimizer is of that kind."""
-        self.config, self.family, self.device = config, family, device
+        self.config, self.family, self.surroundings = config, family, surroundings
+        self.device, self.dtype = surroundings.device, surroundings.dtype
         self.triton = kernels == "triton"  # for noise and loss
-        self.dtype = self._arithmetic()
         stored = DTYPES[config.weights]
         self.activations = torch.float32 if self.dtype == torch.float32 else stored  # as they enter the networks
-        self.table = objective.table(family.noise_schedule, config.train.min_snr_gamma).to(device)
+        self.table = objective.table(family.noise_schedule, config.train.min_snr_gamma).to(self.device)
         self.step = self.micro_batch = 0  # optimizer steps done, and batches of the one in hand
-        self.modules = {name: network.requires_grad_().train() for name, network in networks.items()}
+        self.modules = {part: network.requires_grad_(False).train() for part, network in networks.items()}
         self.denoiser: Any = self.modules[family.denoiser_part]
-        self.text_encoder: Any = self.modules.get("text_encoder")
+        self.text_encoders = {part: network for part, network in self.modules.items() if network is not self.denoiser}
+        self.trained = trained(family, self.modules)
+        self.parameters = list(self.trained.values())
+        for parameter in self.parameters:
+            parameter.requires_grad_()
         if config.optimizer.kind.keeps_layout:  # before there is any state, which lies as the weights do
             for network in self.modules.values():
-                lay_out(network, device)
+                lay_out(network, self.device)
         if not config.optimizer.kind.stores_weights:  # else it brings each there by itself, in its final size
             self._move_to_device()
         self.use(strategy)
-        named = {f"{part}.{name}": p for part, module in self.modules.items() for name, p in module.named_parameters()}
-        self.parameters = list(named.values())
         self.optimizer = build(
             config.optimizer,
-            named.items(),
+            self.trained.items(),
             config.train.lr,
             weights=config.weights,
             seed=config.train.seed,
             micro_batches=config.train.accumulate,
             max_norm=config.train.max_norm,
             kernels=kernels,
-            device=device,
+            device=self.device,
         )
         self._move_to_device()
         if self.activations != stored:
@@ -89,8 +105,9 @@ class Learner(ABC):
         self.scaler = self._loss_scale()
 
     def _move_to_device(self) -> None:
-        for module in self.modules.values():
-            module.to(self.device)
+        if self.surroundings.are_real:
+            for module in self.modules.values():
+                module.to(self.device)
 
     def use(self, strategy: Strategy) -> None:
         """Trade time for memory in this way from now on."""
@@ -100,20 +117,18 @@ class Learner(ABC):
             for module in block.modules():
                 if hasattr(module, "gradient_checkpointing"):
                     vars(module)["gradient_checkpointing"] = False
-        if self.text_encoder and strategy.checkpointed:
-            self.text_encoder.gradient_checkpointing_enable(_how(self.text_encoder))
-        elif self.text_encoder:
-            self.text_encoder.gradient_checkpointing_disable()
-
-    def _arithmetic(self) -> torch.dtype:
-        """float32 also where the CPU would only emulate what the config asks for."""
-        return compute_dtype(self.config.precision.compute, self.device)
+        for encoder in self.text_encoders.values():
+            if strategy.checkpointed:
+                encoder.gradient_checkpointing_enable(_how(encoder))
+            else:
+                encoder.gradient_checkpointing_disable()
 
     def _loss_scale(self) -> LossScale | torch.amp.GradScaler:
         # Also where fp16 is computed in float32: gradients are stored in fp16, and a checkpoint may go on elsewhere.
         scaled = self.config.precision.compute == "fp16"
         if not isinstance(self.optimizer, StepsInBackward):
-            return torch.amp.GradScaler(self.device.type, enabled=scaled)
+            # torch's own asks after every backward whether a gradient overflowed; it holds two numbers.
+            return torch.amp.GradScaler(self.device.type, enabled=scaled and self.surroundings.are_real)
         self.optimizer.attach()
         return LossScale(self.optimizer, dynamic=scaled)
 
@@ -122,14 +137,6 @@ class Learner(ABC):
         # A weight is used once a forward pass: keeping its half-precision copy until the end would only cost memory.
         enabled = self.config.weights == "fp32" and self.dtype != torch.float32
         return torch.autocast(self.device.type, self.dtype, enabled=enabled, cache_enabled=False)
-
-    @abstractmethod
-    def conditioning(self, prompts: list[str]) -> Tensor:
-        """What the denoiser wants to know of the prompts, [len(prompts), ...]."""
-
-    @abstractmethod
-    def timesteps(self, rows: int) -> Tensor:
-        """Each row's timestep in this step, int64 [rows]."""
 
     @property
     def batch_number(self) -> int:
@@ -159,22 +166,25 @@ class Learner(ABC):
         rows = len(batch.moments.mean)
         weights = objective.row_weights(rows, batch.instances, self.config.prior.weight)
         address = torch.tensor([self.config.train.seed, self.batch_number])
-        given = (*batch.moments, self.timesteps(rows), address, weights)
+        given = (*batch.moments, self.surroundings.timesteps(rows, self.batch_number), address, weights)
         mean, logvar, timesteps, address, weights = (sent(tensor, self.device) for tensor in given)
-        conditioning = None if self.text_encoder else self.conditioning(batch.prompts).to(self.activations)
-        return Inputs(mean, logvar, timesteps, address, weights, conditioning)
+        told = collated([self.family.view_conditioning(view) for view in batch.views])
+        if not self.text_encoders:
+            told |= self.surroundings.text(batch.prompts)
+        return Inputs(mean, logvar, timesteps, address, weights, self._brought(told))
+
+    def _brought(self, conditioning: Conditioning) -> Conditioning:
+        return brought(conditioning, self.device, self.activations)
 
     def forward(self, inputs: Inputs, prompts: list[str], part: slice) -> tuple[Tensor, Tensor]:
         """What the rows in `part` add to the loss, and the loss of each, with the draws that belong to the step."""
-        mean, logvar, timesteps, address, weights, conditioning = inputs
+        mean, logvar, timesteps, address, weights, told = inputs
         noisy = noisy_latents(mean, logvar, timesteps, self.table, address, self.triton)[part]
+        told = rows_of(told, part)
         with self.autocast():
-            prediction = self.family.denoise(
-                self.denoiser,
-                noisy.to(self.activations),
-                timesteps[part],
-                self.conditioning(prompts[part]).to(self.activations) if conditioning is None else conditioning[part],
-            )
+            if self.text_encoders:
+                told |= self._brought(self.family.encode_prompts(self.text_encoders, prompts[part]))
+            prediction = self.family.denoise(self.denoiser, noisy.to(self.activations), timesteps[part], told)
         # A draw belongs to a row's number in the whole batch: the other rows stand in with a weight of zero.
         before, after = part.start, len(mean) - part.start - len(prediction)
         if before or after:
@@ -194,7 +204,7 @@ class Learner(ABC):
             self.optimizer.found_inf = (~loss.isfinite()).float()  # type: ignore[attr-defined]
             self.optimizer.step()
             del self.optimizer.found_inf  # type: ignore[attr-defined]
-        elif self.is_number(loss):
+        elif self._is_number(loss):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -205,9 +215,9 @@ class Learner(ABC):
             self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.parameters, self.config.train.max_norm)
 
-    def is_number(self, loss: Tensor) -> bool:
+    def _is_number(self, loss: Tensor) -> bool:
         """Waits for the device, as bitsandbytes does after every tensor."""
-        return bool(loss.isfinite())
+        return not self.surroundings.are_real or bool(loss.isfinite())
 
 
 def _how(network: nn.Module) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,26 +16,27 @@ from lowvram_db.cache import model_digest
 from lowvram_db.config import CheckpointConfig, Config
 from lowvram_db.errors import LESS_MEMORY, DoesNotFit, Interrupted, UserError
 from lowvram_db.families.base import Family
+from lowvram_db.families.conditioning import Conditioning
 from lowvram_db.kernels.launch import implementation
 from lowvram_db.memory.attention import use_attention
 from lowvram_db.memory.budget import crowd
-from lowvram_db.memory.device import peak_bytes, release_memory, sent
+from lowvram_db.memory.device import compute_dtype, peak_bytes, release_memory
 from lowvram_db.memory.out_of_memory import is_out_of_memory, reason
 from lowvram_db.optim.choices import FirstStepCheck
 from lowvram_db.optim.in_backward import PATIENCE
 from lowvram_db.optim.kinds import StepsInBackward
 from lowvram_db.optim.schedule import learning_rate
-from lowvram_db.optim.storage import narrowing
 from lowvram_db.progress import Bar, say
 from lowvram_db.run import Run
 from lowvram_db.train import checkpoint, objective, resume
 from lowvram_db.train.batches import Batches
 from lowvram_db.train.interrupt import stop_on_request
-from lowvram_db.train.learner import Learner
+from lowvram_db.train.learner import Learner, Surroundings
 from lowvram_db.train.metrics import Metrics
 from lowvram_db.train.outcome import Numbers, Outcome
 from lowvram_db.train.saving import Saver
 from lowvram_db.train.strategy import Strategy, ladder, without_budget
+from lowvram_db.train.trained import load_networks
 
 
 class Trainer(Learner):
@@ -50,10 +50,8 @@ class Trainer(Learner):
         device: torch.device,
         strategy: Strategy | None = None,
     ):
-        """Load the denoiser (and the text encoder, if it is trained). strategy: to begin with."""
-        networks: dict[str, Any] = {family.denoiser_part: family.load_denoiser(narrowing(config.weights))}
-        if config.train.text_encoder:
-            networks["text_encoder"] = family.load_text_encoder()
+        """Load the denoiser (and the text encoders, if they are trained). strategy: to begin with."""
+        networks = load_networks(config, family)
         try:
             kernels = implementation(config.kernels, device)
         except RuntimeError as error:
@@ -63,7 +61,10 @@ class Trainer(Learner):
         self.lag = 1 if device.type == "cuda" else 0  # steps whose outcome may be on its way when the next one begins
         self._losses_skipped = 0  # in a row, for they were no numbers
         self._ladder = ladder(config, family.checkpoint_steps)
-        super().__init__(config, family, networks, device, strategy or without_budget(self._ladder), kernels)
+        surroundings = Surroundings(
+            device, compute_dtype(config.precision.compute, device), self._timesteps, batches.cached.conditioning
+        )
+        super().__init__(config, family, networks, surroundings, strategy or without_budget(self._ladder), kernels)
         self.family: Family = family
         self.attention = use_attention(self.denoiser, config.attention, device, self.dtype)
 
@@ -138,14 +139,16 @@ class Trainer(Learner):
         note = f"; {moved} of {len(self.parameters)} tensors had made this step already and keep it" if moved else ""
         say(f"step {self.step + 1}: out of memory ({full}). Repeated, and on from here, with {smaller[0]}{note}")
 
-    def timesteps(self, rows: int) -> Tensor:
-        return objective.timesteps(rows, len(self.table), self.config.train.seed, self.batch_number)
+    def _timesteps(self, rows: int, batch_number: int) -> Tensor:
+        return objective.timesteps(rows, len(self.table), self.config.train.seed, batch_number)
 
-    def conditioning(self, prompts: list[str]) -> Tensor:
-        """[len(prompts), tokens, width]: from the cache, or from the text encoder while it is being trained."""
-        if self.text_encoder:
-            return self.family.encode_prompts(self.text_encoder, prompts)
-        return sent(self.batches.cached.conditioning(prompts), self.device)
+    def text(self, prompts: list[str]) -> Conditioning:
+        """Of the conditioning what follows from prompts, [len(prompts), ...], on the device: from the cache, or from
+        the text encoders while they are being trained. Without gradients."""
+        with torch.no_grad():
+            encoders = self.text_encoders
+            known = self.family.encode_prompts(encoders, prompts) if encoders else self.surroundings.text(prompts)
+            return self._brought(known)
 
     def learning_rate(self) -> float:
         train = self.config.train
@@ -165,14 +168,14 @@ class Trainer(Learner):
     def contents(self) -> checkpoint.Contents:
         """A checkpoint of the step just done, made of the tensors that are being trained."""
         state = checkpoint.State(self.step, self.config, self.content, self.scaler.state_dict(), {}, {})
-        return checkpoint.contents(state, self.modules, self.optimizer)
+        return checkpoint.contents(state, self.trained, self.optimizer)
 
     def restore(self, folder: Path) -> None:
         """Take up a checkpoint. Raises UserError where config or data are not the ones it was trained with."""
         state = checkpoint.read_state(folder)
         resume.check_settings(state, self.config, folder)
         resume.check_content(state, self.content, folder)
-        checkpoint.restore(folder, state, self.modules, self.optimizer)
+        checkpoint.restore(folder, state, self.trained, self.optimizer)
         self.scaler.load_state_dict(state.scaler)
         self.step = state.step
 

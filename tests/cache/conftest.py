@@ -24,17 +24,18 @@ class Counting:
         assert not self.living(), "another encoder is still there when the VAE arrives"
         return self._watched(self.family.load_vae(dtype), dtype)
 
-    def load_text_encoder(self, dtype=torch.float32):
-        assert not self.living(), "another encoder is still there when the text encoder arrives"
-        return self._watched(self.family.load_text_encoder(dtype), dtype)
+    def load_text_encoders(self, dtype=torch.float32):
+        assert not self.living(), "another encoder is still there when the text encoders arrive"
+        encoders = self.family.load_text_encoders(dtype)
+        return {part: self._watched(encoder, dtype) for part, encoder in encoders.items()}
 
     def encode_images(self, vae, pixels):
         self.images += len(pixels)
         return self.family.encode_images(vae, pixels)
 
-    def encode_prompts(self, text_encoder, prompts):
+    def encode_prompts(self, text_encoders, prompts):
         self.prompts += len(prompts)
-        return self.family.encode_prompts(text_encoder, prompts)
+        return self.family.encode_prompts(text_encoders, prompts)
 
     def counts(self):
         """Images and prompts encoded since the last time."""

@@ -15,5 +15,5 @@ def test_the_example_in_the_docs_runs_and_is_quicker_the_second_time(miniature, 
     assert last == "5 photos cached; whole"
     assert {line.split(": ")[1].split(",")[0] for line in steps} == {"64x64", "80x48"}
     assert len(steps) == 6
-    shards = sorted((tmp_path / "cache" / "v2").glob("*.safetensors"))
+    shards = sorted((tmp_path / "cache" / "v3").glob("*.safetensors"))
     assert shards and "Loading weights" not in second.stderr, "an encoder was loaded though nothing was missing"

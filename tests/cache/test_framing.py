@@ -35,7 +35,9 @@ def test_the_plain_view_is_the_middle():
 
 def test_a_mirrored_view_is_the_other_one_mirrored():
     photo = noise(100, 70)
-    plain, mirrored = (View((64, 64), (3.0, 2.0, 60.0, 59.0), mirror).pixels(photo) for mirror in (False, True))
+    plain, mirrored = (
+        View((96, 96), (64, 64), (3.0, 2.0, 60.0, 59.0), mirror).pixels(photo) for mirror in (False, True)
+    )
     assert torch.equal(plain.flip(2), mirrored)
     assert not torch.equal(plain, mirrored)
 

@@ -9,11 +9,12 @@ from PIL import Image
 from lowvram_db.cache import View, key
 from lowvram_db.cache.key import encoder_digest, latent_key, pixels_digest, text_key
 
-VIEW = View((64, 64), (0.0, 0.0, 96.0, 96.0))
+PHOTO = (96, 96)
+VIEW = View(PHOTO, (64, 64), (0.0, 0.0, 96.0, 96.0))
 LATENT = {"pixels": "p", "view": VIEW, "encoder": "vae", "dtype": "float32", "tiled": False}
 OTHERS = {
     "pixels": "q",
-    "view": View((64, 64), (0.0, 0.0, 96.0, 95.99999999999999)),
+    "view": View(PHOTO, (64, 64), (0.0, 0.0, 96.0, 95.99999999999999)),
     "encoder": "vae 2",
     "dtype": "float16",
     "tiled": True,
@@ -28,8 +29,8 @@ def test_a_latents_key_depends_on_every_part(part):
 
 @pytest.mark.parametrize(
     "view",
-    [View((64, 48), VIEW.box), View((48, 64), VIEW.box), View((64, 64), VIEW.box, mirrored=True),
-     View((64, 64), (1.0, 0.0, 96.0, 96.0))],
+    [View(PHOTO, (64, 48), VIEW.box), View(PHOTO, (48, 64), VIEW.box), View(PHOTO, (64, 64), VIEW.box, mirrored=True),
+     View(PHOTO, (64, 64), (1.0, 0.0, 96.0, 96.0))],
 )  # fmt: skip
 def test_every_part_of_a_view_counts(view):
     assert latent_key(**LATENT | {"view": view}) != latent_key(**LATENT)

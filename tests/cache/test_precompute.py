@@ -36,7 +36,7 @@ def live(counting, photo, view):
 
 def test_cached_values_are_the_encoders_own(counting, photo_files, build):
     cached = build(counting, photo_files, PROMPTS)
-    text_encoder = counting.load_text_encoder()
+    text_encoders = counting.load_text_encoders()
     for photo in photo_files:
         for got, wanted in zip(
             moments_of(cached, photo), live(counting, photo, View.of((96, 96), (64, 64))), strict=True
@@ -44,9 +44,9 @@ def test_cached_values_are_the_encoders_own(counting, photo_files, build):
             assert torch.equal(got, wanted)
             assert got.shape == (1, 4, 8, 8)
     with torch.no_grad():
-        wanted = torch.cat([counting.encode_prompts(text_encoder, [prompt]) for prompt in PROMPTS])
+        wanted = torch.cat([counting.encode_prompts(text_encoders, [prompt])["text"] for prompt in PROMPTS])
     with Store(cached.store.folder) as store:
-        conditioning = store.stack([cached.prompts[prompt] for prompt in PROMPTS])["conditioning"]
+        conditioning = store.stack([cached.prompts[prompt] for prompt in PROMPTS])["text"]
     assert torch.equal(conditioning, wanted)
     assert not conditioning.requires_grad
 
@@ -147,7 +147,7 @@ def test_variants_and_buckets(counting, photo_files, build):
 def test_a_damaged_entry_is_encoded_again(counting, photo_files, build, tmp_path, capfd):
     cached = build(counting, photo_files, PROMPTS)
     values = [moments_of(cached, photo).mean for photo in photo_files]
-    (victim,) = (tmp_path / "cache" / "v2").glob("*.safetensors")
+    (victim,) = (tmp_path / "cache" / "v3").glob("*.safetensors")
     content = bytearray(victim.read_bytes())
     content[-1] ^= 1
     victim.write_bytes(content)
@@ -241,8 +241,8 @@ def test_two_builds_at_once_share_the_work(counting, photo_files, build, tmp_pat
     encode = counting.encode_images
 
     def meanwhile(vae, pixels):
-        for shard in (tmp_path / "other" / "v2").glob("*.safetensors"):
-            shutil.copy(shard, tmp_path / "cache" / "v2")
+        for shard in (tmp_path / "other" / "v3").glob("*.safetensors"):
+            shutil.copy(shard, tmp_path / "cache" / "v3")
         return encode(vae, pixels)
 
     monkeypatch.setattr(counting, "encode_images", meanwhile)
@@ -316,10 +316,10 @@ def test_a_prompt_that_overflows_is_encoded_in_float32(counting, build, edited_m
     assert overflows.loaded == [torch.float16, torch.float32]
     with torch.no_grad():
         wanted = torch.cat(
-            [overflows.family.encode_prompts(overflows.family.load_text_encoder(), [p]) for p in PROMPTS]
+            [overflows.family.encode_prompts(overflows.family.load_text_encoders(), [p])["text"] for p in PROMPTS]
         )
     with Store(cached.store.folder) as store:
-        got = store.stack([cached.prompts[prompt] for prompt in PROMPTS])["conditioning"]
+        got = store.stack([cached.prompts[prompt] for prompt in PROMPTS])["text"]
     assert wanted.isfinite().all() and wanted.max() > 65504
     assert torch.equal(got, wanted)
 
@@ -352,16 +352,16 @@ def test_reading_goes_through_cached(counting, photo_files, tmp_path):
         cached = precompute(counting, store, CPU, framing=Framing(64), photos=photo_files, prompts=PROMPTS)
         moments = cached.moments([cached.photos[photo].keys[0] for photo in photo_files])
         assert moments.mean.shape == moments.logvar.shape == (5, 4, 8, 8)
-        assert cached.conditioning([*PROMPTS, PROMPTS[0]]).shape == (3, 77, 32)
+        assert cached.conditioning([*PROMPTS, PROMPTS[0]])["text"].shape == (3, 77, 32)
         with pytest.raises(KeyError):
             cached.conditioning(["never encoded"])
-        shutil.rmtree(tmp_path / "cache" / "v2")
+        shutil.rmtree(tmp_path / "cache" / "v3")
         store._checked.clear()
         store._mapped.clear()
         for shard in store._shards.values():
             shard.close()
         with pytest.raises(UserError, match="cache: an entry was damaged or deleted in use; run the command again"):
             cached.moments([cached.photos[photo_files[0]].keys[0]])
-        (tmp_path / "cache" / "v2").mkdir()
+        (tmp_path / "cache" / "v3").mkdir()
     assert not list(tmp_path.glob("**/.*partial*"))
-    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["CACHEDIR.TAG", "v2"]
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["CACHEDIR.TAG", "v3"]

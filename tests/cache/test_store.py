@@ -285,7 +285,7 @@ def test_kill_9_at_any_instant_leaves_whole_entries_that_stay(folder, processes)
 
 def test_leftovers_of_a_killed_process_are_swept_when_nobody_can_be_writing_them(folder, monkeypatch):
     fill(folder, [0])
-    half = folder / "v2" / f".{'0' * 32}.safetensors.partial-01234567"
+    half = folder / "v3" / f".{'0' * 32}.safetensors.partial-01234567"
     half.write_bytes(b"half")
     Store(folder).close()
     assert half.exists(), "another process may be about to rename it"
@@ -367,7 +367,7 @@ def test_more_shards_than_a_process_may_open(folder, monkeypatch):
 
 
 def test_a_foreign_folder_is_refused_and_left_as_it_was(tmp_path):
-    for name in ("notes.txt", "CACHEDIR.TAG", "v2/page.html", f"{'a' * 40}.safetensors"):
+    for name in ("notes.txt", "CACHEDIR.TAG", "v3/page.html", f"{'a' * 40}.safetensors"):
         folder = tmp_path / name.replace("/", "-")
         (folder / name).parent.mkdir(parents=True)
         (folder / name).write_text("mine")
@@ -392,7 +392,7 @@ def test_a_store_of_another_version_stays_beside(tmp_path, monkeypatch):
     future = tmp_path / "future"
     fill(future, [1])
     before = {path: path.read_bytes() for path in shards_of(future)}
-    monkeypatch.setattr("lowvram_db.cache.folder.FORMAT_VERSION", 3)
+    monkeypatch.setattr("lowvram_db.cache.folder.FORMAT_VERSION", 4)
     assert whole(future, [1]) == set()
     fill(future, [2])
     assert {path: path.read_bytes() for path in before} == before
@@ -416,7 +416,7 @@ def test_without_writable_nothing_is_made_or_changed(folder):
     fill(folder, range(6), shards=2)
     shards_of(folder)[0].write_bytes(b"damage")
     shards_of(folder)[1].unlink()
-    (folder / "v2" / "files.jsonl").write_bytes(b"damage")
+    (folder / "v3" / "files.jsonl").write_bytes(b"damage")
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     with Store(folder, writable=False) as opened:
         assert opened.verify()
@@ -427,9 +427,9 @@ def test_without_writable_nothing_is_made_or_changed(folder):
 def test_the_report_counts(folder):
     fill(folder, range(4), shards=2)
     with Store(folder) as opened:
-        opened.put(key(9), {"conditioning": torch.zeros(3, 3)})
+        opened.put(key(9), {"text": torch.zeros(3, 3)})
         opened.flush()
         report = opened.report()
     assert (report.photos, report.prompts, report.shards, report.others) == (4, 1, 3, [])
-    assert report.size == sum(path.stat().st_size for path in (folder / "v2").iterdir())
+    assert report.size == sum(path.stat().st_size for path in (folder / "v3").iterdir())
     assert str(report).startswith("views of photos: 4\nprompts: 1\nshards: 3\nsize: 0.0 MiB")

@@ -11,17 +11,26 @@ from PIL import Image
 from lowvram_db.concept import class_images as room
 from lowvram_db.concept.class_images import class_images
 from lowvram_db.errors import UserError
-from lowvram_db.families import draw as drawing
-from lowvram_db.families.draw import draw
+from lowvram_db.families.conditioning import collated
+from lowvram_db.families.sd import StableDiffusion
+from lowvram_db.families.text import encoded
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def make(make_config, family, tmp_path):
+def text(family):
+    def text(prompts):
+        return collated([told for _, told in encoded(family, prompts, CPU, torch.float32)])
+
+    return text
+
+
+@pytest.fixture
+def make(make_config, family, text, tmp_path):
     def make(folder=tmp_path / "class", family=family, base="digest", **settings):
         config = make_config(prior={"count": 5, "steps": 2, "batch": 2} | settings)
-        return class_images(config, family, folder, base, CPU)
+        return class_images(config, family, folder, base, text, CPU)
 
     return make
 
@@ -46,22 +55,14 @@ def test_an_interrupted_generation_goes_on_with_the_same_pictures(make, tmp_path
         def __getattr__(self, name):
             return getattr(family, name)
 
-        def pipeline(self, dtype):
-            pipeline = family.pipeline(dtype)
+        def sampler(self, denoiser):
+            def pipeline(**inputs):
+                self.batches += 1
+                if self.batches == 2:
+                    raise KeyboardInterrupt
+                return family.sampler(denoiser)(**inputs)
 
-            class Stopping:
-                def to(inner, device):
-                    return inner
-
-                def __call__(inner, **inputs):
-                    self.batches += 1
-                    if self.batches == 2:
-                        raise KeyboardInterrupt
-                    return pipeline(**inputs)
-
-                image_processor, components = pipeline.image_processor, {}
-
-            return Stopping()
+            return pipeline
 
     straight = pixels(make(folder=tmp_path / "straight"))
     with pytest.raises(KeyboardInterrupt):
@@ -77,7 +78,8 @@ def test_an_interrupted_generation_goes_on_with_the_same_pictures(make, tmp_path
 
 def test_nothing_is_loaded_when_nothing_is_missing(make, family, monkeypatch):
     make()
-    monkeypatch.setattr(family, "pipeline", lambda dtype: pytest.fail("the pipeline was loaded"))
+    for load in ("load_denoiser", "load_text_encoders", "load_vae"):
+        monkeypatch.setattr(family, load, lambda *_: pytest.fail("a network was loaded"))
     assert len(make()) == 5
     assert len(make(count=3)) == 3
 
@@ -205,7 +207,7 @@ def test_two_runs_do_not_mix_their_pictures(make, tmp_path, same, capfd):
 
 @pytest.mark.parametrize("drawn", ["NaN", "one pixel NaN", "black", "grey"])
 def test_a_model_that_draws_nothing_ends_the_run_before_it_trains(make, tmp_path, monkeypatch, drawn):
-    pixels = torch.full((2, 3, 64, 64), {"NaN": torch.nan, "grey": 0.5}.get(drawn, -1.0))
+    pixels = torch.full((1, 3, 64, 64), {"NaN": torch.nan, "grey": 0.5}.get(drawn, -1.0))
     if drawn == "one pixel NaN":
         pixels.uniform_(generator=torch.Generator().manual_seed(0))[0, 0, 0, 0] = torch.nan
     monkeypatch.setattr(AutoencoderKL, "decode", lambda self, *_, **__: (pixels,))
@@ -217,13 +219,18 @@ def test_a_model_that_draws_nothing_ends_the_run_before_it_trains(make, tmp_path
 def test_fewer_are_made_at_once_where_memory_is_full(make, tmp_path, monkeypatch, capfd):
     straight, tried = pixels(make(folder=tmp_path / "straight")), []
 
-    def small(pipeline, seeds, wider, **inputs):
-        tried.append(len(seeds))
-        if len(seeds) > 1:
-            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
-        return draw(pipeline, seeds, wider, **inputs)
+    sampler = StableDiffusion.sampler
 
-    monkeypatch.setattr(drawing, "draw", small)
+    def small(family, denoiser):
+        def pipeline(generator, **inputs):
+            tried.append(len(generator))
+            if len(generator) > 1:
+                raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+            return sampler(family, denoiser)(generator=generator, **inputs)
+
+        return pipeline
+
+    monkeypatch.setattr(StableDiffusion, "sampler", small)
     for one, other in zip(pixels(make()), straight, strict=True):
         assert np.abs(one.astype(int) - other.astype(int)).max() <= 1  # another batch size may round differently
     assert tried == [2, 1, 1, 1, 1, 1]

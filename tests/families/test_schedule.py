@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lowvram_db.errors import UserError
 from lowvram_db.families import open_model
-from lowvram_db.families.schedule import read_schedule, solver
+from lowvram_db.families.schedule import of_few_steps, read_schedule, solver
 
 # As the hub has it for Stable Diffusion 1.5.
 HUB = {
@@ -106,8 +106,10 @@ def test_a_schedule_that_ends_without_signal(write):
     wanted = torch.tensor(((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2)
     torch.testing.assert_close(read_schedule(model).alphas_cumprod.double(), wanted, rtol=1e-3, atol=1e-6)
     scheduler = solver(model)
-    scheduler.set_timesteps(10)
-    assert scheduler.timesteps[0] == 999 and scheduler.sigmas.isfinite().all()
+    for steps in (10, 30):
+        scheduler.set_timesteps(steps)
+        assert scheduler.timesteps[0] == 999 and scheduler.sigmas.isfinite().all()
+    assert read_schedule(model).ends_in_noise and not read_schedule(write(HUB)).ends_in_noise
 
 
 @pytest.mark.parametrize(
@@ -136,6 +138,30 @@ def test_a_schedule_that_ends_without_signal(write):
 def test_what_makes_no_schedule_is_refused(write, changes, words):
     with pytest.raises(UserError, match=rf"scheduler_config\.json: .*{words}"):
         read_schedule(write(HUB | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, False),
+        ({"_class_name": "LCMScheduler"}, True),
+        ({"_class_name": "TCDScheduler", "prediction_type": "v_prediction"}, True),
+        ({"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"}, True),
+        ({"timestep_spacing": "leading"}, False),
+        ({"timestep_spacing": "trailing", "prediction_type": "v_prediction"}, False),
+        ({"timestep_spacing": "trailing", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, False),
+    ],
+)
+def test_a_schedule_of_few_steps_is_told(write, changes, said):
+    remark = of_few_steps(write(HUB | changes))
+    assert bool(remark) == said
+    assert not said or ("training breaks that" in remark and "scheduler_config.json" in remark)
+
+
+def test_what_is_predicted_can_be_known_better(write):
+    model = write(HUB | {"prediction_type": "sample"})
+    for kind in ("epsilon", "v_prediction"):
+        assert read_schedule(model, kind).prediction_type == solver(model, kind).config.prediction_type == kind
 
 
 JSON = st.recursive(

@@ -27,14 +27,15 @@ def test_conditioning_is_what_the_pipeline_computes(family, miniature):
     prompts = ["a photo of a pkblz ball", ""]
     pipeline = StableDiffusionPipeline.from_pretrained(miniature, safety_checker=None)
     with torch.no_grad():
-        ours = family.encode_prompts(family.load_text_encoder(), prompts)
+        ours = family.encode_prompts(family.load_text_encoders(), prompts)
         theirs, _ = pipeline.encode_prompt(prompts, "cpu", 1, False)
-    assert torch.equal(ours, theirs)
+    assert torch.equal(ours["text"], theirs)
 
 
 def test_the_prompt_is_read(family):
     with torch.no_grad():
-        one, other = family.encode_prompts(family.load_text_encoder(), ["a photo of a ball", "a photo of a pkblz ball"])
+        prompts = ["a photo of a ball", "a photo of a pkblz ball"]
+        one, other = family.encode_prompts(family.load_text_encoders(), prompts)["text"]
     assert (one - other).abs().max() > 0.01
 
 
@@ -53,7 +54,7 @@ def test_denoise_calls_the_unet(family):
     latents, conditioning = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 32)
     timesteps = torch.tensor([3, 900])
     with torch.no_grad():
-        got = family.denoise(denoiser, latents, timesteps, conditioning)
+        got = family.denoise(denoiser, latents, timesteps, {"text": conditioning})
         assert torch.equal(got, denoiser(latents, timesteps, conditioning).sample)
 
 
@@ -77,7 +78,7 @@ def test_saved_model_loads_in_diffusers_with_the_trained_part(family, tmp_path):
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "model")
     for name, tensor in pipeline.unet.state_dict().items():
         assert torch.equal(tensor, wanted[name])
-    original = family.load_text_encoder().state_dict()
+    original = family.load_text_encoders()["text_encoder"].state_dict()
     assert all(torch.equal(tensor, original[name]) for name, tensor in pipeline.text_encoder.state_dict().items())
     assert pipeline("a ball", num_inference_steps=1, height=64, width=64).images[0].size == (64, 64)
     family.save(tmp_path / "half", torch.float16, unet=denoiser)
@@ -145,7 +146,7 @@ def test_the_files_that_make_the_model_are_all_that_make_it(copy, family):
 def test_prompts_are_as_long_as_the_text_encoder_reads(copy, edit, limit):
     edit("tokenizer/tokenizer_config.json", model_max_length=int(limit))
     model = open_model(str(copy))
-    assert model.encode_prompts(model.load_text_encoder(), ["a ball"]).shape == (1, 77, 32)
+    assert model.encode_prompts(model.load_text_encoders(), ["a ball"])["text"].shape == (1, 77, 32)
 
 
 @pytest.mark.parametrize("name", ["vocab.json", "tokenizer.json", "tokenizer_config.json"])
@@ -179,7 +180,7 @@ def test_the_real_clip_vocabulary(copy, edit):
     shutil.rmtree(copy / "tokenizer")
     shutil.copytree(source, copy / "tokenizer")
     edit("text_encoder/config.json", vocab_size=49408)
-    tokenizer = open_model(str(copy))._tokenizer
+    tokenizer = open_model(str(copy))._tokenizers["text_encoder"]
     assert tokenizer("a photo of a sks dog").input_ids == [49406, 320, 1125, 539, 320, 48136, 1929, 49407]
 
 

@@ -69,7 +69,7 @@ def gradients(family, checkpointed):
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(2, 4, 4, 6, generator=generator)
     conditioning = torch.randn(2, 77, 32, generator=generator)
-    family.denoise(denoiser, latents, torch.tensor([3, 900]), conditioning).square().sum().backward()
+    family.denoise(denoiser, latents, torch.tensor([3, 900]), {"text": conditioning}).square().sum().backward()
     return {name: parameter.grad for name, parameter in denoiser.named_parameters()}, len(again)
 
 

@@ -80,7 +80,7 @@ def test_a_vector_is_a_matrix_of_one_row():
 @pytest.mark.parametrize("mode", DTYPES)
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_the_kernel_means_what_its_twin_means(mode, shape, kernels):
-    """Roots may differ in the last bit and a GPU rounds a product and a sum at once, and so now and then what a weight is
+    """Roots may differ in the last bit, and a GPU rounds a product and a sum at once: now and then what a weight is
     rounded to differs by a place, of float32 by two, of what it was or is."""
     start = 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(1))
     twin, kernel = Matrix(start, mode), Matrix(start, mode, kernels)

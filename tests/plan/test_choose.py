@@ -157,7 +157,7 @@ def test_every_rung_is_explained(planned, blank):
 
 def test_class_images_come_fewer_at_once_unless_the_user_says_how_many(planned, blank):
     with predict.drawing(planned(train={"resolution": 512}), blank) as draw:
-        two, four = (draw("class images", count, 7.5).peak_bytes for count in (2, 4))
+        two, four = (draw.denoising("class images", count, 7.5).peak_bytes for count in (2, 4))
     budget = int((two + four) / 2 * (1 + MARGIN))
     assert choose(planned(train={"resolution": 512}), blank, budget).prior_batch == 2
     fixed = choose(planned(train={"resolution": 512}, prior={"batch": 4}), blank, budget)
@@ -169,7 +169,7 @@ def test_a_grids_pictures_come_fewer_at_once_where_they_would_not_fit(planned, b
     """At the end, or on the way, where weights and the optimizer's state are there too."""
     config = planned(train={"resolution": 64}, prior={"enabled": False}, sample={"seeds": 32, "every": every})
     with predict.rehearsal(config, blank) if every else predict.drawing(config, blank) as traced:
-        drawn = traced.sampling if every else lambda count: traced("sampling", count, 11.0)
+        drawn = traced.sampling if every else lambda count: traced.denoising("sampling", count, 11.0)
         sixteen, all_ = (drawn(count).peak_bytes for count in (16, 32))
     plan = choose(config, blank, int((sixteen + all_) / 2 * (1 + MARGIN)))
     assert (plan.sample_batch, plan.fits) == (16, True)
@@ -187,12 +187,15 @@ def test_without_another_process_the_plan_is_the_same(planned, blank, monkeypatc
 def test_phases_are_all_there_in_order(planned, blank):
     config = planned(train={"resolution": 64}, sample={"every": 1})
     assert [phase.name for phase in choose(config, blank, None).phases] == [
-        "class images", "text encoding", "latent encoding",
-        "first step", "steady step", "sampling on the way", "saving", "sampling",
+        "class images, denoising", "class images, decoding", "text encoding", "latent encoding",
+        "first step", "steady step", "sampling on the way", "saving", "sampling, denoising", "sampling, decoding",
     ]  # fmt: skip
     config = planned(train={"resolution": 64, "text_encoder": True}, prior={"enabled": False})
     names = [phase.name for phase in choose(config, blank, None).phases]
-    assert names == ["latent encoding", "first step", "steady step", "saving", "sampling"]
+    assert names == [
+        "text encoding", "latent encoding", "first step", "steady step", "saving",
+        "sampling, denoising", "sampling, decoding",
+    ]  # fmt: skip
 
 
 def test_host_memory_holds_what_a_checkpoint_copies_or_the_largest_network(planned, blank):

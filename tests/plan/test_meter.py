@@ -16,8 +16,8 @@ def test_every_phase_of_a_run_is_measured_beside_its_prediction(make_config, cap
     run = run_dreambooth(make_config(train={"steps": 3}, sample={"every": 2}))
     plan = json.loads(run.plan.read_text())
     assert [phase["name"] for phase in plan["phases"]] == [
-        "class images", "text encoding", "latent encoding",
-        "first step", "steady step", "sampling on the way", "saving", "sampling",
+        "class images, denoising", "class images, decoding", "text encoding", "latent encoding",
+        "first step", "steady step", "sampling on the way", "saving", "sampling, denoising", "sampling, decoding",
     ]  # fmt: skip
     err = capfd.readouterr().err
     for phase in plan["phases"]:

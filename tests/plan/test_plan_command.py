@@ -99,7 +99,7 @@ def test_presets_fit_their_cards(plan, preset, budget, most):
     assert code == 0, err
     tree = json.loads(out)
     assert tree["fits"] is True and tree["budget_bytes"] == budget * 2**30
-    assert any(phase["name"] == "class images" for phase in tree["phases"]), "with prior preservation"
+    assert any(phase["name"].startswith("class images") for phase in tree["phases"]), "with prior preservation"
 
 
 @pytest.mark.slow
@@ -111,13 +111,3 @@ def test_sd15_fits_4608_mib_and_sdxl_10_6_gib(plan):
     steps = json.loads(plan(ROOT / "configs" / "sdxl-12gb.toml", *words)[1])["phases"]
     steady = next(phase for phase in steps if phase["name"] == "steady step")
     assert steady["peak_bytes"] - steady["components"]["context"] <= 10.6 * 2**30
-
-
-def test_training_a_model_that_can_only_be_planned_is_refused_in_one_line(photos):
-    words = ["train", str(ROOT / "configs" / "sdxl-12gb.toml"), "--set", f"subject.photos={photos}"]
-    words += ["--set", f"output.dir={photos.parent / 'runs'}"]
-    done = subprocess.run(
-        [sys.executable, "-c", "from lowvram_db.cli import main; main()", *words], capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert "a StableDiffusionXLPipeline cannot be trained here" in done.stderr and done.stderr.count("\n") == 1

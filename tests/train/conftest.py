@@ -26,7 +26,7 @@ def make_trainer(tmp_path) -> Callable[..., Trainer]:
             family,
             Store(tmp_path / "cache"),
             device,
-            framing=Framing(config.train.resolution),
+            framing=Framing(config.train.resolution, config.train.crop, multiple=16),
             photos=concept.instance_photos,
             class_photos=concept.class_photos,
             prompts=prompts,

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowvram_db.cache import Cached, ClassFrame, Frame
+from lowvram_db.cache import Cached, ClassFrame, Frame, View
 from lowvram_db.concept import Concept
 from lowvram_db.train.batches import Batches
 
@@ -27,12 +27,13 @@ def make(photos, classes, size, prompts=("p",), seed=0, sizes=(SQUARE,), variant
     """Photos i0, i1, ... of alternating sizes, class images numbered on from there."""
     instance = [Path(f"i{number}") for number in range(photos)]
     prior = [Path(f"c{number}") for number in range(photos, photos + classes)]
-    frames = {path: Frame(str(path), sizes[number % len(sizes)],
+    frames = {path: Frame(str(path), [View.of((9, 9), sizes[number % len(sizes)])] * variants,
                           [f"{path}/{v}" if v else str(path) for v in range(variants)])
               for number, path in enumerate(instance)}  # fmt: skip
     used = sorted({frame.size for frame in frames.values()})
     keys = {path: {shape: f"{path}/{shape}" if shape != SQUARE else str(path) for shape in used} for path in prior}
-    class_photos = {path: ClassFrame(str(path), keys[path]) for path in prior}
+    views = {shape: View.of((9, 9), shape) for shape in used}
+    class_photos = {path: ClassFrame(str(path), views, keys[path]) for path in prior}
     return Batches(
         Concept(instance, list(prompts), prior, "class"),
         Cached(MemoryStore(), frames, class_photos, {"class": "c"}),

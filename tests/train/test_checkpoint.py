@@ -175,4 +175,4 @@ def test_another_optimizers_state_is_refused(saved, make_config, make_trainer):
     other = make_trainer(make_config(optimizer={"name": "adamw"}))
     state = checkpoint.read_state(run.checkpoint(1))
     with pytest.raises(UserError, match=r"step-000001: state of parameter 0 .*start a new run"):
-        checkpoint.restore(run.checkpoint(1), state, other.modules, other.optimizer)
+        checkpoint.restore(run.checkpoint(1), state, other.trained, other.optimizer)

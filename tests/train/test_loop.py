@@ -71,7 +71,7 @@ def plain_losses(model, trainer, steps, lr, accumulate=1, max_norm=None, mean_of
             posterior, noise = (draws(batch.moments.mean.shape, number, stream) for stream in (0, 1))
             timesteps = objective.timesteps(len(noise), 1000, 0, number)
             latents = batch.moments.mean + batch.moments.logvar.mul(0.5).exp() * posterior
-            text = trainer.batches.cached.conditioning(batch.prompts)
+            text = trainer.batches.cached.conditioning(batch.prompts)["text"]
             prediction = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, text).sample
             if scheduler.config.prediction_type == "v_prediction":
                 target = scheduler.get_velocity(latents, noise, timesteps)
@@ -236,11 +236,14 @@ def test_gradients_that_stay_no_numbers_end_the_run_by_name(make_config, make_tr
 def test_text_encoder_training_moves_it(make_config, make_trainer):
     trainer = make_trainer(make_config(train={"text_encoder": True}))
     assert not trainer.batches.cached.prompts
-    before = {name: tensor.clone() for name, tensor in trainer.text_encoder.state_dict().items()}
+    encoder = trainer.text_encoders["text_encoder"]
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     for _ in range(2):
         trainer.train_step()
     moved = [
-        name for name, tensor in trainer.text_encoder.state_dict().items() if not torch.equal(tensor, before[name])
+        name
+        for name, tensor in trainer.text_encoders["text_encoder"].state_dict().items()
+        if not torch.equal(tensor, before[name])
     ]
     assert any("layers.0" in name for name in moved)
     assert set(trainer.modules) == {"unet", "text_encoder"}
@@ -258,7 +261,7 @@ def fixed_loss(trainer, prompt, moments, rows=32):
     mean, logvar = (part.expand(rows, -1, -1, -1) for part in moments)
     noise = mean, logvar, timesteps, trainer.table, address
     with torch.no_grad():
-        conditioning = trainer.batches.cached.conditioning([prompt]).expand(rows, -1, -1)
+        conditioning = trainer.batches.cached.conditioning([prompt] * rows)
         prediction = trainer.family.denoise(trainer.denoiser, noisy_latents(*noise), timesteps, conditioning)
         return noise_loss(prediction, *noise, objective.row_weights(rows, rows, 0.0))[0].item()
 

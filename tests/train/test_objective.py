@@ -42,6 +42,8 @@ def test_min_snr_weights_equal_the_papers_formula(kind):
 @pytest.mark.parametrize(("kind", "wanted"), [("epsilon", 1.0), ("v_prediction", 0.0)])
 def test_min_snr_weight_at_zero_terminal_snr_is_finite(kind, wanted):
     zero = NoiseSchedule(torch.tensor([0.5, 0.0]), kind)
+    for gamma in (None, 5.0):
+        assert objective.table(zero, gamma).isfinite().all()
     assert objective.table(zero, 5.0)[1, 4].item() == wanted
 
 

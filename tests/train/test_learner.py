@@ -1,0 +1,132 @@
+"""Loss and gradients of each generation of Stable Diffusion beside a loop made of its diffusers pipeline's pieces."""
+
+import json
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.training_utils import compute_snr
+from PIL import Image
+from torch.nn.functional import mse_loss
+
+from lowvram_db.demo.miniature import write_pipeline, write_sd2, write_sdxl
+from lowvram_db.kernels import bits
+from lowvram_db.train import objective
+
+ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+SIZES = [(1366, 768), (1000, 1366), (601, 601)]  # none of which bfloat16 has numbers for
+
+
+def pieces(model):
+    """The UNet, and what it is told of prompts and (height, width) sizes: all by the pipeline's own functions."""
+    kind = json.loads((model / "model_index.json").read_text())["_class_name"]
+    if kind == "StableDiffusionPipeline":
+        pipeline = StableDiffusionPipeline.from_pretrained(model)
+        return pipeline.unet, lambda prompts, _: {
+            "encoder_hidden_states": pipeline.encode_prompt(prompts, "cpu", 1, False)[0]
+        }
+    pipeline = StableDiffusionXLPipeline.from_pretrained(model)
+
+    def told(prompts, sizes):
+        text, _, pooled, _ = pipeline.encode_prompt(prompts, device="cpu", do_classifier_free_guidance=False)
+        width = pipeline.text_encoder_2.config.projection_dim
+        ids = [pipeline._get_add_time_ids(*row, dtype=torch.float32, text_encoder_projection_dim=width)
+               for row in sizes]  # fmt: skip
+        return {
+            "encoder_hidden_states": text,
+            "added_cond_kwargs": {"text_embeds": pooled, "time_ids": torch.cat(ids)},
+        }
+
+    return pipeline.unet, told
+
+
+def plain(unet, told, scheduler, batch, step, sizes, min_snr_gamma, prior_weight):
+    """Loss and gradients, with nothing of ours but the draws."""
+    unet.zero_grad()
+    rows, shape = len(batch.prompts), batch.moments.mean.shape[1:]
+    posterior, noise = (
+        torch.stack([bits.normal(shape, 0, step=step, sample=row, stream=stream) for row in range(rows)])
+        for stream in (0, 1)
+    )
+    timesteps = objective.timesteps(rows, 1000, 0, step)
+    latents = batch.moments.mean + batch.moments.logvar.mul(0.5).exp() * posterior
+    with torch.no_grad():
+        told = told(batch.prompts, sizes)
+    prediction = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, **told).sample
+    v = scheduler.config.prediction_type == "v_prediction"
+    target = scheduler.get_velocity(latents, noise, timesteps) if v else noise
+    losses = mse_loss(prediction, target, reduction="none").mean((1, 2, 3))
+    if min_snr_gamma:
+        snr = compute_snr(scheduler, timesteps)
+        losses = losses * snr.clamp(max=min_snr_gamma) / (snr + 1 if v else snr)
+    loss = losses[: batch.instances].mean() + prior_weight * losses[batch.instances :].mean()
+    loss.backward()
+    return loss.item(), {name: parameter.grad for name, parameter in unet.named_parameters()}
+
+
+def crops(photo, size):
+    """Original size, crop corner and target size of a photo's middle, as (height, width) and (top, left)."""
+    (width, height), (wide, high) = photo, size
+    scale = max(wide / width, high / height)
+    return (height, width), (round((height * scale - high) / 2), round((width * scale - wide) / 2)), (high, wide)
+
+
+MODELS = {
+    "SD 1, epsilon": (write_pipeline, {}),
+    "SD 2, v prediction": (write_sd2, {}),
+    "SD 2 base, epsilon": (write_sd2, {"prediction_type": "epsilon"}),
+    "SDXL": (write_sdxl, {}),
+    "SDXL, v prediction that ends in noise": (write_sdxl, ZERO_SNR),
+}
+
+
+@pytest.fixture
+def odd_photos(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for number, size in enumerate(SIZES):
+        Image.effect_noise(size, 90).convert("RGB").save(tmp_path / "photos" / f"{number}.jpg")
+    return str(tmp_path / "photos")
+
+
+@pytest.mark.parametrize(("crop", "min_snr_gamma"), [("square", None), ("buckets", 5.0)])
+@pytest.mark.parametrize("model", MODELS)
+def test_loss_and_gradients_equal_a_plain_diffusers_loop(
+    make_config, make_trainer, tmp_path, odd_photos, model, crop, min_snr_gamma
+):
+    write, schedule = MODELS[model]
+    write(tmp_path / "model", **schedule)
+    train = {"batch": 2, "crop": crop, "min_snr_gamma": min_snr_gamma, "gradient_checkpointing": False}
+    trainer = make_trainer(
+        make_config(
+            model={"name": str(tmp_path / "model")},
+            subject={"photos": odd_photos},
+            prior={"weight": 0.7},
+            train=train,
+            optimizer={"name": "adamw"},
+        )
+    )
+    theirs = *pieces(tmp_path / "model"), DDPMScheduler.from_pretrained(tmp_path / "model", subfolder="scheduler")
+    for step in range(2):
+        batch = trainer.batches[step]
+        sizes = [crops(view.photo, view.size) for view in batch.views]
+        wanted, gradients = plain(*theirs, batch, step, sizes, min_snr_gamma, 0.7)
+        trainer.step = step
+        assert trainer.backward(batch).total.item() == pytest.approx(wanted, rel=1e-6)
+        for name, parameter in trainer.denoiser.named_parameters():
+            torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-5, atol=1e-6)
+        trainer.optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("compute", ["bf16", "fp16"])
+def test_sizes_arrive_as_they_are_in_half_precision(
+    make_config, make_trainer, tmp_path, odd_photos, halves_are_native, compute
+):
+    halves_are_native(True)
+    write_sdxl(tmp_path / "model")
+    model, subject = {"name": str(tmp_path / "model")}, {"photos": odd_photos}
+    trainer = make_trainer(make_config(model=model, subject=subject, precision={"compute": compute}))
+    batch, seen = trainer.batches[0], []
+    trainer.denoiser.add_time_proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].tolist()))
+    trainer.backward(batch)
+    wanted = [side for view in batch.views for pair in crops(view.photo, view.size) for side in pair]
+    assert trainer.activations != torch.float32 and seen[0] == wanted
