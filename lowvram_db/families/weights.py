@@ -20,14 +20,11 @@ from torch import Tensor, nn
 
 from lowvram_db.errors import UserError
 from lowvram_db.families.source import naming
+from lowvram_db.formats.names import CLIP_COUNT, CLIP_PREFIX, FORMERLY
 
 Narrow = Callable[[Tensor], Tensor]
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-# What the attention of a VAE was called before diffusers 0.17; files of Stable Diffusion 1.x and 2.x have these names.
-_FORMERLY = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-_CLIP_PREFIX = "text_model."  # of every name in a text encoder's file, up to transformers 5
-_CLIP_COUNT = "embeddings.position_ids"  # 0, 1, 2 ...: was kept in files then
 
 
 def read_weights(build: Callable[[], nn.Module], files: list[Path], narrow: Narrow) -> Any:
@@ -39,7 +36,7 @@ def read_weights(build: Callable[[], nn.Module], files: list[Path], narrow: Narr
     with _without_weights():
         network = build().eval()
     shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
-    plain = {name.removeprefix(_CLIP_PREFIX): name for name in shapes}
+    plain = {name.removeprefix(CLIP_PREFIX): name for name in shapes}
     state: dict[str, Tensor] = {}
     for file in files:
         with naming(file, "cannot be read; it is damaged, or was not downloaded to its end"):
@@ -110,11 +107,11 @@ def _name_now(stored: str, plain: dict[str, str]) -> str | None:
 
     plain: the network's names by what they are without CLIP's prefix.
     """
-    name = stored.removeprefix(_CLIP_PREFIX)
-    if name == _CLIP_COUNT and name not in plain:
+    name = stored.removeprefix(CLIP_PREFIX)
+    if name == CLIP_COUNT and name not in plain:
         return None
     if name not in plain:
-        for former, now in _FORMERLY.items():
+        for former, now in FORMERLY.items():
             if name.replace(former, now) in plain:
                 name = name.replace(former, now)
     return plain.get(name, stored)

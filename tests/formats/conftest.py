@@ -1,0 +1,114 @@
+import itertools
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from lowvram_db.demo.miniature import _letter_tokenizer, write_classic_tokenizer
+from lowvram_db.families import known
+
+FAMILIES = ("sd1", "sd2", "sdxl")
+Shapes = dict[str, tuple[int, ...]]
+_UNETS: dict[str, dict[str, Any]] = {
+    "sd1": {
+        "cross_attention_dim": 64,
+        "block_out_channels": [32, 64],
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    },
+    "sd2": {
+        "cross_attention_dim": 64,
+        "block_out_channels": [64, 128],
+        "attention_head_dim": [1, 2],
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    },
+    "sdxl": {
+        "cross_attention_dim": 192,
+        "block_out_channels": [32, 64],
+        "attention_head_dim": [0, 1],
+        "transformer_layers_per_block": [1, 2],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 176,
+    },
+}
+_VAE = {"block_out_channels": [32, 32, 32, 32], "layers_per_block": 1}
+_TEXTS: dict[str, dict[str, Any]] = {
+    "text_encoder": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 1,
+        "projection_dim": 64,
+    },
+    "text_encoder_2": {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "projection_dim": 128,
+    },
+}
+
+
+def _read(kind: str, part: str) -> dict[str, Any]:
+    return json.loads((Path(known.__file__).parent / kind / part / "config.json").read_text())
+
+
+def _networks(kind: str, small: bool = True) -> dict[str, nn.Module]:
+    """A family's networks by the names of their folders: in miniature with random weights, else of their true size
+    without any."""
+    vocabulary = {"vocab_size": 514} if small else {}
+    with torch.device("cpu" if small else "meta"):
+        unet = _read(kind, "unet") | ({"layers_per_block": 1, **_UNETS[kind]} if small else {})
+        parts: dict[str, nn.Module] = {
+            "unet": UNet2DConditionModel.from_config(unet),
+            "vae": AutoencoderKL.from_config(_read(kind, "vae") | (_VAE if small else {})),
+        }
+        for part in ("text_encoder", "text_encoder_2")[: 1 + (kind == "sdxl")]:
+            config = CLIPTextConfig(**_read(kind, part) | (_TEXTS[part] if small else {}) | vocabulary)
+            parts[part] = (CLIPTextModelWithProjection if part.endswith("2") else CLIPTextModel)(config)
+    return parts
+
+
+@pytest.fixture(scope="session")
+def networks() -> Callable[..., dict[str, nn.Module]]:
+    return _networks
+
+
+def _listed(kind: str) -> tuple[Shapes, Shapes]:
+    """What tests/formats/keys says of a family: the tensors that diffusers holds, and the others of the original."""
+    held: Shapes = {}
+    others: Shapes = {}
+    for line in (Path(__file__).parent / "keys" / f"{kind}.txt").read_text().splitlines():
+        if not line.startswith("#"):
+            shape, pattern = line.removeprefix("+ ").split()
+            sizes = () if shape == "-" else tuple(map(int, shape.split("x")))
+            (others if line.startswith("+") else held).update(dict.fromkeys(_expanded(pattern), sizes))
+    return held, others
+
+
+def _expanded(pattern: str) -> list[str]:
+    choices = []
+    for piece in re.split(r"(\{[^}]*\})", pattern):
+        options: list[str] = []
+        for option in piece.strip("{}").split(",") if piece.startswith("{") else [piece]:
+            numbers = re.fullmatch(r"(\d+)-(\d+)", option)
+            options += map(str, range(int(numbers[1]), int(numbers[2]) + 1)) if numbers else [option]
+        choices.append(options)
+    return ["".join(chosen) for chosen in itertools.product(*choices)]
+
+
+@pytest.fixture(scope="session")
+def listed() -> Callable[[str], tuple[Shapes, Shapes]]:
+    return _listed
