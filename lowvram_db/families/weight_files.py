@@ -5,6 +5,7 @@ from typing import Any
 
 from lowvram_db.errors import UserError
 from lowvram_db.families.source import read_json
+from lowvram_db.files.stand_in import refuse_stand_in
 
 # In the order in which the loaders look: diffusers takes an index before a single file, transformers after it.
 _DIFFUSERS = (
@@ -20,11 +21,6 @@ _TRANSFORMERS = (
     "pytorch_model.bin.index.json",
 )
 _NAMES = {"unet": _DIFFUSERS, "vae": _DIFFUSERS, "text_encoder": _TRANSFORMERS}
-_STAND_INS = {
-    b"version https://git-lfs": "is a Git LFS pointer, not the content; run `git lfs pull`, or download it again",
-    b"<!doctype html": "is a web page, not the content; download it again",
-    b"<html": "is a web page, not the content; download it again",
-}
 
 
 def weight_files(folder: Path, part: str) -> list[Path]:
@@ -43,20 +39,6 @@ def weight_files(folder: Path, part: str) -> list[Path]:
     for file in files:
         refuse_stand_in(file)
     return files
-
-
-def refuse_stand_in(file: Path) -> None:
-    """Raises UserError for a file that only stands where the content should be."""
-    try:
-        with file.open("rb") as opened:
-            head = opened.read(64).lstrip().lower()
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
-    if not head:
-        raise UserError(f"{file}: is empty; download it again")
-    for beginning, meaning in _STAND_INS.items():
-        if head.startswith(beginning):
-            raise UserError(f"{file}: {meaning}")
 
 
 def _shards(index: Path) -> list[Path]:

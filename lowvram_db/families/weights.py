@@ -5,9 +5,6 @@ network in one dtype; a bf16 denoiser whose small tensors stay exact would pass 
 the size it is going to have.
 """
 
-import pickle
-import re
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +17,7 @@ from torch import Tensor, nn
 
 from lowvram_db.errors import UserError
 from lowvram_db.families.source import naming
+from lowvram_db.files.pickled import unpickle
 from lowvram_db.formats.names import CLIP_COUNT, CLIP_PREFIX, FORMERLY
 
 Narrow = Callable[[Tensor], Tensor]
@@ -83,23 +81,10 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
             with safe_open(file, framework="pt") as opened:
                 yield name, opened.get_tensor(name)
         return
-    state = _unpickle(file)
+    state = unpickle(file)
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise UserError(f"{file}: holds other things than tensors by their names")
     yield from ((str(name), tensor) for name, tensor in state.items())
-
-
-def _unpickle(file: Path) -> Any:
-    """A pickle's tensors; one that wants to run code is not opened."""
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except pickle.UnpicklingError as error:
-        wanted = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
-        if wanted is None:
-            raise
-        raise UserError(
-            f"{file}: a pickle that wants to run {wanted[1]} is not opened; get the model as .safetensors"
-        ) from error
 
 
 def _name_now(stored: str, plain: dict[str, str]) -> str | None:

@@ -112,12 +112,9 @@ def _unet_modules(blocks: int, layers: int, attended: set[int]) -> Table:
             if block in attended:
                 table[f"up_blocks.{block}.attentions.{layer}"] = f"{place}.1"
         table[f"up_blocks.{block}.upsamplers.0.conv"] = f"{place}.{2 if block in attended else 1}.conv"
-    for place, name in enumerate(("resnets.0", "attentions.0", "resnets.1")):
-        if name.startswith("resnets"):
-            table |= _within(f"mid_block.{name}", f"middle_block.{place}", _UNET_RESNET)
-        else:
-            table[f"mid_block.{name}"] = f"middle_block.{place}"
-    return table
+    for layer in range(2):
+        table |= _within(f"mid_block.resnets.{layer}", f"middle_block.{2 * layer}", _UNET_RESNET)
+    return table | {"mid_block.attentions.0": "middle_block.1"}
 
 
 def vae_places(names: Iterable[str]) -> dict[str, Place]:

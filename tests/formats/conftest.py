@@ -1,6 +1,5 @@
 import itertools
 import json
-import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,6 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from lowvram_db.demo.miniature import _letter_tokenizer, write_classic_tokenizer
 from lowvram_db.families import known
 
 FAMILIES = ("sd1", "sd2", "sdxl")

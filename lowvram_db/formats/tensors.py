@@ -1,0 +1,108 @@
+"""The tensors of a model's file by their keys: described at once, read one by one, and none kept."""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lowvram_db.errors import UserError
+from lowvram_db.families.source import naming
+from lowvram_db.files.pickled import unpickle
+from lowvram_db.files.reader import Reader
+from lowvram_db.files.stand_in import refuse_stand_in
+from lowvram_db.files.writer import NAMES, slices_of, values_of
+from lowvram_db.formats.header import Entry, read_header
+
+PICKLES = (".ckpt", ".bin", ".pt", ".pth")
+SUFFIXES = (".safetensors", *PICKLES)
+DAMAGED = "cannot be read; it is damaged, or was not downloaded to its end"
+
+
+class Tensors(Protocol):
+    """An open file. A context manager, after which it is open no longer."""
+
+    path: Path
+    entries: dict[str, Entry]
+    metadata: dict[str, str]
+
+    def __enter__(self) -> "Tensors": ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def __getitem__(self, key: str) -> Tensor:
+        """Good until the next one is asked for: it may share its memory with the file."""
+
+
+def tensors_of(path: Path) -> Tensors:
+    """Of a .safetensors file, or of a pickle that runs no code. Raises UserError naming what is wrong with it."""
+    return Pickled(path) if path.suffix.lower() in PICKLES else Safe(path)
+
+
+class Safe:
+    """A safetensors file."""
+
+    def __init__(self, path: Path):
+        header = read_header(path)
+        self.path, self.entries, self.metadata = path, header.tensors, header.metadata
+        self._reader = Reader(path)
+
+    def __enter__(self) -> "Safe":
+        with naming(self.path, DAMAGED):
+            self._reader.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._reader.__exit__(kind, error, trace)
+
+    def __getitem__(self, key: str) -> Tensor:
+        with naming(self.path, DAMAGED):
+            return self._reader[key]
+
+
+class Pickled:
+    """A .ckpt, whose tensors may stand in a `state_dict` beside what its training has left there."""
+
+    def __init__(self, path: Path):
+        refuse_stand_in(path)
+        with naming(path, DAMAGED):
+            tree: Any = unpickle(path)
+            tree = tree.get("state_dict", tree)
+            self._tensors = {str(key): tensor for key, tensor in tree.items() if _is_plain(tensor)}
+        if not self._tensors:
+            raise UserError(f"{path}: has no tensor by a name")
+        self.path, self.metadata = path, dict[str, str]()
+        self.entries = {key: Entry(NAMES[t.dtype], tuple(t.shape)) for key, t in self._tensors.items()}
+
+    def __enter__(self) -> "Pickled":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._tensors = {}
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._tensors[key]
+
+
+def _is_plain(tensor: Any) -> bool:
+    return isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.dtype in NAMES
+
+
+def digest(file: Tensors, keys: Iterable[str], prefix: str) -> str:
+    """SHA-256 of tensors: their keys without the prefix, their kinds, shapes and bytes; of nothing else in the file."""
+    sha = hashlib.sha256()
+    for key in sorted(keys):
+        entry = file.entries[key]
+        sha.update(f"{key.removeprefix(prefix)} {entry.dtype} {entry.shape} ".encode())
+        for piece in slices_of(file[key]):
+            sha.update(values_of(piece.contiguous()))
+    return sha.hexdigest()
