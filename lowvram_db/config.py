@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from lowvram_db import folder_name, toml_text
 from lowvram_db.errors import UserError
+from lowvram_db.formats.reading import Reading
 from lowvram_db.memory.size import parse_size
 from lowvram_db.optim.kinds import KINDS, Kind, Name
 
@@ -46,8 +47,21 @@ DEFAULT_IDENTIFIER = "ohwx"  # one token of CLIP's vocabulary, and rare
 
 
 class ModelConfig(_Section):
-    name: Place = Field(description="a local folder in diffusers' format, or a hub id")
+    name: Place = Field(description="a local folder in diffusers' format, a single file, or a hub id")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id; default: its main branch")
+    prediction_type: Literal["epsilon", "v_prediction"] | None = Field(
+        None, description="epsilon | v_prediction: what the UNet of a single file predicts; default: what it tells"
+    )
+    tokenizer: Place | None = Field(
+        None, description="folder of the tokenizer of a single file; default: CLIP's own, wherever it is found"
+    )
+    vae: Place | None = Field(None, description="another VAE for a single file: a file or folder")
+    ema: bool = Field(False, description="train the averaged weights of a single file that has both")
+
+    @property
+    def reading(self) -> Reading:
+        """What is said of a single file."""
+        return Reading(self.prediction_type, self.tokenizer, self.vae, self.ema)
 
 
 class SubjectConfig(_Section):

@@ -109,7 +109,7 @@ def _run(config: Config, resume: str) -> Run:
             say(f"{run.folder}: already trained for {config.train.steps} steps")
             return run
         start = whole(run, start)
-        check_trainable(config.model.name, config.model.revision)
+        check_trainable(config.model.name, config.model.revision, config.model.reading)
         with Store(_cache_folder(config, run)) as store:
             plan = _plan(config, device)  # from the config files alone: nothing large is downloaded before it fits
             family = _open_family(config)
@@ -157,7 +157,7 @@ def _cache_folder(config: Config, run: Run) -> Path:
 
 def _open_family(config: Config) -> Family:
     """The model, found fit for all prompts of the run."""
-    family = open_model(config.model.name, config.model.revision)
+    family = open_model(config.model.name, config.model.revision, config.model.reading)
     family.check_prompts([config.fill(prompt) for prompt in [*config.subject.prompts, *config.sample.prompts]])
     family.check_prompts([config.fill(config.prior.prompt)])
     return family
@@ -173,7 +173,7 @@ def _finished(config: Config, start: Path | None, run: Run, photos: list[Path]) 
     catalogue = catalogue_of(_cache_folder(config, run))
     present = {"photos": [catalogue.look(photo).digest for photo in photos]}
     with contextlib.suppress(UserError):  # the model may have gone since: nothing needs it any more
-        family = open_model(config.model.name, config.model.revision)
+        family = open_model(config.model.name, config.model.revision, config.model.reading)
         present["model"] = [model_digest(family, catalogue)]
     check_content(state, present, start)
     return True

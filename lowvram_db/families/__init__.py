@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowvram_db.errors import UserError
 from lowvram_db.families.source import find_configs, find_model, read_json
+from lowvram_db.formats.reading import AS_IT_IS, Reading
 
 if TYPE_CHECKING:
     from lowvram_db.families.base import Family
@@ -21,17 +22,17 @@ _BLANKS = {
 }
 
 
-def check_trainable(name: str, revision: str | None = None) -> None:
+def check_trainable(name: str, revision: str | None = None, reading: Reading = AS_IT_IS) -> None:
     """Raise UserError for a model that cannot be trained here, from its config files alone."""
-    _class_for(find_configs(name, revision), _FAMILIES, "trained")
+    _class_for(find_configs(name, revision, reading), _FAMILIES, "trained")
 
 
-def open_model(name: str, revision: str | None = None) -> Family:
+def open_model(name: str, revision: str | None = None, reading: Reading = AS_IT_IS) -> Family:
     """Find a model and check what it is, from its config files alone. Raises UserError naming what does not fit."""
-    configs = find_configs(name, revision)
+    configs = find_configs(name, revision, reading)
     family = _class_for(configs, _FAMILIES, "trained")
     open_blank(configs)  # before gigabytes are downloaded in vain
-    return family(find_model(name, revision))
+    return family(find_model(name, revision, reading))
 
 
 def open_blank(folder: Path) -> Blank:

@@ -6,6 +6,7 @@ from typing import Any
 from lowvram_db.errors import UserError
 from lowvram_db.families.source import read_json
 from lowvram_db.files.stand_in import refuse_stand_in
+from lowvram_db.formats.reading import STAND_IN
 
 # In the order in which the loaders look: diffusers takes an index before a single file, transformers after it.
 _DIFFUSERS = (
@@ -24,10 +25,13 @@ _NAMES = {"unet": _DIFFUSERS, "vae": _DIFFUSERS, "text_encoder": _TRANSFORMERS}
 
 
 def weight_files(folder: Path, part: str) -> list[Path]:
-    """The weight files of a model's "unet", "vae" or "text_encoder": one file, or the shards that an index names.
+    """The weight files of a model's "unet", "vae" or "text_encoder": one file, the shards that an index names, or what
+    stands for tensors in a model of one file.
 
     Raises UserError when there are none, when a shard is missing, and for what is no weights at all.
     """
+    if (folder / part / STAND_IN).is_file():
+        return [folder / part / STAND_IN]
     found = next((folder / part / name for name in _NAMES[part] if (folder / part / name).is_file()), None)
     if found is None:
         single = next(name for name in _NAMES[part] if name.endswith(".safetensors"))

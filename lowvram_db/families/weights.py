@@ -19,6 +19,8 @@ from lowvram_db.errors import UserError
 from lowvram_db.families.source import naming
 from lowvram_db.files.pickled import unpickle
 from lowvram_db.formats.names import CLIP_COUNT, CLIP_PREFIX, FORMERLY
+from lowvram_db.formats.reading import STAND_IN
+from lowvram_db.formats.single_file import file_behind, part_tensors
 
 Narrow = Callable[[Tensor], Tensor]
 
@@ -36,23 +38,24 @@ def read_weights(build: Callable[[], nn.Module], files: list[Path], narrow: Narr
     shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
     plain = {name.removeprefix(CLIP_PREFIX): name for name in shapes}
     state: dict[str, Tensor] = {}
-    for file in files:
+    for listed in files:
+        file = file_behind(listed) if listed.name == STAND_IN else listed
         with naming(file, "cannot be read; it is damaged, or was not downloaded to its end"):
-            for stored, tensor in _tensors(file):
+            for stored, key, tensor in _tensors(listed):
                 name = _name_now(stored, plain)
                 if name is None:
                     continue
                 if name in state:
-                    raise UserError(f"{file}: has {stored} once more; each tensor belongs into one file")
+                    raise UserError(f"{file}: has {key} once more; each tensor belongs into one file")
                 if name not in shapes:
-                    raise UserError(f"{file}: has a tensor {stored}, which a network of config.json has not")
+                    raise UserError(f"{file}: has a tensor {key}, which a network of config.json has not")
                 if tensor.shape != shapes[name]:
-                    raise UserError(f"{file}: {stored} is {_size(tensor.shape)}, by config.json {_size(shapes[name])}")
-                state[name] = narrow(_exact(file, stored, tensor))
+                    raise UserError(f"{file}: {key} is {_size(tensor.shape)}, by config.json {_size(shapes[name])}")
+                state[name] = narrow(_exact(file, key, tensor))
     missing = shapes.keys() - state.keys()
     if missing:
         raise UserError(
-            f"{files[0]}: has no tensor {min(missing)}, which a network of config.json has"
+            f"{file}: has no tensor {min(missing)}, which a network of config.json has"
             + (f" ({len(missing)} are missing)" if len(missing) > 1 else "")
         )
     network.load_state_dict(state, assign=True)
@@ -72,19 +75,23 @@ def _without_weights() -> Iterator[None]:
         yield
 
 
-def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+def _tensors(file: Path) -> Iterator[tuple[str, str, Tensor]]:
+    """By the format's own names, and by those that the user's file has."""
+    if file.name == STAND_IN:
+        yield from part_tensors(file)
+        return
     if file.suffix == ".safetensors":
         with safe_open(file, framework="pt") as opened:
             names = list(opened.keys())
         for name in names:
             # Opened anew for each: what was read of a mapped file stays in memory until the file is closed.
             with safe_open(file, framework="pt") as opened:
-                yield name, opened.get_tensor(name)
+                yield name, name, opened.get_tensor(name)
         return
     state = unpickle(file)
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise UserError(f"{file}: holds other things than tensors by their names")
-    yield from ((str(name), tensor) for name, tensor in state.items())
+    yield from ((str(name), str(name), tensor) for name, tensor in state.items())
 
 
 def _name_now(stored: str, plain: dict[str, str]) -> str | None:

@@ -82,7 +82,7 @@ _FUSED = dict(zip(("q_proj", "k_proj", "v_proj"), THIRDS, strict=True))
 def unet_places(names: Iterable[str]) -> dict[str, Place]:
     """Where the file has the tensors of a UNet, by diffusers' names; a name that is in no table is left out."""
     names = list(names)
-    blocks, layers = _count(names, r"down_blocks\.(\d+)\."), _count(names, r"down_blocks\.0\.resnets\.(\d+)\.")
+    blocks, layers = count(names, r"down_blocks\.(\d+)\."), count(names, r"down_blocks\.0\.resnets\.(\d+)\.")
     attended = {int(found[1]) for name in names if (found := re.match(r"up_blocks\.(\d+)\.attentions\.", name))}
     return _translated(names, _unet_modules(blocks, layers, attended))
 
@@ -91,7 +91,7 @@ def unet_names(keys: Iterable[str]) -> dict[str, Place]:
     """As unet_places, from the keys of a file."""
     keys = list(keys)
     blocks = 1 + len([key for key in keys if re.fullmatch(r"input_blocks\.\d+\.0\.op\.weight", key)])
-    each = max(1, _count(keys, r"input_blocks\.(\d+)\.") // blocks)
+    each = max(1, count(keys, r"input_blocks\.(\d+)\.") // blocks)
     attended = {int(found[1]) // each for key in keys if (found := re.match(r"output_blocks\.(\d+)\.1\.norm\.", key))}
     return _inverted(keys, _unet_modules(blocks, each - 1, attended))
 
@@ -119,8 +119,8 @@ def _unet_modules(blocks: int, layers: int, attended: set[int]) -> Table:
 
 def vae_places(names: Iterable[str]) -> dict[str, Place]:
     """Where the file has the tensors of a KL autoencoder, by diffusers' names of today or before 0.17."""
-    now = {_vae_name_now(name): name for name in names}
-    blocks, layers = _count(now, r"encoder\.down_blocks\.(\d+)\."), _count(now, r"decoder.*\.resnets\.(\d+)\.")
+    now = {vae_name_now(name): name for name in names}
+    blocks, layers = count(now, r"encoder\.down_blocks\.(\d+)\."), count(now, r"decoder.*\.resnets\.(\d+)\.")
     places = _translated(now, _vae_modules(blocks, layers))
     return {now[name]: _as_convolution(place) for name, place in places.items()}
 
@@ -128,11 +128,12 @@ def vae_places(names: Iterable[str]) -> dict[str, Place]:
 def vae_names(keys: Iterable[str]) -> dict[str, Place]:
     """As vae_places, from the keys of a file."""
     keys = list(keys)
-    blocks, layers = _count(keys, r"encoder\.down\.(\d+)\."), _count(keys, r"decoder\.up\.\d+\.block\.(\d+)\.")
+    blocks, layers = count(keys, r"encoder\.down\.(\d+)\."), count(keys, r"decoder\.up\.\d+\.block\.(\d+)\.")
     return {name: _as_convolution(place) for name, place in _inverted(keys, _vae_modules(blocks, layers)).items()}
 
 
-def _vae_name_now(name: str) -> str:
+def vae_name_now(name: str) -> str:
+    """diffusers' name of today."""
     for former, now in FORMERLY.items():
         name = name.replace(former, now)
     return name
@@ -172,7 +173,7 @@ def clip_names(keys: Iterable[str]) -> dict[str, Place]:
 def openclip_places(names: Iterable[str]) -> dict[str, Place]:
     """Where the file has the tensors of an OpenCLIP text encoder, by transformers' names."""
     full = {_with_prefix(name): name for name in names}
-    table = _openclip_modules(_count(full, r"text_model\.encoder\.layers\.(\d+)\."))
+    table = _openclip_modules(count(full, r"text_model\.encoder\.layers\.(\d+)\."))
     places = {full[name]: _as_openclip(place) for name, place in _translated(full, table).items()}
     for name in full:
         if found := re.fullmatch(r"text_model\.encoder\.layers\.(\d+)\.self_attn\.([qkv]_proj)\.(weight|bias)", name):
@@ -184,7 +185,7 @@ def openclip_places(names: Iterable[str]) -> dict[str, Place]:
 def openclip_names(keys: Iterable[str]) -> dict[str, Place]:
     """As openclip_places, from the keys of a file."""
     keys = list(keys)
-    table = _openclip_modules(_count(keys, r"transformer\.resblocks\.(\d+)\."))
+    table = _openclip_modules(count(keys, r"transformer\.resblocks\.(\d+)\."))
     names = {name: _as_openclip(place) for name, place in _inverted(keys, table).items()}
     for key in keys:
         if found := re.fullmatch(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)", key):
@@ -248,8 +249,8 @@ def _within(ours: str, theirs: str, inner: Table) -> Table:
     return {f"{ours}.{name}": f"{theirs}.{key}" for name, key in inner.items()}
 
 
-def _count(names: Iterable[str], pattern: str) -> int:
-    """One more than the largest number that the pattern finds."""
+def count(names: Iterable[str], pattern: str) -> int:
+    """One more than the largest number that the pattern finds at the beginning of a name."""
     return max((int(found[1]) for name in names if (found := re.match(pattern, name))), default=-1) + 1
 
 

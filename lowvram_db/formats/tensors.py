@@ -1,7 +1,5 @@
 """The tensors of a model's file by their keys: described at once, read one by one, and none kept."""
 
-import hashlib
-from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -14,7 +12,7 @@ from lowvram_db.families.source import naming
 from lowvram_db.files.pickled import unpickle
 from lowvram_db.files.reader import Reader
 from lowvram_db.files.stand_in import refuse_stand_in
-from lowvram_db.files.writer import NAMES, slices_of, values_of
+from lowvram_db.files.writer import NAMES
 from lowvram_db.formats.header import Entry, read_header
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
@@ -95,14 +93,3 @@ class Pickled:
 
 def _is_plain(tensor: Any) -> bool:
     return isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.dtype in NAMES
-
-
-def digest(file: Tensors, keys: Iterable[str], prefix: str) -> str:
-    """SHA-256 of tensors: their keys without the prefix, their kinds, shapes and bytes; of nothing else in the file."""
-    sha = hashlib.sha256()
-    for key in sorted(keys):
-        entry = file.entries[key]
-        sha.update(f"{key.removeprefix(prefix)} {entry.dtype} {entry.shape} ".encode())
-        for piece in slices_of(file[key]):
-            sha.update(values_of(piece.contiguous()))
-    return sha.hexdigest()

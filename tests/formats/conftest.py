@@ -8,17 +8,21 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from lowvram_db.families import known
+from lowvram_db.formats.layout import LAYOUTS
+from lowvram_db.formats.names import to_file
+from lowvram_db.formats.tokenizer import Vocabulary, byte_letters, write_tokenizer
 
 FAMILIES = ("sd1", "sd2", "sdxl")
 Shapes = dict[str, tuple[int, ...]]
 _UNETS: dict[str, dict[str, Any]] = {
     "sd1": {
         "cross_attention_dim": 64,
-        "block_out_channels": [32, 64],
+        "block_out_channels": [64, 128],
         "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
         "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
     },
@@ -31,13 +35,12 @@ _UNETS: dict[str, dict[str, Any]] = {
     },
     "sdxl": {
         "cross_attention_dim": 192,
-        "block_out_channels": [32, 64],
-        "attention_head_dim": [0, 1],
+        "block_out_channels": [64, 128],
+        "attention_head_dim": [1, 2],
         "transformer_layers_per_block": [1, 2],
         "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
         "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-        "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 176,
+        "projection_class_embeddings_input_dim": 128 + 6 * 256,
     },
 }
 _VAE = {"block_out_channels": [32, 32, 32, 32], "layers_per_block": 1}
@@ -110,3 +113,52 @@ def _expanded(pattern: str) -> list[str]:
 @pytest.fixture(scope="session")
 def listed() -> Callable[[str], tuple[Shapes, Shapes]]:
     return _listed
+
+
+@pytest.fixture(scope="session")
+def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tokenizer for the miniatures: every byte is a token; read only."""
+    folder = tmp_path_factory.mktemp("letters") / "tokenizer"
+    letters = list(byte_letters().values())
+    tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    write_tokenizer(folder, Vocabulary({token: n for n, token in enumerate(tokens)}, []), "<|endoftext|>", 77)
+    return folder
+
+
+def _file_of(kind: str, parts: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
+    """A single file of a family, key by key."""
+    file: dict[str, torch.Tensor] = {}
+    for part, (prefix, names) in LAYOUTS[kind].items():
+        state, forms = parts[part].state_dict(), {}
+        for name, (key, form) in names.places(state).items():
+            forms.setdefault(prefix + key, {})[form] = state[name]
+        file |= {key: to_file(tensors).contiguous() for key, tensors in forms.items()}
+    return file
+
+
+@pytest.fixture(scope="session")
+def file_of() -> Callable[[str, dict[str, nn.Module]], dict[str, torch.Tensor]]:
+    return _file_of
+
+
+@pytest.fixture
+def write_file(tmp_path: Path) -> Callable[..., Path]:
+    """A miniature of a family in one file: its tensors as `change` leaves them."""
+
+    def write(
+        kind: str = "sd1",
+        name: str = "model.safetensors",
+        dtype: torch.dtype = torch.float16,
+        change: Callable[[dict[str, torch.Tensor]], Any] = lambda tensors: None,
+        metadata: dict[str, str] | None = None,
+        seed: int = 0,
+    ) -> Path:
+        torch.manual_seed(seed)
+        tensors = {key: tensor.to(dtype) for key, tensor in _file_of(kind, _networks(kind)).items()}
+        change(tensors)
+        (save_file if name.endswith(".safetensors") else torch.save)(tensors, tmp_path / name)
+        if metadata:
+            save_file(tensors, tmp_path / name, metadata)
+        return tmp_path / name
+
+    return write

@@ -51,7 +51,7 @@ REFUSED = {
     "a late beginning": ({"a": entry(2, 8)}, "begins after 2 bytes"),
     "cut short": ({"a": entry(0, 3_000_000)}, "3.0 MB of its 3.0 are missing"),
     "too long": ({"a": entry(0, 6)}, "2 bytes at its end belong to no tensor"),
-    "no character": (b'{"\\ud800":{"dtype":"F16","shape":[4],"data_offsets":[0,8]}}', "no dtype, shape and two offsets"),
+    "no character": (b'{"\\ud800":{"dtype":"F16","shape":[4],"data_offsets":[0,8]}}', "no dtype, shape and two"),
 }  # fmt: skip
 _AS_IT_IS = {"empty", "a pointer", "a web page", "GGUF", "a zip", "shorter than a length", "cut within the header",
              "a header of 100 MB"}  # fmt: skip

@@ -6,7 +6,7 @@ from diffusers.loaders import single_file_utils as diffusers_reader
 from torch.testing import assert_close
 
 from lowvram_db.formats.layout import LAYOUTS
-from lowvram_db.formats.names import FORMERLY, in_file, in_network, to_file, to_network
+from lowvram_db.formats.names import FORMERLY, in_file, in_network, to_network
 
 COUNTS = {
     "sd1": {"unet": 686, "vae": 248, "text_encoder": 196},
@@ -15,20 +15,8 @@ COUNTS = {
 }
 
 
-def file_of(kind, networks):
-    """A single file of a family in memory, key by key, as it comes out of diffusers' names."""
-    file, forms = {}, {}
-    for part, (prefix, names) in LAYOUTS[kind].items():
-        state = networks[part].state_dict()
-        for name, (key, form) in names.places(state).items():
-            forms.setdefault(prefix + key, {})[form] = state[name]
-    for key, tensors in forms.items():
-        file[key] = to_file(tensors)
-    return file
-
-
 @pytest.mark.parametrize("kind", LAYOUTS)
-def test_every_key_and_shape_of_the_family_s_file_and_no_other(kind, networks, listed):
+def test_every_key_and_shape_of_the_family_s_file_and_no_other(kind, networks, listed, file_of):
     held, others = listed(kind)
     file = {key: tuple(tensor.shape) for key, tensor in file_of(kind, networks(kind, small=False)).items()}
     assert file == held and not held.keys() & others.keys()
@@ -51,7 +39,7 @@ def test_the_table_goes_both_ways(kind, small, networks):
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
-def test_diffusers_reader_finds_every_tensor_as_it_was(kind, networks):
+def test_diffusers_reader_finds_every_tensor_as_it_was(kind, networks, file_of):
     parts = networks(kind)
     file = file_of(kind, parts)
     read = {
@@ -73,7 +61,7 @@ def test_diffusers_reader_finds_every_tensor_as_it_was(kind, networks):
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
-def test_a_tensor_comes_back_out_of_the_file_as_it_was(kind, networks):
+def test_a_tensor_comes_back_out_of_the_file_as_it_was(kind, networks, file_of):
     parts = networks(kind)
     file = file_of(kind, parts)
     for part, (prefix, names) in LAYOUTS[kind].items():
