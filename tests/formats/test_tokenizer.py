@@ -1,4 +1,5 @@
 import gzip
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ def alone(monkeypatch, tmp_path):
     """Nothing is found but what a test puts there."""
     monkeypatch.setattr(tokenizer, "try_to_load_from_cache", lambda *_: None)
     monkeypatch.setattr(tokenizer, "_PACKAGES", ("clip_of_a_test",))
+    (tmp_path / "site").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     return tmp_path / "site" / "clip_of_a_test"
 
@@ -42,7 +44,7 @@ def listed(clip):
 
 def test_openai_s_list_in_a_package_makes_clip_s_own_files(clip, alone):
     """The package is not imported: it would bring torchvision and more with it."""
-    alone.mkdir(parents=True)
+    alone.mkdir()
     (alone / "__init__.py").write_text("raise ImportError")
     (alone / "bpe_simple_vocab_16e6.txt.gz").write_bytes(packed(listed(clip)))
     found = find_vocabulary(MODEL, None, CLIP_SIZE)
@@ -66,8 +68,9 @@ def test_what_is_written_reads_prompts_as_clip_does(clip, tmp_path, pad):
 def test_the_hub_s_cache_comes_before_a_package_and_the_hub_last(clip, alone, monkeypatch):
     monkeypatch.setattr(tokenizer, "hf_hub_download", lambda name, file: str(clip / file))
     assert find_vocabulary(MODEL, None, CLIP_SIZE) == read_vocabulary(clip)
-    alone.mkdir(parents=True)
+    alone.mkdir()
     (alone / "bpe_simple_vocab_16e6.txt.gz").write_bytes(packed(["a b"]))
+    importlib.invalidate_caches()
     assert find_vocabulary(MODEL, None, CLIP_SIZE).merges[0] == "a b", "a package goes before the hub"
     cached = {("runwayml/stable-diffusion-v1-5", f"tokenizer/{name}"): name for name in ("vocab.json", "merges.txt")}
     monkeypatch.setattr(
