@@ -52,7 +52,7 @@ def new(
     name: Annotated[str, typer.Argument(help="Name of the run; writes NAME.toml here.")],
     photos: Annotated[str, typer.Option(help="Folder of 3-6 photos of the subject.")],
     class_noun: Annotated[str, typer.Option("--class", help="What kind of thing it is: dog, teapot, ...")],
-    model: Annotated[str, typer.Option(help="Hub id or local folder of a Stable Diffusion 1.x model.")],
+    model: Annotated[str, typer.Option(help="Hub id, folder or single file of a model.")],
     identifier: Annotated[
         str, typer.Option(help="A rare word that will come to mean the subject.")
     ] = DEFAULT_IDENTIFIER,
@@ -208,6 +208,22 @@ def verify(folder: CacheFolder, debug: Debug = False) -> None:
     if wrong:
         raise UserError(f"{folder}: damaged ({len(wrong)} found); the next run that uses it makes anew what it needs")
     print(f"{report}\nall whole")
+
+
+@app.command()
+def inspect(
+    model: Annotated[
+        Path, typer.Argument(metavar="FILE|FOLDER", help="A single file, or a folder in diffusers' format.")
+    ],
+    whole: Annotated[bool, typer.Option("--hash", help="Read all of a file for the hash that web UIs show.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Tell what a model is, and whether it can be trained; reads no weights."""
+    from lowvram_db.formats.inspect import inspect
+
+    report = inspect(model, whole)
+    for name, text in report.lines():
+        print(f"{name:20}  {' '.join(text.split())}")
 
 
 @app.command()

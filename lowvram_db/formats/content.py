@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 
 from lowvram_db.errors import UserError
-from lowvram_db.formats.header import Entry
+from lowvram_db.formats.header import Described, Entry
 from lowvram_db.formats.kinds import Kind, kind_of
 from lowvram_db.formats.layout import EMA_PREFIX, LAYOUTS, UNET_PREFIX, VAE_PREFIX
 from lowvram_db.formats.names import CLIP, OPENCLIP, VAE, Names, Place, in_network, vae_name_now
-from lowvram_db.formats.tensors import Tensors
 
 TRAINABLE = ("F64", "F32", "F16", "BF16")
 _VAE_PREFIXES = (VAE_PREFIX, "vae.", "")
@@ -33,7 +32,7 @@ class Content:
         return {name: place._replace(key=ema_key(place.key)) for name, place in self.parts["unet"].items()}
 
 
-def content_of(file: Tensors) -> Content:
+def content_of(file: Described) -> Content:
     """Raises UserError for tensors of a UNet that no network of the file's family has."""
     kind = kind_of(file.entries)
     parts: dict[str, Places] = {}
@@ -75,7 +74,7 @@ def _with_prefix(places: Places, prefix: str) -> Places:
     return {name: place._replace(key=prefix + place.key) for name, place in places.items()}
 
 
-def vae_alone(file: Tensors) -> Places:
+def vae_alone(file: Described) -> Places:
     """The VAE of a file that may have nothing else, in the original layout or in diffusers'. Raises UserError where it
     has none."""
     if any(name.startswith("encoder.down_blocks.") for name in file.entries):
@@ -88,11 +87,11 @@ def vae_alone(file: Tensors) -> Places:
 
 
 def shapes_of(places: Places, entries: dict[str, Entry]) -> dict[str, tuple[int, ...]]:
-    """By diffusers' names, as a network has them."""
-    return {name: in_network(entries[place.key].shape, place.form) for name, place in places.items()}
+    """By diffusers' names, as a network has them. Raises ValueError for one that its form in the file cannot have."""
+    return {name: in_network(entries[key].shape, form) for name, (key, form) in places.items()}
 
 
-def check_numbers(file: Tensors, places: Places) -> None:
+def check_numbers(file: Described, places: Places) -> None:
     """Raises UserError for weights that are stored as no numbers to train with."""
     for place in places.values():
         if (dtype := file.entries[place.key].dtype) not in TRAINABLE:

@@ -1,4 +1,4 @@
-"""The header of a safetensors file: which tensors it has and where they lie, read without any of them.
+"""The header of a safetensors file: which tensors it has and where they lie, without any of them, and without torch.
 
 The format's own reader finds the same faults and says them in its own words; nothing is handed to it that does not pass
 here.
@@ -6,9 +6,10 @@ here.
 
 import json
 import math
+import struct
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from lowvram_db.errors import UserError
 from lowvram_db.files.stand_in import refuse_stand_in
@@ -21,11 +22,17 @@ _BITS = {
     "U16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F8_E8M0": 8, "I8": 8, "U8": 8,
     "BOOL": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
+_UNPACKED = {"F64": "<d", "F32": "<f", "F16": "<e", "BF16": "<f"}
 _OTHERS = {
     b"GGUF": "is a GGUF file, whose weights are quantised, and cannot be trained; get the model as .safetensors",
     b"PK\x03\x04": "is a pickle by its content; give it a name that ends in .ckpt, or get it as .safetensors",
     b"\x80\x02": "is a pickle by its content; give it a name that ends in .ckpt, or get it as .safetensors",
 }
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file has the name of one."""
+    return path.suffix.lower() in (".ckpt", ".bin", ".pt", ".pth")
 
 
 class Entry(NamedTuple):
@@ -41,14 +48,37 @@ class Entry(NamedTuple):
         return math.prod(self.shape)
 
 
-class Header(NamedTuple):
-    tensors: dict[str, Entry]
+class Described(Protocol):
+    """What is known of a model's file before its tensors are read."""
+
+    path: Path
+    entries: dict[str, Entry]
     metadata: dict[str, str]
-    size: int  # bytes before the first tensor
+
+    def numbers(self, key: str) -> list[float]:
+        """Of a small tensor."""
 
 
-def read_header(path: Path) -> Header:
-    """Raises UserError for a file that is no safetensors file, or is not whole."""
+class Header:
+    """Of one file. Raises UserError for what is no safetensors file, or is not whole."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.entries, self.metadata, self.size = read_header(path)
+
+    def numbers(self, key: str) -> list[float]:
+        """Of a small tensor of floating-point numbers; none of another."""
+        dtype, _, begin, end = self.entries[key]
+        with self.path.open("rb") as file:
+            file.seek(self.size + begin)
+            content = file.read(end - begin)
+        if dtype == "BF16":  # float32 without its last two bytes
+            content = b"".join(b"\0\0" + content[place : place + 2] for place in range(0, len(content), 2))
+        return [number for (number,) in struct.iter_unpack(_UNPACKED[dtype], content)] if dtype in _UNPACKED else []
+
+
+def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str], int]:
+    """A file's tensors, its metadata, and how many bytes come before the first tensor. Raises UserError as Header."""
     refuse_stand_in(path)
     try:
         with path.open("rb") as file:
@@ -93,7 +123,7 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return tree
 
 
-def _checked(tree: dict[str, Any], size: int, before: int) -> Header:
+def _checked(tree: dict[str, Any], size: int, before: int) -> tuple[dict[str, Entry], dict[str, str], int]:
     """size: bytes of all tensors. before: those before the first. Raises ValueError."""
     metadata = tree.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -114,7 +144,7 @@ def _checked(tree: dict[str, Any], size: int, before: int) -> Header:
         raise ValueError(f"{(last.end - size) / 1e6:.1f} MB of its {last.end / 1e6:.1f} are missing")
     if last.end < size:
         raise ValueError(f"{size - last.end} bytes at its end belong to no tensor")
-    return Header(tensors, metadata, before)
+    return tensors, metadata, before
 
 
 def _entry(name: str, value: Any) -> Entry:

@@ -12,9 +12,6 @@ from collections.abc import Callable, Iterable
 from enum import StrEnum
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 
 class Form(StrEnum):
     """What a network's tensor is in the file."""
@@ -221,28 +218,18 @@ def in_file(shape: tuple[int, ...], form: Form) -> tuple[int, ...]:
 
 
 def in_network(shape: tuple[int, ...], form: Form) -> tuple[int, ...]:
-    """The other way."""
+    """The other way. Raises ValueError for what is no shape of this form."""
     if form == Form.convolution:
+        if any(size != 1 for size in shape[2:]):
+            raise ValueError(f"{shape} is not {form}")
         return shape[:2]
     if form == Form.transposed:
         return shape[::-1]
-    return (shape[0] // 3, *shape[1:]) if form in THIRDS else shape
-
-
-def to_network(tensor: Tensor, form: Form) -> Tensor:
-    """A network's tensor out of the file's, a view of it."""
     if form in THIRDS:
-        rows = len(tensor) // 3
-        return tensor[THIRDS.index(form) * rows :][:rows]
-    return tensor.T if form == Form.transposed else tensor.reshape(in_network(tuple(tensor.shape), form))
-
-
-def to_file(tensors: dict[Form, Tensor]) -> Tensor:
-    """The file's tensor out of the network's one or three."""
-    if len(tensors) > 1:
-        return torch.cat([tensors[third] for third in THIRDS])
-    ((form, tensor),) = tensors.items()
-    return tensor.T if form == Form.transposed else tensor.reshape(in_file(tuple(tensor.shape), form))
+        if not shape or shape[0] % 3:
+            raise ValueError(f"{shape} has no thirds")
+        return (shape[0] // 3, *shape[1:])
+    return shape
 
 
 def _within(ours: str, theirs: str, inner: Table) -> Table:

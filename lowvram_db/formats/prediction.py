@@ -1,10 +1,12 @@
 """What a single file's UNet predicts, and how that is known: other programs have agreed on no one way to say it."""
 
+import math
 import re
+import statistics
 from pathlib import Path
 from typing import NamedTuple
 
-from lowvram_db.formats.tensors import Tensors
+from lowvram_db.formats.header import Described
 
 V_MARKER, ZERO_SNR_MARKER = "v_pred", "ztsnr"  # empty tensors
 SPOKEN = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}  # by ModelSpec
@@ -29,7 +31,7 @@ class Prediction(NamedTuple):
     zero_snr: bool = False
 
 
-def prediction_of(file: Tensors, family: str, wanted: str | None = None) -> Prediction:
+def prediction_of(file: Described, family: str, wanted: str | None = None) -> Prediction:
     """What the UNet of an open file predicts. wanted: what the user says, which goes before everything else."""
     zero_snr = ZERO_SNR_MARKER in file.entries
     if wanted is not None:
@@ -60,11 +62,12 @@ def _by_yaml(path: Path) -> str | None:
     return next((kind for line, kind in _YAML_SAYS.items() if re.search(line, text, re.MULTILINE)), None)
 
 
-def _by_scatter(file: Tensors) -> Prediction:
+def _by_scatter(file: Described) -> Prediction:
     if _SCATTERING not in file.entries:
         return Prediction(None, "not said")
-    scatter = file[_SCATTERING].float().std(correction=0).item()
-    if not scatter > 0:  # nor a number, perhaps
+    numbers = file.numbers(_SCATTERING)
+    scatter = statistics.pstdev(numbers) if all(map(math.isfinite, numbers)) and numbers else 0.0
+    if not scatter:
         return Prediction(None, "not said")
     kind = "v_prediction" if scatter > _SCATTERS_FOR_V else "epsilon"
     return Prediction(kind, f"by how the weights scatter ({scatter:.2f}; above {_SCATTERS_FOR_V} it is v)")

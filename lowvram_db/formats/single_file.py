@@ -27,9 +27,10 @@ from lowvram_db.files.user_cache import user_cache
 from lowvram_db.files.writer import values_of
 from lowvram_db.formats.architecture import config_of
 from lowvram_db.formats.content import Content, Places, check_numbers, content_of, shapes_of, vae_alone
+from lowvram_db.formats.forms import to_network
 from lowvram_db.formats.kinds import FAMILY_WORDS
 from lowvram_db.formats.layout import LAYOUTS
-from lowvram_db.formats.names import Form, to_network
+from lowvram_db.formats.names import Form
 from lowvram_db.formats.prediction import Prediction, prediction_of
 from lowvram_db.formats.reading import AS_IT_IS, STAND_IN, Reading
 from lowvram_db.formats.tensors import Tensors, tensors_of

@@ -13,19 +13,13 @@ from lowvram_db.files.pickled import unpickle
 from lowvram_db.files.reader import Reader
 from lowvram_db.files.stand_in import refuse_stand_in
 from lowvram_db.files.writer import NAMES
-from lowvram_db.formats.header import Entry, read_header
+from lowvram_db.formats.header import Described, Entry, Header, is_pickle
 
-PICKLES = (".ckpt", ".bin", ".pt", ".pth")
-SUFFIXES = (".safetensors", *PICKLES)
 DAMAGED = "cannot be read; it is damaged, or was not downloaded to its end"
 
 
-class Tensors(Protocol):
+class Tensors(Described, Protocol):
     """An open file. A context manager, after which it is open no longer."""
-
-    path: Path
-    entries: dict[str, Entry]
-    metadata: dict[str, str]
 
     def __enter__(self) -> "Tensors": ...
 
@@ -39,18 +33,14 @@ class Tensors(Protocol):
 
 def tensors_of(path: Path) -> Tensors:
     """Of a .safetensors file, or of a pickle that runs no code. Raises UserError naming what is wrong with it."""
-    return Pickled(path) if path.suffix.lower() in PICKLES else Safe(path)
+    return Pickled(path) if is_pickle(path) else Safe(path)
 
 
-class Safe:
+class Safe(Header):
     """A safetensors file."""
 
-    def __init__(self, path: Path):
-        header = read_header(path)
-        self.path, self.entries, self.metadata = path, header.tensors, header.metadata
-        self._reader = Reader(path)
-
     def __enter__(self) -> "Safe":
+        self._reader = Reader(self.path)
         with naming(self.path, DAMAGED):
             self._reader.__enter__()
         return self
@@ -89,6 +79,10 @@ class Pickled:
 
     def __getitem__(self, key: str) -> Tensor:
         return self._tensors[key]
+
+    def numbers(self, key: str) -> list[float]:
+        numbers: list[float] = self._tensors[key].flatten().tolist()
+        return numbers
 
 
 def _is_plain(tensor: Any) -> bool:

@@ -1,6 +1,7 @@
 import itertools
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from lowvram_db.families import known
+from lowvram_db.families.weights import read_weights
+from lowvram_db.formats.forms import to_file
 from lowvram_db.formats.layout import LAYOUTS
-from lowvram_db.formats.names import to_file
+from lowvram_db.formats.reading import STAND_IN
 from lowvram_db.formats.tokenizer import Vocabulary, byte_letters, write_tokenizer
 
 FAMILIES = ("sd1", "sd2", "sdxl")
@@ -162,3 +165,29 @@ def write_file(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / name
 
     return write
+
+
+@pytest.fixture
+def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
+    """A folder, to be changed."""
+    return lambda folder: Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+_NETWORKS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
+    "unet": UNet2DConditionModel.from_config,
+    "vae": AutoencoderKL.from_config,
+    "text_encoder": lambda config: CLIPTextModel(CLIPTextConfig(**config)),
+    "text_encoder_2": lambda config: CLIPTextModelWithProjection(CLIPTextConfig(**config)),
+}
+
+
+@pytest.fixture(scope="session")
+def weights() -> Callable[[Path, str], dict[str, torch.Tensor]]:
+    """The tensors of a part of a folder that stands for a file, in the network that its config makes."""
+
+    def read(folder: Path, part: str) -> dict[str, torch.Tensor]:
+        config = json.loads((folder / part / "config.json").read_text())
+        network = read_weights(lambda: _NETWORKS[part](config), [folder / part / STAND_IN], lambda weight: weight)
+        return network.state_dict()
+
+    return read

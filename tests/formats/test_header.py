@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lowvram_db.errors import UserError
-from lowvram_db.formats.header import read_header
+from lowvram_db.formats.header import Header
 
 
 def write(path, header, data=b"\0" * 8):
@@ -66,7 +66,7 @@ def test_what_is_wrong_is_named_in_one_line(tmp_path, case):
     else:
         write(path, content)
     with pytest.raises(UserError, match=words) as refused:
-        read_header(path)
+        Header(path)
     assert str(refused.value).startswith(f"{path}: ")
     assert str(refused.value).isprintable()
 
@@ -74,15 +74,23 @@ def test_what_is_wrong_is_named_in_one_line(tmp_path, case):
 def test_it_says_what_the_format_s_own_reader_says(tmp_path):
     tensors = {"a": torch.randn(2, 3), "b": torch.zeros(0), "c": torch.arange(5), "d": torch.tensor(1.0).bfloat16()}
     save_file(tensors, tmp_path / "file", {"title": "ü"})
-    header = read_header(tmp_path / "file")
+    header = Header(tmp_path / "file")
     assert header.metadata == {"title": "ü"}
     content = (tmp_path / "file").read_bytes()
     with safe_open(tmp_path / "file", framework="pt") as opened:
-        assert set(header.tensors) == set(opened.keys())
-        for name, (dtype, shape, begin, end) in header.tensors.items():
+        assert set(header.entries) == set(opened.keys())
+        for name, (dtype, shape, begin, end) in header.entries.items():
             assert (dtype, list(shape)) == (opened.get_slice(name).get_dtype(), opened.get_slice(name).get_shape())
             stored = opened.get_tensor(name).reshape(-1).view(torch.uint8).numpy().tobytes()
             assert content[header.size :][begin:end] == stored
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int32])
+def test_the_numbers_of_a_small_tensor(tmp_path, dtype):
+    numbers = torch.linspace(-2, 300, 7).to(dtype)
+    save_file({"a": numbers, "b": torch.ones(3)}, tmp_path / "file")
+    wanted = numbers.tolist() if dtype.is_floating_point else []
+    assert Header(tmp_path / "file").numbers("a") == wanted
 
 
 _MODEL = {"a": torch.arange(6).reshape(2, 3).half(), "b": torch.ones(4), "v_pred": torch.zeros(0)}
@@ -99,12 +107,12 @@ def test_nothing_passes_that_the_format_s_own_reader_refuses(tmp_path_factory, d
     end = data.draw(st.sampled_from([len(content), len(content), len(content) - 1, 7, 30]))
     path.write_bytes(bytes(content[:end]) + data.draw(st.sampled_from([b"", b"", b"\0"])))
     try:
-        header = read_header(path)
+        header = Header(path)
     except UserError as refused:
         assert str(refused).isprintable()
         return
     with safe_open(path, framework="pt") as opened:  # raises SafetensorError for what it refuses
-        for name in header.tensors:
+        for name in header.entries:
             opened.get_tensor(name)
 
 

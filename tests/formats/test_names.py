@@ -5,8 +5,9 @@ import torch
 from diffusers.loaders import single_file_utils as diffusers_reader
 from torch.testing import assert_close
 
+from lowvram_db.formats.forms import to_network
 from lowvram_db.formats.layout import LAYOUTS
-from lowvram_db.formats.names import FORMERLY, in_file, in_network, to_network
+from lowvram_db.formats.names import FORMERLY, in_file, in_network
 
 COUNTS = {
     "sd1": {"unet": 686, "vae": 248, "text_encoder": 196},

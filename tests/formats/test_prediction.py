@@ -16,8 +16,8 @@ class File:
         self.path, self.metadata, self.tensors = folder / "model.safetensors", metadata or {}, tensors
         self.entries = {key: Entry("F32", tuple(tensor.shape)) for key, tensor in tensors.items()}
 
-    def __getitem__(self, key):
-        return self.tensors[key]
+    def numbers(self, key):
+        return self.tensors[key].tolist()
 
 
 EMPTY = torch.zeros(0)
