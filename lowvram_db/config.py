@@ -230,6 +230,8 @@ class OutputConfig(_Section):
         "fp16", description="precision of the finished model on disk: fp16 (what web UIs take) | bf16 | fp32"
     )
 
+    single_file: bool = Field(False, description="also write the finished model as one file, as web UIs take it")
+
     @field_validator("name")
     @classmethod
     def _can_be_a_folder(cls, name: str) -> str:

@@ -19,6 +19,7 @@ from lowvram_db.errors import LESS_MEMORY, DoesNotFit, Interrupted, UserError
 from lowvram_db.families import check_trainable, open_model
 from lowvram_db.families.base import Family
 from lowvram_db.families.draw import pipeline_for
+from lowvram_db.formats.export import export_run
 from lowvram_db.memory import driver
 from lowvram_db.memory.budget import budget_for, cap, crowd
 from lowvram_db.memory.device import (
@@ -107,6 +108,7 @@ def _run(config: Config, resume: str) -> Run:
             check_settings(checkpoint.read_state(start), config, start)
         if _finished(config, start, run, photos):
             say(f"{run.folder}: already trained for {config.train.steps} steps")
+            _write_single_file(config, run)
             return run
         start = whole(run, start)
         check_trainable(config.model.name, config.model.revision, config.model.reading)
@@ -123,6 +125,7 @@ def _run(config: Config, resume: str) -> Run:
                 release_memory()
                 meter.begins("sampling")
                 optional(partial(_sample_result, config, run, device, plan.sample_batch), "pictures of the result")
+            _write_single_file(config, run)
     return run
 
 
@@ -291,6 +294,14 @@ def _sample_trainer(trainer: Trainer, at_once: int, path: Path) -> None:
         _write_grid(trainer.config, pipeline, path, at_once=at_once, inputs=inputs)
     del pipeline
     release_memory()
+
+
+def _write_single_file(config: Config, run: Run) -> None:
+    """The finished model as one file, where that is wished for and not there yet."""
+    path = run.single_file(config.train.steps)
+    if config.output.single_file and not path.exists():
+        export_run(config, run, path)
+        say(f"single file: {path}")
 
 
 def _sample_result(config: Config, run: Run, device: torch.device, at_once: int) -> None:

@@ -29,6 +29,7 @@ _OFFERED = [
     "cache.dir", "precision.compute", "precision.weights", "optimizer.name", "memory.vram",
     "sample.prompts", "sample.guidance", "sample.seeds", "sample.every",
     "checkpoint.minutes", "checkpoint.every", "checkpoint.keep", "output.dir", "output.dtype",
+    "output.single_file",
 ]  # fmt: skip
 _EXAMPLES: dict[str, Any] = {
     "prior.images": "class_images/dog",

@@ -70,7 +70,7 @@ def _is_file(name: str, revision: str | None, reading: Reading) -> bool:
             raise UserError(f"model.revision: {name} is a local file, which has no revisions; remove the key")
         return True
     for key, value in asdict(reading).items():
-        if value:
+        if value and key != "prediction_type":  # which is for every model
             raise UserError(f"model.{key}: {name} is no single file; a folder says it itself: remove the key")
     return False
 

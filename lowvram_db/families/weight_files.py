@@ -21,20 +21,20 @@ _TRANSFORMERS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-_NAMES = {"unet": _DIFFUSERS, "vae": _DIFFUSERS, "text_encoder": _TRANSFORMERS}
 
 
 def weight_files(folder: Path, part: str) -> list[Path]:
-    """The weight files of a model's "unet", "vae" or "text_encoder": one file, the shards that an index names, or what
+    """The weight files of a model's "unet", "vae" or a text encoder: one file, the shards that an index names, or what
     stands for tensors in a model of one file.
 
     Raises UserError when there are none, when a shard is missing, and for what is no weights at all.
     """
     if (folder / part / STAND_IN).is_file():
         return [folder / part / STAND_IN]
-    found = next((folder / part / name for name in _NAMES[part] if (folder / part / name).is_file()), None)
+    names = _TRANSFORMERS if part.startswith("text_encoder") else _DIFFUSERS
+    found = next((folder / part / name for name in names if (folder / part / name).is_file()), None)
     if found is None:
-        single = next(name for name in _NAMES[part] if name.endswith(".safetensors"))
+        single = next(name for name in names if name.endswith(".safetensors"))
         raise UserError(
             f"{folder / part}: no weights there by the name of {single} (other names, *.fp16.* too, are not read); "
             "the model folder is not complete"

@@ -30,6 +30,7 @@ NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+DTYPES = {name: dtype for dtype, name in NAMES.items()}
 _PLACES = {dtype: place for place, dtype in enumerate(NAMES)}
 
 
@@ -56,6 +57,11 @@ def write_tensors(
     planned = {
         name: Planned(kinds[name], tuple(t.shape), partial(tensors.__getitem__, name)) for name, t in tensors.items()
     }
+    return write_planned(path, planned, metadata)
+
+
+def write_planned(path: Path, planned: Mapping[str, Planned], metadata: Mapping[str, str] | None = None) -> int:
+    """The same, of tensors that are read one after the other."""
     head = _header(planned, metadata)
     with path.open("wb") as file:
         file.write(head)

@@ -157,7 +157,7 @@ def _folder(path: Path) -> Report:
     if family is None:
         return Report(path, f"a {pipeline} in diffusers' format", problem="of another kind")
     unet = read_json(path / "unet" / "config.json", "a Stable Diffusion model folder has one")
-    if family == "sd1" and unet.get("cross_attention_dim") == 1024:
+    if family == "sd1" and unet.get("use_linear_projection") is True:
         family = "sd2"
     parts = {part: entries for part in _PARTS if (entries := _entries(path / part))}
     scheduler = path / "scheduler" / "scheduler_config.json"

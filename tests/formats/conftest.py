@@ -191,3 +191,24 @@ def weights() -> Callable[[Path, str], dict[str, torch.Tensor]]:
         return network.state_dict()
 
     return read
+
+
+@pytest.fixture
+def write_folder(tmp_path: Path, letters: Path) -> Callable[..., Path]:
+    """A miniature of a family in diffusers' format."""
+
+    def write(kind: str, name: str = "folder", dtype: torch.dtype = torch.float16, **schedule: Any) -> Path:
+        torch.manual_seed(0)
+        folder = tmp_path / name
+        for part, network in _networks(kind).items():
+            network.to(dtype).save_pretrained(folder / part)
+        for place in ("tokenizer", "tokenizer_2")[: 1 + (kind == "sdxl")]:
+            shutil.copytree(letters, folder / place)
+        (folder / "scheduler").mkdir()
+        for file in ("scheduler/scheduler_config.json", "model_index.json"):
+            packaged = json.loads((known.family_folder(kind) / file).read_text())
+            text = json.dumps(packaged | (schedule if file.startswith("scheduler") else {}))
+            (folder / file).write_text(text)
+        return folder
+
+    return write

@@ -249,6 +249,6 @@ def test_a_file_that_changes_after_it_was_opened_is_named(write_file, opened, we
 
 
 def test_what_is_said_of_a_single_file_means_nothing_to_a_folder(miniature):
-    for key, value in {"ema": True, "vae": "x", "prediction_type": "epsilon", "tokenizer": "x"}.items():
+    for key, value in {"ema": True, "vae": "x", "tokenizer": "x"}.items():
         with pytest.raises(UserError, match=rf"model\.{key}: .* is no single file"):
             find_configs(str(miniature), reading=Reading(**{key: value}))
