@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from full_size import measure, prepare
@@ -26,26 +25,36 @@ from peers import commit_of, python_of
 from torch import Tensor
 
 _ROOT = Path(__file__).parents[1]
+_LOADER = Path(__file__).with_name("compat_load.py")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sd-scripts", type=Path, help="checkout of kohya-ss/sd-scripts")
-    parser.add_argument("--as-program", choices=list(LOADERS), help=argparse.SUPPRESS)
-    parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.as_program:
-        run_loader(options.as_program, json.loads(options.job))
-        return
     model = prepare(_ROOT / "runs" / "sd15-random").parent / "model"
     with tempfile.TemporaryDirectory(dir=model.parent) as place:
         file = Path(place) / "model.safetensors"
         words = ["export", str(model), "--out", str(file), "--dtype", "fp16"]
         seconds, peak, _ = measure(["lowvram-db", *words])
-        report("export to fp16", "-", seconds, peak)
+        report("export to fp16", "-", seconds, peak / 2**30)
+        folder = Path(place) / "folder"
+        measure(["lowvram-db", *words[:2], "--format", "diffusers", "--out", str(folder), "--dtype", "fp16"])
+        for name, words in {"a folder": [str(folder)], "the file": [str(file), str(model / "tokenizer")]}.items():
+            for start in ("first", "second"):
+                seconds, peak = loaded(words)
+                report(f"load all networks from {name}, {start} start", "-", seconds, peak)
         for program, checkout in {"folder": None, "diffusers": None, "sd-scripts": options.sd_scripts}.items():
             if program in ("folder", "diffusers") or checkout:
                 compare(program, checkout, model, file, Path(place))
+
+
+def loaded(words: list[str]) -> tuple[float, float]:
+    """What a start costs up to the denoiser in bf16, the model's digest in it: seconds, and the peak of memory, GiB."""
+    script = Path(__file__).with_name("load_model.py")
+    done = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True, check=True)
+    seconds, peak = done.stdout.split()
+    return float(seconds), float(peak)
 
 
 def compare(program: str, checkout: Path | None, model: Path, file: Path, place: Path) -> None:
@@ -53,7 +62,7 @@ def compare(program: str, checkout: Path | None, model: Path, file: Path, place:
     out = place / f"{program}.pt"
     job = {"file": str(file), "model": str(model), "checkout": str(checkout or ""), "out": str(out)}
     python = python_of(checkout / "train_db.py") if checkout else sys.executable
-    command = [python, __file__, "--as-program", program, "--job", json.dumps(job)]
+    command = [python, str(_LOADER), program, json.dumps(job)]
     began = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     seconds = time.monotonic() - began
@@ -72,59 +81,16 @@ def furthest(one: Tensor, other: Tensor) -> float:
     return ((one - other).abs().max() / other.abs().max()).item()
 
 
-def report(what: str, difference: str, seconds: float, peak: int, checkout: Path | None = None) -> None:
+def report(what: str, difference: str, seconds: float, peak: float, checkout: Path | None = None) -> None:
     row = {
         "what": what + (f" {commit_of(checkout / 'train_db.py')}" if checkout else ""),
         "model": "SD 1.5 shape, random weights, fp16",
         "largest difference of outputs": difference,
         "seconds": f"{seconds:.1f}",
-        "peak_gib": f"{peak / 2**30:.2f}" if peak else "-",
+        "peak_gib": f"{peak:.2f}" if peak else "-",
     }
     add_row("compat", row)
     print(", ".join(f"{key}: {value}" for key, value in row.items()), flush=True)
-
-
-def run_loader(program: str, job: dict[str, Any]) -> None:
-    """In a process of its own: what a program's networks give."""
-    if job["checkout"]:
-        sys.path.insert(0, job["checkout"])
-    unet, text_encoder, vae = (network.float().eval() for network in LOADERS[program](job))
-    generator = torch.Generator().manual_seed(0)
-    latents, context = (torch.randn(shape, generator=generator) for shape in ((1, 4, 32, 32), (1, 77, 768)))
-    tokens = torch.randint(0, 49_000, (1, 77), generator=generator)
-    with torch.no_grad():
-        noise: Any = unet(latents, torch.tensor([500]), context)
-        outputs = {
-            "unet": noise[0] if isinstance(noise, tuple) else noise.sample,
-            "text encoder": text_encoder(tokens).last_hidden_state,
-            "vae": vae.decode(latents).sample,
-        }
-    torch.save(outputs, job["out"])
-
-
-def _folder(job: dict[str, Any]) -> tuple[Any, ...]:
-    from diffusers import StableDiffusionPipeline
-
-    pipeline = StableDiffusionPipeline.from_pretrained(job["model"], torch_dtype=torch.float16)
-    vae = StableDiffusionPipeline.from_pretrained(job["model"], unet=None, text_encoder=None).vae
-    return pipeline.unet, pipeline.text_encoder, vae
-
-
-def _diffusers(job: dict[str, Any]) -> tuple[Any, ...]:
-    from diffusers import StableDiffusionPipeline
-
-    pipeline = StableDiffusionPipeline.from_single_file(job["file"], config=job["model"], local_files_only=True)
-    return pipeline.unet, pipeline.text_encoder, pipeline.vae
-
-
-def _sd_scripts(job: dict[str, Any]) -> tuple[Any, ...]:
-    from library.model_util import load_models_from_stable_diffusion_checkpoint  # type: ignore[import-not-found]
-
-    text_encoder, vae, unet = load_models_from_stable_diffusion_checkpoint(False, job["file"])
-    return unet, text_encoder, vae
-
-
-LOADERS = {"folder": _folder, "diffusers": _diffusers, "sd-scripts": _sd_scripts}
 
 
 if __name__ == "__main__":
