@@ -42,8 +42,8 @@ def main() -> None:
         measure(["lowvram-db", *words[:2], "--format", "diffusers", "--out", str(folder), "--dtype", "fp16"])
         for name, words in {"a folder": [str(folder)], "the file": [str(file), str(model / "tokenizer")]}.items():
             for start in ("first", "second"):
-                seconds, peak = loaded(words)
-                report(f"load all networks from {name}, {start} start", "-", seconds, peak)
+                took, gib = loaded(words)
+                report(f"load all networks from {name}, {start} start", "-", took, gib)
         for program, checkout in {"folder": None, "diffusers": None, "sd-scripts": options.sd_scripts}.items():
             if program in ("folder", "diffusers") or checkout:
                 compare(program, checkout, model, file, Path(place))

@@ -78,7 +78,7 @@ def _trained(run: Run, config: Config, stack: ExitStack) -> Model:
     except UserError as error:
         say(f"{run.folder}: its base model is not there any more ({error}); all is taken out of {run.model}")
         return finished
-    untrained = {part: base.parts[part] for part in finished.parts if same(base.parts[part], finished.parts[part])}
+    untrained = {part: base.parts[part] for part, own in finished.parts.items() if same(base.parts.get(part, {}), own)}
     if "vae" not in untrained:
         say(f"{config.model.name}: is not what {run.folder} was trained on any more; all is taken out of {run.model}")
         return finished
