@@ -23,10 +23,6 @@ class Content:
     ema: bool  # whether it has the UNet's averaged weights, too
     others: list[str]  # keys of what is of no network, averaged weights among them
 
-    def missing(self) -> list[str]:
-        """Networks of its kind that it lacks."""
-        return [part for part in LAYOUTS[self.kind.family or ""] if part not in self.parts]
-
     def averaged(self) -> Places:
         """The UNet's tensors, by where its averaged weights are."""
         return {name: place._replace(key=ema_key(place.key)) for name, place in self.parts["unet"].items()}

@@ -20,7 +20,6 @@ from lowvram_db.formats.layout import LAYOUTS
 from lowvram_db.formats.reading import STAND_IN
 from lowvram_db.formats.tokenizer import Vocabulary, byte_letters, write_tokenizer
 
-FAMILIES = ("sd1", "sd2", "sdxl")
 Shapes = dict[str, tuple[int, ...]]
 _UNETS: dict[str, dict[str, Any]] = {
     "sd1": {
