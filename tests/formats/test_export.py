@@ -13,7 +13,7 @@ from lowvram_db.dreambooth import run_dreambooth
 from lowvram_db.errors import UserError
 from lowvram_db.formats.content import ema_key
 from lowvram_db.formats.export import Format, export, export_run
-from lowvram_db.formats.modelspec import GAP, first_picture
+from lowvram_db.formats.modelspec import first_picture
 from lowvram_db.formats.reading import Reading
 from lowvram_db.run import Run
 from lowvram_db.sampling import draw_grid
@@ -288,6 +288,6 @@ def test_the_first_picture_of_a_sheet(tmp_path):
     rows = [[Image.new("RGB", (64, 64), colour) for colour in row] for row in colours]
     draw_grid(rows, ["one", "two"], ["a", "b"]).save(tmp_path / "sheet.png")
     picture = first_picture(tmp_path / "sheet.png", 64, 2, 2)
-    assert picture.size == (64, 64) and picture.getcolors() == [(64 * 64, (255, 0, 0))] and GAP
+    assert picture.size == (64, 64) and picture.getcolors() == [(64 * 64, (255, 0, 0))]
     assert first_picture(tmp_path / "sheet.png", 640, 2, 2) is None
     assert first_picture(tmp_path / "nowhere.png", 64, 2, 2) is None
