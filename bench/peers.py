@@ -45,14 +45,14 @@ def run_peer(
         folder = prepare(ROOT / "runs" / "sd15-random").parent / "model"
     if emulation(work.compute, torch.device(device)):
         work = replace(work, compute="fp32")
-    recipe = f"{kind} {_commit(script)}".strip()
+    recipe = f"{kind} {commit_of(script)}".strip()
     with tempfile.TemporaryDirectory() as place:
         photos, class_images = _pictures(Path(place))
         words = KINDS[kind](folder, photos, class_images, Path(place), work, steps)
         result = Path(place) / "result.json"
         limit = None if budget is None else max(0, budget - CONTEXT)
         job = {"limit": limit, "device": device, "result": str(result)}
-        command = [_python(script), str(_LAUNCHER), json.dumps(job), str(script.absolute()), *words]
+        command = [python_of(script), str(_LAUNCHER), json.dumps(job), str(script.absolute()), *words]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
         began = time.time()
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=place)
@@ -74,14 +74,14 @@ def _checkout(script: Path) -> list[Path]:
     return folders[: roots[0] + 1] if roots else folders[:1]
 
 
-def _commit(script: Path) -> str:
+def commit_of(script: Path) -> str:
     """Of the checkout, short; empty if it is none."""
     folder = _checkout(script)[-1]
     words = ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]
     return subprocess.run(words, capture_output=True, text=True).stdout.strip() if (folder / ".git").exists() else ""
 
 
-def _python(script: Path) -> str:
+def python_of(script: Path) -> str:
     places = [folder / name / "bin" / "python" for folder in _checkout(script) for name in ("venv", ".venv")]
     return next((str(place) for place in places if place.exists()), sys.executable)
 

@@ -15,6 +15,7 @@ import typer
 
 from lowvram_db.config import DEFAULT_IDENTIFIER, Config, load
 from lowvram_db.errors import DoesNotFit, Interrupted, UserError
+from lowvram_db.formats.reading import Reading
 from lowvram_db.memory import segments
 from lowvram_db.memory.size import parse_size
 from lowvram_db.quiet import hide_loading_bars, quiet_libraries, skip_unneeded
@@ -45,6 +46,12 @@ Overrides = Annotated[
 CacheFolder = Annotated[Path, typer.Argument(metavar="DIR", help="The cache's folder, such as runs/NAME/cache.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]  # read in _leave
 Vram = Annotated[str | None, typer.Option(metavar="SIZE", help="GPU memory to stay inside, e.g. 12GiB.")]
+Prediction = Annotated[
+    str | None, typer.Option(metavar="epsilon|v_prediction", help="What the UNet of a single file predicts.")
+]
+Tokenizer = Annotated[str | None, typer.Option(metavar="FOLDER", help="The tokenizer of a single file.")]
+Vae = Annotated[str | None, typer.Option(metavar="FILE|FOLDER", help="Another VAE for a single file.")]
+Ema = Annotated[bool, typer.Option("--ema", help="Take the averaged weights of a single file that has both.")]
 
 
 @app.command()
@@ -52,7 +59,9 @@ def new(
     name: Annotated[str, typer.Argument(help="Name of the run; writes NAME.toml here.")],
     photos: Annotated[str, typer.Option(help="Folder of 3-6 photos of the subject.")],
     class_noun: Annotated[str, typer.Option("--class", help="What kind of thing it is: dog, teapot, ...")],
-    model: Annotated[str, typer.Option(help="Hub id or local folder of a Stable Diffusion 1.x, 2.x or XL model.")],
+    model: Annotated[
+        str, typer.Option(help="Hub id, folder or single file of a Stable Diffusion 1.x, 2.x or XL model.")
+    ],
     identifier: Annotated[
         str, typer.Option(help="A rare word that will come to mean the subject.")
     ] = DEFAULT_IDENTIFIER,
@@ -114,6 +123,12 @@ def plan(
         raise DoesNotFit(f"{config}: {does_not_fit(made)}")
 
 
+def _reading(prediction_type: str | None, tokenizer: str | None, vae: str | None, ema: bool) -> Reading:
+    if prediction_type not in (None, "epsilon", "v_prediction"):
+        raise UserError(f"--prediction-type {prediction_type}: choose epsilon or v_prediction")
+    return Reading(prediction_type, tokenizer, vae, ema)
+
+
 def _vram_override(vram: str | None) -> list[str]:
     return [] if vram is None else [f"memory.vram={json.dumps(vram)}"]
 
@@ -146,7 +161,7 @@ def _budget(settings: Config) -> int | None:
 
 @app.command()
 def sample(
-    model: Annotated[str, typer.Argument(help="Model folder (such as runs/NAME/model) or hub id.")],
+    model: Annotated[str, typer.Argument(help="Model folder (such as runs/NAME/model), file or hub id.")],
     prompt: Annotated[list[str], typer.Option(help="A row of the grid; may be given several times.")],
     guidance: Annotated[str, typer.Option(help="Guidance scales, with commas between.")] = "7,11",
     seeds: Annotated[int, typer.Option(min=1, help="Pictures a prompt and scale: seeds 0, 1, ...")] = 4,
@@ -154,6 +169,10 @@ def sample(
     resolution: Annotated[int | None, typer.Option(min=8, help="Pixels a side; default: the model's own.")] = None,
     precision: Annotated[Precision, typer.Option(help="Arithmetic of the sampling.")] = Precision.bf16,
     out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("grid.png"),
+    prediction_type: Prediction = None,
+    tokenizer: Tokenizer = None,
+    vae: Vae = None,
+    ema: Ema = False,
     debug: Debug = False,
 ) -> None:
     """Draw a labelled grid: prompts down, guidance scales and seeds across."""
@@ -169,6 +188,7 @@ def sample(
         steps=steps,
         resolution=resolution,
         compute=precision.value,
+        reading=_reading(prediction_type, tokenizer, vae, ema),
     )
     print(f"pictures: {out}")
 
@@ -208,6 +228,49 @@ def verify(folder: CacheFolder, debug: Debug = False) -> None:
     if wrong:
         raise UserError(f"{folder}: damaged ({len(wrong)} found); the next run that uses it makes anew what it needs")
     print(f"{report}\nall whole")
+
+
+@app.command()
+def export(
+    model: Annotated[
+        str, typer.Argument(metavar="RUN|MODEL", help="A run's folder, or a model's folder, file or hub id.")
+    ],
+    out: Annotated[Path, typer.Option(help="File (.safetensors) or folder to write.")],
+    form: Annotated[
+        str, typer.Option("--format", metavar="single-file|diffusers", help="What to write.")
+    ] = "single-file",
+    dtype: Annotated[Precision | None, typer.Option(help="Of UNet and text encoders; default: as they are.")] = None,
+    prediction_type: Prediction = None,
+    tokenizer: Tokenizer = None,
+    vae: Vae = None,
+    ema: Ema = False,
+    debug: Debug = False,
+) -> None:
+    """Write a model as web UIs or as diffusers take it."""
+    from lowvram_db.formats.export import Format, export
+    from lowvram_db.memory.device import DTYPES
+
+    if form not in list(Format):
+        raise UserError(f"--format {form}: choose {' or '.join(Format)}")
+    reading = _reading(prediction_type, tokenizer, vae, ema)
+    export(model, out, Format(form), None if dtype is None else DTYPES[dtype.value], reading)
+    print(f"model: {out}")
+
+
+@app.command()
+def inspect(
+    model: Annotated[
+        Path, typer.Argument(metavar="FILE|FOLDER", help="A single file, or a folder in diffusers' format.")
+    ],
+    whole: Annotated[bool, typer.Option("--hash", help="Read all of a file for the hash that web UIs show.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Tell what a model is, and whether it can be trained; reads no weights."""
+    from lowvram_db.formats.inspect import inspect
+
+    report = inspect(model, whole)
+    for name, text in report.lines():
+        print(f"{name:20}  {' '.join(text.split())}")
 
 
 @app.command()

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from lowvram_db import folder_name, toml_text
 from lowvram_db.errors import UserError
+from lowvram_db.formats.reading import Reading
 from lowvram_db.memory.size import parse_size
 from lowvram_db.optim.kinds import KINDS, Kind, Name
 
@@ -46,11 +47,21 @@ DEFAULT_IDENTIFIER = "ohwx"  # one token of CLIP's vocabulary, and rare
 
 
 class ModelConfig(_Section):
-    name: Place = Field(description="a local folder in diffusers' format, or a hub id")
+    name: Place = Field(description="a local folder in diffusers' format, a single file, or a hub id")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id; default: its main branch")
     prediction_type: Literal["epsilon", "v_prediction"] | None = Field(
-        None, description="epsilon | v_prediction, where the model's scheduler_config.json is wrong about it"
+        None, description="epsilon | v_prediction, where the model's scheduler config is wrong, or a single file silent"
     )
+    tokenizer: Place | None = Field(
+        None, description="folder of the tokenizer of a single file; default: CLIP's own, wherever it is found"
+    )
+    vae: Place | None = Field(None, description="another VAE for a single file: a file or folder")
+    ema: bool = Field(False, description="train the averaged weights of a single file that has both")
+
+    @property
+    def reading(self) -> Reading:
+        """What is said of a single file."""
+        return Reading(self.prediction_type, self.tokenizer, self.vae, self.ema)
 
 
 class SubjectConfig(_Section):
@@ -218,6 +229,8 @@ class OutputConfig(_Section):
     dtype: Literal["fp32", "fp16", "bf16"] = Field(
         "fp16", description="precision of the finished model on disk: fp16 (what web UIs take) | bf16 | fp32"
     )
+
+    single_file: bool = Field(False, description="also write the finished model as one file, as web UIs take it")
 
     @field_validator("name")
     @classmethod

@@ -21,6 +21,7 @@ from lowvram_db.families.base import NO_PROMPT, Family
 from lowvram_db.families.conditioning import Conditioning, collated
 from lowvram_db.families.draw import Drawer
 from lowvram_db.families.prediction import Picture, errors, spoken_instead
+from lowvram_db.formats.export import export_run
 from lowvram_db.memory import driver
 from lowvram_db.memory.budget import budget_for, cap, crowd
 from lowvram_db.memory.device import (
@@ -109,9 +110,10 @@ def _run(config: Config, resume: str) -> Run:
             check_settings(checkpoint.read_state(start), config, start)
         if _finished(config, start, run, photos):
             say(f"{run.folder}: already trained for {config.train.steps} steps")
+            _write_single_file(config, run)
             return run
         start = whole(run, start)
-        check_trainable(config.model.name, config.model.revision)
+        check_trainable(config.model.name, config.model.revision, config.model.reading)
         with Store(_cache_folder(config, run)) as store:
             plan = _plan(config, device)  # from the config files alone: nothing large is downloaded before it fits
             family = _open_family(config)
@@ -126,6 +128,7 @@ def _run(config: Config, resume: str) -> Run:
                 release_memory()
                 sample = partial(_sample_result, config, run, device, plan.sample_batch, meter.begins)
                 optional(sample, "pictures of the result")
+            _write_single_file(config, run)
     return run
 
 
@@ -169,7 +172,7 @@ def _open_family(config: Config) -> Family:
 
 
 def _open(config: Config) -> Family:
-    return open_model(config.model.name, config.model.revision, config.model.prediction_type)
+    return open_model(config.model.name, config.model.revision, config.model.reading)
 
 
 def _finished(config: Config, start: Path | None, run: Run, photos: list[Path]) -> bool:
@@ -347,6 +350,14 @@ def _sample_trainer(trainer: Trainer, at_once: int, path: Path) -> None:
     _write_grid(trainer.config, path, partial(sample_grid, drawer, text=trainer.text))
     del drawer
     release_memory()
+
+
+def _write_single_file(config: Config, run: Run) -> None:
+    """The finished model as one file, where that is wished for and not there yet."""
+    path = run.single_file(config.train.steps)
+    if config.output.single_file and not path.exists():
+        export_run(config, run, path)
+        say(f"single file: {path}")
 
 
 def _sample_result(config: Config, run: Run, device: torch.device, at_once: int, begins: Callable[[str], None]) -> None:

@@ -13,7 +13,10 @@ from lowvram_db import folder_name
 from lowvram_db.atomic import replacing_file
 from lowvram_db.config import known_keys, parse
 from lowvram_db.errors import UserError
+from lowvram_db.families.known import known_configs
+from lowvram_db.formats.inspect import inspect
 from lowvram_db.photos import find_photos, load_photo
+from lowvram_db.progress import say
 
 # What people change, in the order in which they meet it; everything else stays at its default unless it is added.
 _WRITTEN = ["model.name", "subject.photos", "subject.identifier", "subject.class"]
@@ -26,6 +29,7 @@ _OFFERED = [
     "cache.dir", "precision.compute", "precision.weights", "optimizer.name", "memory.vram",
     "sample.prompts", "sample.guidance", "sample.seeds", "sample.every",
     "checkpoint.minutes", "checkpoint.every", "checkpoint.keep", "output.dir", "output.dtype",
+    "output.single_file",
 ]  # fmt: skip
 _EXAMPLES: dict[str, Any] = {
     "prior.images": "class_images/dog",
@@ -47,7 +51,8 @@ def write_config(path: Path, photos: str, class_noun: str, model: str, identifie
         raise UserError(f"NAME: {name!r} {problem}; choose another name")
     if path.exists():
         raise UserError(f"{path}: exists already; choose another name or edit it")
-    text = _toml(path, dict(zip(_WRITTEN, [model, photos, identifier, class_noun], strict=True)))
+    values: dict[str, Any] = dict(zip(_WRITTEN, [model, photos, identifier, class_noun], strict=True))
+    text = _toml(path, values | _what_suits(model))
     parse(text, path)
     for photo in find_photos(Path(photos).expanduser(), "--photos"):
         load_photo(photo)
@@ -61,7 +66,20 @@ def train_command(path: Path) -> str:
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
-def _toml(path: Path, values: dict[str, str]) -> str:
+def _what_suits(model: str) -> dict[str, Any]:
+    """Settings that follow from what a model is, as far as that is known here. What cannot be trained is said."""
+    place = Path(model).expanduser()
+    if not place.exists():
+        configs = known_configs(model)
+        return {"train.resolution": inspect(configs).resolution} if configs else {}
+    report = inspect(place)
+    if report.problem:
+        say(f"--model {model}: {report.kind} cannot be trained as it is: {report.problem}")
+    suits = {"train.resolution": report.resolution, "output.dtype": report.precision}
+    return {key: value for key, value in suits.items() if value is not None and value != "fp64"}
+
+
+def _toml(path: Path, values: dict[str, Any]) -> str:
     fields = known_keys()
     lines = [
         f"# DreamBooth run {path.stem!r}: {train_command(path)}",

@@ -49,7 +49,7 @@ class Run:
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be used as a folder ({error}); change output.dir") from error
         try:
-            remove_leftovers(self.folder, r"config\.toml|plan\.json|metrics\.jsonl|model")
+            remove_leftovers(self.folder, r"config\.toml|plan\.json|metrics\.jsonl|model|.*-\d{6,}\.safetensors")
             remove_leftovers(self.checkpoints, _STEP)
             remove_leftovers(self.samples, rf"{_STEP}\.png")
             yield
@@ -58,6 +58,9 @@ class Run:
 
     def sample_grid(self, step: int) -> Path:
         return self.samples / f"step-{step:06d}.png"
+
+    def single_file(self, step: int) -> Path:
+        return self.folder / f"{self.folder.name}-{step:06d}.safetensors"
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:06d}"

@@ -15,6 +15,7 @@ from lowvram_db.families.base import NO_PROMPT, Family
 from lowvram_db.families.conditioning import Conditioning, collated
 from lowvram_db.families.draw import Drawer, drawer_for
 from lowvram_db.families.text import encoded
+from lowvram_db.formats.reading import AS_IT_IS, Reading
 from lowvram_db.memory.device import pick_device, picture_dtypes
 from lowvram_db.progress import Bar
 
@@ -76,13 +77,14 @@ def sample_model(
     steps: int,
     resolution: int | None,
     compute: str,
+    reading: Reading = AS_IT_IS,
 ) -> None:
-    """Load a model by folder or hub id and write its grid to `out`. Raises UserError where `out` exists already."""
+    """Load a model by folder, file or hub id and write its grid to `out`. Raises UserError where `out` exists."""
     if out.exists():
         raise UserError(f"--out {out}: exists already; choose another name")
     if resolution is not None and resolution % 8:
         raise UserError(f"--resolution {resolution}: not divisible by 8")
-    family, device = open_model(model), pick_device()
+    family, device = open_model(model, reading=reading), pick_device()
     family.check_prompts(prompts)
     grid = grid_of_model(
         family,

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ if not torch.cuda.is_available():
 
 from hypothesis import HealthCheck, settings
 
+from lowvram_db import cli
 from lowvram_db.config import Config
 from lowvram_db.demo.miniature import write_photos, write_pipeline
 from lowvram_db.families import open_model
@@ -140,3 +142,20 @@ def make_config(tmp_path: Path, miniature: Path, photos: Path) -> Callable[..., 
         return Config.model_validate(tree)
 
     return make
+
+
+@pytest.fixture
+def lowvram_db(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., tuple[int, str, str]]:
+    """Run a command line in this process, in an empty folder: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lowvram-db", *map(str, words)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        out, err = capfd.readouterr()
+        return stopped.value.code or 0, out, err
+
+    return run

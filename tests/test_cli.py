@@ -9,21 +9,6 @@ from lowvram_db.config import DEFAULT_IDENTIFIER, load
 
 
 @pytest.fixture
-def lowvram_db(monkeypatch, capfd, tmp_path):
-    """Run a command line in this process, in an empty folder: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["lowvram-db", *map(str, words)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        out, err = capfd.readouterr()
-        return stopped.value.code or 0, out, err
-
-    return run
-
-
-@pytest.fixture
 def toml(make_config, tmp_path):
     path = tmp_path / "ball.toml"
     path.write_text(make_config().to_toml(), encoding="utf-8")

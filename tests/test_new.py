@@ -4,6 +4,8 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from lowvram_db.config import load
 from lowvram_db.errors import UserError
@@ -39,6 +41,18 @@ def test_every_offered_line_is_its_default(photos, tmp_path):
     assert offered.train.model_copy(update=unset) == plain.train
     assert offered.cache.model_copy(update={"dir": None}) == plain.cache
     assert offered.checkpoint.model_copy(update={"every": None}) == plain.checkpoint
+
+
+def test_settings_that_follow_from_what_the_model_is(photos, miniature, tmp_path, capfd):
+    path = tmp_path / "a.toml"
+    write_config(path, str(photos), "dog", str(miniature), "pkblz")
+    assert (load(path).train.resolution, load(path).output.dtype) == (64, "fp32")
+    assert "cannot be trained" not in capfd.readouterr().err
+    write_config(tmp_path / "xl.toml", str(photos), "dog", "stabilityai/stable-diffusion-xl-base-1.0", "pkblz")
+    assert load(tmp_path / "xl.toml").train.resolution == 1024
+    save_file({"lora_unet_mid_block.lora_up.weight": torch.ones(1)}, tmp_path / "lora.safetensors")
+    write_config(tmp_path / "b.toml", str(photos), "dog", str(tmp_path / "lora.safetensors"), "pkblz")
+    assert "a LoRA or another adapter, which changes a model and is none cannot be trained" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

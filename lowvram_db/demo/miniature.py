@@ -4,7 +4,6 @@ Each has every part of a real one, from diffusers' and transformers' own classes
 works from end to end, not what DreamBooth can do.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,8 @@ from diffusers import (
 )
 from PIL import Image, ImageDraw
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from lowvram_db.formats.tokenizer import byte_letters, read_vocabulary, write_vocabulary
 
 MINIATURE_UNET: dict[str, Any] = {
     "sample_size": 8,
@@ -124,26 +125,16 @@ def _text_config(tokenizer: CLIPTokenizer, text: dict[str, Any]) -> CLIPTextConf
 
 def write_classic_tokenizer(folder: Path) -> None:
     """vocab.json and merges.txt beside tokenizer.json, as models on the hub have them, for tools that read those."""
-    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
-    (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+    write_vocabulary(folder, read_vocabulary(folder))
 
 
 def _letter_tokenizer(**special: str) -> CLIPTokenizer:
     """CLIP's tokenizer without a single merge: every byte is a token, and another one at the end of a word."""
-    letters = list(_byte_letters().values())
+    letters = list(byte_letters().values())
     tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(
         vocab={token: number for number, token in enumerate(tokens)}, merges=[], model_max_length=77, **special
     )
-
-
-def _byte_letters() -> dict[int, str]:
-    """GPT-2's printable stand-in for every byte: itself where it prints, else a letter from U+0100 on."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + place) for place, byte in enumerate(others)}
 
 
 def write_photos(folder: Path, count: int = 5, side: int = 96) -> None:

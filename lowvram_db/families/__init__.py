@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowvram_db.errors import UserError
 from lowvram_db.families.source import find_configs, find_model, read_json
+from lowvram_db.formats.reading import AS_IT_IS, Reading
 
 if TYPE_CHECKING:
     from lowvram_db.families.base import Family
@@ -32,20 +33,20 @@ _OTHER_TASKS = {
 }
 
 
-def check_trainable(name: str, revision: str | None = None) -> None:
+def check_trainable(name: str, revision: str | None = None, reading: Reading = AS_IT_IS) -> None:
     """Raise UserError for a model that cannot be trained here, from its config files alone."""
-    _class_for(find_configs(name, revision), _FAMILIES, "trained")
+    _class_for(find_configs(name, revision, reading), _FAMILIES, "trained")
 
 
-def open_model(name: str, revision: str | None = None, prediction_type: str | None = None) -> Family:
+def open_model(name: str, revision: str | None = None, reading: Reading = AS_IT_IS) -> Family:
     """Find a model and check what it is, from its config files alone. Raises UserError naming what does not fit.
 
-    prediction_type: what the denoiser predicts, whatever its scheduler's config says.
+    reading: what is known better than the model's own files know it.
     """
-    configs = find_configs(name, revision)
+    configs = find_configs(name, revision, reading)
     family = _class_for(configs, _FAMILIES, "trained")
-    open_blank(configs, prediction_type)  # before gigabytes are downloaded in vain
-    return family(find_model(name, revision), prediction_type)
+    open_blank(configs, reading.prediction_type)  # before gigabytes are downloaded in vain
+    return family(find_model(name, revision, reading), reading.prediction_type)
 
 
 def open_blank(folder: Path, prediction_type: str | None = None) -> Blank:

@@ -1,4 +1,4 @@
-"""Where a model comes from: a local folder in diffusers' format, or a hub id that is downloaded once."""
+"""Where a model comes from: a local folder in diffusers' format, a single file, or a hub id, downloaded once."""
 
 import contextlib
 import json
@@ -6,6 +6,7 @@ import math
 import re
 import textwrap
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from huggingface_hub.errors import (
 
 from lowvram_db.errors import UserError
 from lowvram_db.families.known import known_configs
+from lowvram_db.formats.reading import AS_IT_IS, Reading
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -36,18 +38,41 @@ _CONFIG_FILES = [pattern for pattern in _WANTED_FILES if pattern.endswith(".json
 _UNWANTED_FILES = ["*.fp16.*", "*non_ema*"]
 
 
-def find_model(name: str, revision: str | None = None) -> Path:
-    """The folder of the model called `name`. Raises UserError when there is none or it cannot be downloaded."""
+def find_model(name: str, revision: str | None = None, reading: Reading = AS_IT_IS) -> Path:
+    """The folder of the model called `name`; of one that is a single file, a folder that stands for it.
+
+    Raises UserError when there is none or it cannot be downloaded, and for a file that is no model to train.
+    """
+    if _is_file(name, revision, reading):
+        from lowvram_db.formats.single_file import as_folder  # heavy, and only wanted here
+
+        return as_folder(_local(name), reading)
     return _find(name, revision, _WANTED_FILES)
 
 
-def find_configs(name: str, revision: str | None = None) -> Path:
+def find_configs(name: str, revision: str | None = None, reading: Reading = AS_IT_IS) -> Path:
     """A folder with the config files of the model called `name`; those of well-known models come with the package.
 
     Raises UserError as find_model does.
     """
+    if _is_file(name, revision, reading):
+        from lowvram_db.formats.single_file import as_configs
+
+        return as_configs(_local(name), reading)
     known = known_configs(name) if revision is None and not _local(name).exists() else None
     return known or _find(name, revision, _CONFIG_FILES)
+
+
+def _is_file(name: str, revision: str | None, reading: Reading) -> bool:
+    """Whether a model is a single file. Raises UserError where what is said of it means nothing to what it is."""
+    if _local(name).is_file():
+        if revision is not None:
+            raise UserError(f"model.revision: {name} is a local file, which has no revisions; remove the key")
+        return True
+    for key, value in asdict(reading).items():
+        if value and key != "prediction_type":  # which is for every model
+            raise UserError(f"model.{key}: {name} is no single file; a folder says it itself: remove the key")
+    return False
 
 
 def _local(name: str) -> Path:
@@ -62,12 +87,8 @@ def _find(name: str, revision: str | None, files: list[str]) -> Path:
         if revision is not None:
             raise UserError(f"model.revision: {name} is a local folder, which has no revisions; remove the key")
         return folder
-    if folder.exists():
-        raise UserError(
-            f"model.name: {name} is a file; a folder in diffusers' format (with model_index.json) is needed"
-        )
     if not _HUB_ID.fullmatch(name):
-        raise UserError(f"model.name: no folder {folder.absolute()}, and {name!r} is not a hub id (owner/name)")
+        raise UserError(f"model.name: no folder or file {folder.absolute()}, and {name!r} is not a hub id (owner/name)")
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=files, ignore_patterns=_UNWANTED_FILES))
     except GatedRepoError as error:

@@ -5,6 +5,8 @@ from typing import Any
 
 from lowvram_db.errors import UserError
 from lowvram_db.families.source import read_json
+from lowvram_db.files.stand_in import refuse_stand_in
+from lowvram_db.formats.reading import STAND_IN
 
 # In the order in which the loaders look: diffusers takes an index before a single file, transformers after it.
 _DIFFUSERS = (
@@ -19,18 +21,16 @@ _TRANSFORMERS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-_STAND_INS = {
-    b"version https://git-lfs": "is a Git LFS pointer, not the content; run `git lfs pull`, or download it again",
-    b"<!doctype html": "is a web page, not the content; download it again",
-    b"<html": "is a web page, not the content; download it again",
-}
 
 
 def weight_files(folder: Path, part: str) -> list[Path]:
-    """The weight files of a model's "unet", "vae" or a text encoder: one file, or the shards that an index names.
+    """The weight files of a model's "unet", "vae" or a text encoder: one file, the shards that an index names, or what
+    stands for tensors in a model of one file.
 
     Raises UserError when there are none, when a shard is missing, and for what is no weights at all.
     """
+    if (folder / part / STAND_IN).is_file():
+        return [folder / part / STAND_IN]
     names = _TRANSFORMERS if part.startswith("text_encoder") else _DIFFUSERS
     found = next((folder / part / name for name in names if (folder / part / name).is_file()), None)
     if found is None:
@@ -43,20 +43,6 @@ def weight_files(folder: Path, part: str) -> list[Path]:
     for file in files:
         refuse_stand_in(file)
     return files
-
-
-def refuse_stand_in(file: Path) -> None:
-    """Raises UserError for a file that only stands where the content should be."""
-    try:
-        with file.open("rb") as opened:
-            head = opened.read(64).lstrip().lower()
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
-    if not head:
-        raise UserError(f"{file}: is empty; download it again")
-    for beginning, meaning in _STAND_INS.items():
-        if head.startswith(beginning):
-            raise UserError(f"{file}: {meaning}")
 
 
 def _shards(index: Path) -> list[Path]:

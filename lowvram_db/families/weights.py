@@ -5,9 +5,6 @@ network in one dtype; a bf16 denoiser whose small tensors stay exact would pass 
 the size it is going to have.
 """
 
-import pickle
-import re
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,14 +17,14 @@ from torch import Tensor, nn
 
 from lowvram_db.errors import UserError
 from lowvram_db.families.source import naming
+from lowvram_db.files.pickled import unpickle
+from lowvram_db.formats.names import CLIP_COUNT, CLIP_PREFIX, FORMERLY
+from lowvram_db.formats.reading import STAND_IN
+from lowvram_db.formats.single_file import file_behind, part_tensors
 
 Narrow = Callable[[Tensor], Tensor]
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-# What the attention of a VAE was called before diffusers 0.17; files of Stable Diffusion 1.x and 2.x have these names.
-_FORMERLY = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-_CLIP_PREFIX = "text_model."  # of every name in a text encoder's file, up to transformers 5
-_CLIP_COUNT = "embeddings.position_ids"  # 0, 1, 2 ...: was kept in files then
 
 
 def read_weights(build: Callable[[], nn.Module], files: list[Path], narrow: Narrow) -> Any:
@@ -39,25 +36,26 @@ def read_weights(build: Callable[[], nn.Module], files: list[Path], narrow: Narr
     with _without_weights():
         network = build().eval()
     shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
-    plain = {name.removeprefix(_CLIP_PREFIX): name for name in shapes}
+    plain = {name.removeprefix(CLIP_PREFIX): name for name in shapes}
     state: dict[str, Tensor] = {}
-    for file in files:
+    for listed in files:
+        file = file_behind(listed) if listed.name == STAND_IN else listed
         with naming(file, "cannot be read; it is damaged, or was not downloaded to its end"):
-            for stored, tensor in _tensors(file):
+            for stored, key, tensor in _tensors(listed):
                 name = _name_now(stored, plain)
                 if name is None:
                     continue
                 if name in state:
-                    raise UserError(f"{file}: has {stored} once more; each tensor belongs into one file")
+                    raise UserError(f"{file}: has {key} once more; each tensor belongs into one file")
                 if name not in shapes:
-                    raise UserError(f"{file}: has a tensor {stored}, which a network of config.json has not")
+                    raise UserError(f"{file}: has a tensor {key}, which a network of config.json has not")
                 if tensor.shape != shapes[name]:
-                    raise UserError(f"{file}: {stored} is {_size(tensor.shape)}, by config.json {_size(shapes[name])}")
-                state[name] = narrow(_exact(file, stored, tensor))
+                    raise UserError(f"{file}: {key} is {_size(tensor.shape)}, by config.json {_size(shapes[name])}")
+                state[name] = narrow(_exact(file, key, tensor))
     missing = shapes.keys() - state.keys()
     if missing:
         raise UserError(
-            f"{files[0]}: has no tensor {min(missing)}, which a network of config.json has"
+            f"{file}: has no tensor {min(missing)}, which a network of config.json has"
             + (f" ({len(missing)} are missing)" if len(missing) > 1 else "")
         )
     network.load_state_dict(state, assign=True)
@@ -77,32 +75,23 @@ def _without_weights() -> Iterator[None]:
         yield
 
 
-def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+def _tensors(file: Path) -> Iterator[tuple[str, str, Tensor]]:
+    """By the format's own names, and by those that the user's file has."""
+    if file.name == STAND_IN:
+        yield from part_tensors(file)
+        return
     if file.suffix == ".safetensors":
         with safe_open(file, framework="pt") as opened:
             names = list(opened.keys())
         for name in names:
             # Opened anew for each: what was read of a mapped file stays in memory until the file is closed.
             with safe_open(file, framework="pt") as opened:
-                yield name, opened.get_tensor(name)
+                yield name, name, opened.get_tensor(name)
         return
-    state = _unpickle(file)
+    state = unpickle(file)
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise UserError(f"{file}: holds other things than tensors by their names")
-    yield from ((str(name), tensor) for name, tensor in state.items())
-
-
-def _unpickle(file: Path) -> Any:
-    """A pickle's tensors; one that wants to run code is not opened."""
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except pickle.UnpicklingError as error:
-        wanted = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
-        if wanted is None:
-            raise
-        raise UserError(
-            f"{file}: a pickle that wants to run {wanted[1]} is not opened; get the model as .safetensors"
-        ) from error
+    yield from ((str(name), str(name), tensor) for name, tensor in state.items())
 
 
 def _name_now(stored: str, plain: dict[str, str]) -> str | None:
@@ -110,11 +99,11 @@ def _name_now(stored: str, plain: dict[str, str]) -> str | None:
 
     plain: the network's names by what they are without CLIP's prefix.
     """
-    name = stored.removeprefix(_CLIP_PREFIX)
-    if name == _CLIP_COUNT and name not in plain:
+    name = stored.removeprefix(CLIP_PREFIX)
+    if name == CLIP_COUNT and name not in plain:
         return None
     if name not in plain:
-        for former, now in _FORMERLY.items():
+        for former, now in FORMERLY.items():
             if name.replace(former, now) in plain:
                 name = name.replace(former, now)
     return plain.get(name, stored)

@@ -15,7 +15,7 @@ def make_plan(config: Config, budget: int | None, explain: bool = False) -> Plan
 
     Raises UserError where the model is not known or its config files are not right.
     """
-    configs = find_configs(config.model.name, config.model.revision)
+    configs = find_configs(config.model.name, config.model.revision, config.model.reading)
     key = remember.key(config, configs, budget, explain)
     plan = remember.recall(key)
     if plan is None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from lowvram_db.atomic import replacing_file
 from lowvram_db.config import Config
+from lowvram_db.files.user_cache import user_cache
 from lowvram_db.memory import segments
 from lowvram_db.plan.result import Plan
 
@@ -21,8 +22,7 @@ _PACKAGE = Path(__file__).parents[1]
 
 def folder() -> Path:
     """Where plans are kept: the user's cache folder. Raises RuntimeError where no home is known."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or Path.home() / ".cache"
-    return Path(base) / "lowvram-db" / "plans"
+    return user_cache() / "plans"
 
 
 def key(config: Config, configs: Path, budget: int | None, explain: bool) -> str:

@@ -15,7 +15,7 @@ from lowvram_db.train.checkpoint import OtherVersion, State
 # are is told by their content.
 MAY_CHANGE = ("train.steps", "sample.", "checkpoint.", "output.", "attention", "kernels",
               "train.gradient_checkpointing", "memory.", "prior.batch", "cache.dir",
-              "model.name", "model.revision", "subject.photos", "prior.images")  # fmt: skip
+              "model.", "subject.photos", "prior.images")  # fmt: skip
 
 
 def choose(run: Run, resume: str) -> Path | None:

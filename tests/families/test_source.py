@@ -14,14 +14,14 @@ def test_a_local_folder_is_taken_as_it_is(tmp_path):
 
 @pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "single-word", "a/b/c", "~/nowhere-at-all"])
 def test_a_name_that_is_neither_folder_nor_hub_id(name):
-    with pytest.raises(UserError, match=r"model\.name: no folder .* is not a hub id"):
+    with pytest.raises(UserError, match=r"model\.name: no folder or file .* is not a hub id"):
         find_model(name)
 
 
-def test_a_single_file_is_refused(tmp_path):
+def test_a_single_file_has_no_revision(tmp_path):
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(UserError, match="is a file; a folder in diffusers' format"):
-        find_model(str(tmp_path / "model.safetensors"))
+    with pytest.raises(UserError, match=r"model\.revision: .* is a local file, which has no revisions"):
+        find_model(str(tmp_path / "model.safetensors"), "main")
 
 
 def test_a_hub_id_without_network_is_said_at_once(monkeypatch):

@@ -1,3 +1,4 @@
+import hashlib
 import subprocess
 import sys
 import tempfile
@@ -8,13 +9,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lowvram_db.files import writer
 from lowvram_db.files.reader import Reader
-from lowvram_db.files.writer import overflowing, write_tensors
+from lowvram_db.files.writer import Planned, overflowing, write_hashed, write_tensors
 
-DTYPES = list(writer._NAMES)
+DTYPES = list(writer.NAMES)
 
 
 def any_tensor(dtype, shape, order):
@@ -59,6 +61,26 @@ def test_floating_point_numbers_are_converted_and_others_are_not(tmp_path, monke
         for name, tensor in tensors.items():
             wanted = tensor.to(dtype) if tensor.is_floating_point() else tensor
             assert file[name].dtype == wanted.dtype and torch.equal(file[name], wanted)
+
+
+def test_a_hashed_file_names_the_sha_256_of_its_tensors_and_reads_them_one_by_one(tmp_path):
+    tensors = {"b": torch.randn(3, 4), "a": torch.arange(5), "none": torch.zeros(0)}
+    read = []
+
+    def planned(name, tensor):
+        return Planned(tensor.dtype, tuple(tensor.shape), lambda: read.append(name) or tensor)
+
+    file = tmp_path / "file"
+    write_hashed(file, {name: planned(name, tensor) for name, tensor in tensors.items()}, {"format": "pt"}, "hash")
+    content = file.read_bytes()
+    behind = 8 + int.from_bytes(content[:8], "little")
+    found = f"0x{hashlib.sha256(content[behind:]).hexdigest()}"
+    assert sorted(read) == sorted(tensors)
+    save_file(tensors, tmp_path / "theirs")
+    theirs = (tmp_path / "theirs").read_bytes()
+    assert content[behind:] == theirs[8 + int.from_bytes(theirs[:8], "little") :]
+    with safe_open(file, framework="pt") as opened:
+        assert opened.metadata() == {"format": "pt", "hash": found}
 
 
 def test_overflowing_counts_tensors_with_numbers_that_a_precision_lacks():

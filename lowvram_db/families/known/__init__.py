@@ -21,6 +21,11 @@ def known_configs(name: str) -> Path | None:
     return Path(__file__).parent / _FOLDERS[name] if name in _FOLDERS else None
 
 
+def family_folder(family: str) -> Path:
+    """The folder of the config files of "sd1", "sd2", "sd2-base" or "sdxl"."""
+    return Path(__file__).parent / family
+
+
 def known_config(name: str, part: str) -> dict[str, Any]:
     """The settings of one part ("unet", "vae", ...) of a well-known model, as its class takes them."""
     config = json.loads((Path(__file__).parent / _FOLDERS[name] / part / "config.json").read_text(encoding="utf-8"))

@@ -1,0 +1,98 @@
+"""A model, or what a run has made of one, written in the form that other programs take."""
+
+from contextlib import ExitStack
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+
+import torch
+
+from lowvram_db.config import Config, load
+from lowvram_db.errors import UserError
+from lowvram_db.formats.inspect import inspect
+from lowvram_db.formats.layout import EMA_PREFIX
+from lowvram_db.formats.modelspec import Subject, describe, first_picture
+from lowvram_db.formats.reading import AS_IT_IS, Reading
+from lowvram_db.formats.stored import Model, open_stored, predicts, same
+from lowvram_db.formats.written import check_place, dtypes_for, write_folder, write_single_file
+from lowvram_db.progress import say
+from lowvram_db.run import Run
+
+
+class Format(StrEnum):
+    single_file = "single-file"
+    diffusers = "diffusers"
+
+
+def export(what: str, out: Path, form: Format, dtype: torch.dtype | None = None, reading: Reading = AS_IT_IS) -> None:
+    """Write a model (its folder, file or hub id), or the model of a run's folder, to `out`.
+
+    dtype: of UNet and text encoders; default: as they are. The VAE keeps its precision. Takes less than 1 GiB of memory
+    for a model of any size. Raises UserError for what is no model, or where `out` exists or does not fit on its disk.
+    """
+    check_place(out, 0)
+    if form is Format.single_file and out.suffix != ".safetensors":
+        raise UserError(f"--out {out}: a single file's name ends in .safetensors")
+    run = Run(Path(what).expanduser())
+    with ExitStack() as stack:
+        if run.config.is_file() and run.model.is_dir():
+            config = load(run.config)
+            model, subject = _trained(run, config, stack), _subject(run, config)
+        else:
+            model, subject = stack.enter_context(open_stored(what, reading, form is Format.diffusers)), None
+            if reading.ema:  # they are the UNet now
+                model = _without_averages(model)
+        _write(model, out, form, dtype, subject)
+
+
+def export_run(config: Config, run: Run, out: Path) -> None:
+    """Write the finished model of a run as a single file."""
+    with ExitStack() as stack:
+        _write(_trained(run, config, stack), out, Format.single_file, None, _subject(run, config))
+
+
+def _write(model: Model, out: Path, form: Format, dtype: torch.dtype | None, subject: Subject | None) -> None:
+    dtypes = dtypes_for(model, dtype)
+    if form is Format.diffusers:
+        write_folder(out, model, dtypes)
+        return
+    prediction, _ = predicts(model.folder)
+    metadata = describe(
+        model.family,
+        prediction,
+        inspect(model.folder).resolution or 0,
+        out.stem,
+        {part: dtypes[part] or next(iter(network.values())).dtype for part, network in model.parts.items()},
+        model.metadata,
+        subject,
+    )
+    write_single_file(out, model, dtypes, metadata)
+
+
+def _trained(run: Run, config: Config, stack: ExitStack) -> Model:
+    """The finished model of a run: what was trained out of model/, the rest out of the base model, which may have it in
+    a finer precision, and may have more than networks."""
+    finished = stack.enter_context(open_stored(str(run.model)))
+    try:
+        base = stack.enter_context(open_stored(config.model.name, config.model.reading))
+    except UserError as error:
+        say(f"{run.folder}: its base model is not there any more ({error}); all is taken out of {run.model}")
+        return finished
+    untrained = {part: base.parts[part] for part, own in finished.parts.items() if same(base.parts.get(part, {}), own)}
+    if "vae" not in untrained:
+        say(f"{config.model.name}: is not what {run.folder} was trained on any more; all is taken out of {run.model}")
+        return finished
+    whole = replace(finished, parts=finished.parts | untrained, metadata=base.metadata, others=base.others)
+    return whole if "unet" in untrained else _without_averages(whole)
+
+
+def _without_averages(model: Model) -> Model:
+    """Averaged weights belong to one UNet, and are of no other."""
+    return replace(model, others={key: one for key, one in model.others.items() if not key.startswith(EMA_PREFIX)})
+
+
+def _subject(run: Run, config: Config) -> Subject:
+    sample = config.sample
+    sheet = run.sample_grid(config.train.steps)
+    rows, columns = len(sample.prompts), len(sample.guidance) * sample.seeds
+    return Subject(config.fill(config.subject.prompts[0]), first_picture(sheet, config.train.resolution, rows, columns))
