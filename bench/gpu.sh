@@ -31,11 +31,11 @@ part train 45 -m lowvram_db train configs/demo.toml --set train.steps=60 --set p
     --set checkpoint.every=20 --set sample.every=30 --set sample.steps=10 --set output.name=gpu
 part step 50 bench/compare.py --model sd15 --checkpointed 0,5,9 --steps 10
 part layout 30 bench/layout.py --model sd15 --steps 10
-part plan 90 bench/plan_accuracy.py --only accuracy
+part plan 80 bench/plan_accuracy.py --only accuracy
 part adam8 30 bench/adam8.py --model sd15
 part noise 20 bench/noise_loss.py
-part caps 85 bench/compare.py --model sd15 --vram 4,6,8,12GiB --steps 5
+part caps 75 bench/compare.py --model sd15 --vram 4,6,8,12GiB --steps 5
 part profile 25 bench/profile_step.py --model sd15
 [[ -z ${PEER:-} ]] || part peer 60 bench/compare.py --recipes classic --checkpointed 9 --steps 10 --peer "$PEER"
-part sdxl 30 bench/compare.py --model sdxl --resolution 1024 --no-prior --recipes ours --checkpointed 7 --steps 5
+part sdxl 60 bench/compare.py --model sdxl --resolution 1024 --recipes ours --vram 8,12,16GiB --steps 5
 report

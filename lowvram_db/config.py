@@ -50,7 +50,7 @@ class ModelConfig(_Section):
     name: Place = Field(description="a local folder in diffusers' format, a single file, or a hub id")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id; default: its main branch")
     prediction_type: Literal["epsilon", "v_prediction"] | None = Field(
-        None, description="epsilon | v_prediction, where the model's scheduler config is wrong, or a single file silent"
+        None, description="epsilon | v_prediction, where the model does not say it, or says it wrongly"
     )
     tokenizer: Place | None = Field(
         None, description="folder of the tokenizer of a single file; default: CLIP's own, wherever it is found"

@@ -209,7 +209,9 @@ def _xformers() -> Line:
     dtype = torch.bfloat16 if _device().type == "cuda" and _bf16().state == "ok" else torch.float32
     failure = preflight("xformers", _device(), dtype)
     if failure:
-        return Line("xFormers", "broken", failure, _reinstall("xFormers"))
+        cuda = (torch.version.cuda or "").replace(".", "")  # PyPI's build is for one release of CUDA
+        index = f"pip install -U xformers --index-url https://download.pytorch.org/whl/cu{cuda}"
+        return Line("xFormers", "broken", f"not needed, but {failure}", index if cuda else _reinstall("xFormers"))
     return Line("xFormers", "ok", f"{_version('xformers')}, forward and backward on {_device().type}")
 
 

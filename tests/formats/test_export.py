@@ -291,3 +291,19 @@ def test_the_first_picture_of_a_sheet(tmp_path):
     assert picture.size == (64, 64) and picture.getcolors() == [(64 * 64, (255, 0, 0))]
     assert first_picture(tmp_path / "sheet.png", 640, 2, 2) is None
     assert first_picture(tmp_path / "nowhere.png", 64, 2, 2) is None
+
+
+@pytest.mark.parametrize("kind", ["sd2", "sdxl"])
+def test_every_family_trains_from_a_file_and_comes_out_as_one(kind, write_file, letters, make_config):
+    def change(tensors):
+        if kind == "sdxl":
+            tensors |= {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+
+    file = write_file(kind, change=change)
+    model = {"name": str(file), "tokenizer": str(letters), "prediction_type": {"sd2": "epsilon"}.get(kind)}
+    output = {"dtype": "fp16", "single_file": True}
+    run = run_dreambooth(make_config(model=model, train={"steps": 1}, prior={"enabled": False}, output=output))
+    written, base = load_file(run.single_file(1)), load_file(file)
+    assert written.keys() == base.keys()
+    changed = {key for key in written if not torch.equal(written[key], base[key])}
+    assert changed and all(key.startswith("model.diffusion_model.") for key in changed)
