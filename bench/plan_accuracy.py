@@ -42,7 +42,7 @@ EVERYWHERE = [
     (SD1, 512, 2, False, "adamw", "fp32", 9),
     (SD1, 512, 1, True, "bnb-adam8", "fp32", 9),
 ]
-PRESETS = ("sd15-8gb", "sd15-12gb", "sdxl-12gb", "sdxl-16gb")
+PRESETS = ("sd15-8gb", "sd15-12gb", "sd15-t4", "sd21-12gb", "sdxl-12gb", "sdxl-16gb", "sdxl-vpred")
 _ROOT = Path(__file__).parents[1]
 
 
