@@ -88,7 +88,7 @@ def test_a_peer_runs_by_the_python_of_its_own_checkout(run_peer, tmp_path):
     assert run_peer(TRAINER)["outcome"] == "ok" and (tmp_path / "called").exists()
 
 
-def test_a_checkout_is_named_by_its_commit_and_searched_up_to_its_root(peers, tmp_path):
+def test_a_checkout_is_named_by_its_commit_and_searched_up_to_its_root(peers, tmp_path, monkeypatch):
     script = tmp_path / "checkout" / "examples" / "train.py"
     script.parent.mkdir(parents=True)
     script.write_text("")
@@ -98,12 +98,15 @@ def test_a_checkout_is_named_by_its_commit_and_searched_up_to_its_root(peers, tm
     (tmp_path / "venv" / "bin").mkdir(parents=True)
     (tmp_path / "venv" / "bin" / "python").write_text("of somebody else")
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
-    assert len(peers._commit(script)) >= 7 and head.startswith(peers._commit(script))
-    assert peers._python(script) == sys.executable
+    monkeypatch.setattr(peers, "ROOT", tmp_path / "checkout")
+    assert peers.commit_of(script) == "", "ours, in which a peer's script may lie, tells nothing of it"
+    monkeypatch.undo()
+    assert len(peers.commit_of(script)) >= 7 and head.startswith(peers.commit_of(script))
+    assert peers.python_of(script) == sys.executable
     own = tmp_path / "checkout" / ".venv" / "bin" / "python"
     own.parent.mkdir(parents=True)
     own.write_text("")
-    assert peers._python(script) == str(own)
+    assert peers.python_of(script) == str(own)
 
 
 def test_a_peer_imports_its_own_modules_also_where_ours_have_the_same_name(run_peer, tmp_path):
