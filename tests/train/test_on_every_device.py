@@ -104,10 +104,14 @@ def test_the_configs_seed_reaches_every_rounding(trainer_on, monkeypatch):
         update(*arguments)
 
     monkeypatch.setattr(adam8, "update_", noting)
-    trainer_on(train={"seed": 7}).train_step()
-    assert len(records) > 20
+    trainer = trainer_on(train={"seed": 7})
+    trainer.train_step()
+    trainer.train_step()
+    first, second = records[: len(records) // 2], records[len(records) // 2 :]
+    assert len(first) > 20
     assert {record[adam8.SEED] for record in records} == {7}
-    assert len({record[adam8.TENSOR] for record in records}) == len(records)
+    assert [{record[adam8.STEP] for record in step} for step in (first, second)] == [{0}, {1}]
+    assert len({record[adam8.TENSOR] for record in first}) == len(first)
 
 
 def test_schedule_and_warm_up_reach_every_step(trainer_on):
