@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -340,6 +341,14 @@ def test_the_allocator_is_capped_at_the_budget_before_anything_is_loaded(make_co
     with pytest.raises(ZeroDivisionError):
         begin(make_config(memory={"vram": "12GiB"}))
     assert done == [("budget of", "12GiB"), ("cap", 2**35, pick_device().type), "loads"]
+
+
+@pytest.mark.parametrize(("device", "free", "said"), [("cuda", 3, True), ("cuda", 5, False), ("cpu", 3, False)])
+def test_little_ram_beside_a_gpu_is_said(monkeypatch, capfd, device, free, said):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=free * 2**30))
+    room._warn_of_little_ram(SimpleNamespace(least_ram_bytes=4 * 2**30), torch.device(device))
+    line = "3.00 GiB of RAM are free, and about 4.00 GiB are wanted; close other programs"
+    assert (line in capfd.readouterr().err) == said
 
 
 def test_a_model_whose_scheduler_says_the_wrong_prediction_is_refused_before_any_picture(make_config, tmp_path, capfd):
