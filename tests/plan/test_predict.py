@@ -3,6 +3,7 @@ import signal
 from itertools import pairwise
 
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -12,6 +13,7 @@ from lowvram_db.families.known import known_configs
 from lowvram_db.memory import trace as trace_room
 from lowvram_db.memory.overheads import CONTEXT, CUBLAS_WORKSPACES, MARGIN
 from lowvram_db.memory.trace import OverLimit, Trace
+from lowvram_db.optim.layout import is_channels_last
 from lowvram_db.plan import predict
 from lowvram_db.plan.reference import tracked_bytes
 from lowvram_db.train.strategy import Strategy, ladder
@@ -187,3 +189,23 @@ def test_packaged_configs_are_of_the_published_size(name, unet, vae, texts):
         assert millions(family.load_vae()) == vae
         assert [millions(encoder) for encoder in family.load_text_encoders().values()] == texts
         assert len(family.checkpoint_blocks(family.load_denoiser())) == family.checkpoint_steps
+
+
+def test_a_gpus_group_norm_keeps_a_contiguous_copy_of_what_lies_channels_last():
+    kept = {}
+    for layout in (torch.contiguous_format, torch.channels_last):
+        with predict.tracing() as trace:
+            x, weight = torch.empty(1, 64, 32, 32).to(memory_format=layout), torch.nn.Parameter(torch.empty(64))
+            before = trace.live
+            y = torch.nn.functional.group_norm(x, 4, weight, torch.empty(64))
+            kept[layout] = trace.live - before
+    assert kept[torch.channels_last] - kept[torch.contiguous_format] == y.nbytes
+
+
+@pytest.mark.parametrize(("optimizer", "last"), [("adam8", True), ("bnb-adam8", False)])
+def test_weights_are_planned_as_they_lie_on_a_gpu(planned, blank, optimizer, last):
+    config = planned(optimizer={"name": optimizer})
+    with predict.tracing(optimizer=optimizer) as trace:
+        learner = predict.blank_learner(config, blank, Strategy(0, 5), trace)
+        weight = learner.denoiser.mid_block.resnets[0].conv1.weight
+        assert is_channels_last(weight) == last
