@@ -4,35 +4,21 @@ import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
-from PIL import Image
 
-from lowvram_db.atomic import creating_folder, free_name, rename, replacing_file
-from lowvram_db.cache import Cached, Framing, Store, catalogue_of, model_digest, precompute
+from lowvram_db.cache import Cached, Store, catalogue_of, model_digest
 from lowvram_db.concept import Concept, check_folders, describe, subject_photos
 from lowvram_db.concept.class_images import class_images
 from lowvram_db.config import Config
+from lowvram_db.encoding import cache_folder, encode_all, encode_text
 from lowvram_db.errors import LESS_MEMORY, DoesNotFit, Interrupted, UserError
 from lowvram_db.families import check_trainable, open_model
-from lowvram_db.families.base import NO_PROMPT, Family
-from lowvram_db.families.conditioning import Conditioning, collated
-from lowvram_db.families.draw import Drawer
-from lowvram_db.families.prediction import Picture, errors, spoken_instead
-from lowvram_db.formats.export import export_run
+from lowvram_db.families.base import Family
 from lowvram_db.memory import driver
 from lowvram_db.memory.budget import budget_for, cap, crowd
-from lowvram_db.memory.device import (
-    DTYPES,
-    compute_dtype,
-    emulation,
-    encoder_dtype,
-    pick_device,
-    picture_dtypes,
-    release_memory,
-)
+from lowvram_db.memory.device import compute_dtype, emulation, pick_device, release_memory
 from lowvram_db.memory.out_of_memory import is_out_of_memory, reason
 from lowvram_db.memory.size import gib
 from lowvram_db.memory.spill import Watch
@@ -41,15 +27,14 @@ from lowvram_db.plan import make_plan
 from lowvram_db.plan.meter import Meter
 from lowvram_db.plan.result import Plan
 from lowvram_db.plan.show import does_not_fit, summary
+from lowvram_db.prediction_check import check_prediction
 from lowvram_db.progress import say
+from lowvram_db.results import sample_result, sample_trainer, save_model, stages, write_single_file
 from lowvram_db.run import Run
-from lowvram_db.sampling import grid_of_model, sample_grid
 from lowvram_db.train import checkpoint
 from lowvram_db.train.batches import Batches
 from lowvram_db.train.loop import Trainer, optional, train
 from lowvram_db.train.resume import check_content, check_settings, choose, whole
-
-_BUCKET_MULTIPLE = 64  # of the sides of buckets, pixels; too coarse for small pictures
 
 
 def run_dreambooth(config: Config, resume: str = "auto") -> Run:
@@ -73,11 +58,11 @@ def build_cache(config: Config) -> Path:
         at_once = None if budget is None else make_plan(config, budget).prior_batch
         cap(budget, device)
         photos = _photos(config, run)
-        with run.locked(), Store(_cache_folder(config, run)) as store:
+        with run.locked(), Store(cache_folder(config, run)) as store:
             family = _open_family(config)
             concept = _concept(config, family, run, photos, store, device, at_once)
             release_memory()
-            _cache(config, family, store, concept, device)
+            encode_all(config, family, store, concept, device)
     return store.folder
 
 
@@ -110,25 +95,25 @@ def _run(config: Config, resume: str) -> Run:
             check_settings(checkpoint.read_state(start), config, start)
         if _finished(config, start, run, photos):
             say(f"{run.folder}: already trained for {config.train.steps} steps")
-            _write_single_file(config, run)
+            write_single_file(config, run)
             return run
         start = whole(run, start)
         check_trainable(config.model.name, config.model.revision, config.model.reading)
-        with Store(_cache_folder(config, run)) as store:
+        with Store(cache_folder(config, run)) as store:
             plan = _plan(config, device)  # from the config files alone: nothing large is downloaded before it fits
             family = _open_family(config)
             run.save_config(config)
             with Watch(device), Meter(plan, run, device) as meter:
                 if start is None:
-                    _check_prediction(config, family, store, photos, device, meter.begins)
+                    check_prediction(config, family, store, photos, device, meter.begins)
                 concept = _concept(config, family, run, photos, store, device, plan.prior_batch, meter.begins)
                 release_memory()
-                cached = _cache(config, family, store, concept, device, meter.begins)
+                cached = encode_all(config, family, store, concept, device, meter.begins)
                 _train(config, family, run, concept, cached, device, start, plan, meter)
                 release_memory()
-                sample = partial(_sample_result, config, run, device, plan.sample_batch, meter.begins)
+                sample = partial(sample_result, config, run, device, plan.sample_batch, meter.begins)
                 optional(sample, "pictures of the result")
-            _write_single_file(config, run)
+            write_single_file(config, run)
     return run
 
 
@@ -154,11 +139,7 @@ def _photos(config: Config, run: Run) -> list[Path]:
     """The subject's photos, found good, in a folder of their own."""
     named = Path(config.prior.images).expanduser() if config.prior.enabled and config.prior.images else None
     check_folders(Path(config.subject.photos).expanduser(), named, run.folder)
-    return subject_photos(config, catalogue_of(_cache_folder(config, run)).is_good)
-
-
-def _cache_folder(config: Config, run: Run) -> Path:
-    return Path(config.cache.dir).expanduser() if config.cache.dir else run.cache
+    return subject_photos(config, catalogue_of(cache_folder(config, run)).is_good)
 
 
 def _open_family(config: Config) -> Family:
@@ -182,7 +163,7 @@ def _finished(config: Config, start: Path | None, run: Run, photos: list[Path]) 
     state = checkpoint.read_state(start)
     if state.step < config.train.steps:
         return False
-    catalogue = catalogue_of(_cache_folder(config, run))
+    catalogue = catalogue_of(cache_folder(config, run))
     present = {"photos": [catalogue.look(photo).digest for photo in photos]}
     with contextlib.suppress(UserError):  # the model may have gone since: nothing needs it any more
         family = _open(config)
@@ -206,80 +187,11 @@ def _concept(
         return describe(config, photos, [])
     folder = Path(config.prior.images).expanduser() if config.prior.images else run.class_images
     base = model_digest(family, store.catalogue)
-    text = partial(_text, config, family, store, device)
+    text = partial(encode_text, config, family, store, device)
     made = class_images(
-        config, family, folder, base, text, device, at_once, store.catalogue.is_good, _stages("class images", begins)
+        config, family, folder, base, text, device, at_once, store.catalogue.is_good, stages("class images", begins)
     )
     return describe(config, photos, made)
-
-
-def _text(config: Config, family: Family, store: Store, device: torch.device, prompts: list[str]) -> Conditioning:
-    """What the model's own text encoders say of prompts: from the store, encoded where it is not there yet."""
-    return _precompute(config, family, store, device, photos=[], prompts=prompts).conditioning(prompts)
-
-
-def _precompute(config: Config, family: Family, store: Store, device: torch.device, **what: Any) -> Cached:
-    train = config.train
-    multiple = _BUCKET_MULTIPLE if train.resolution >= 4 * _BUCKET_MULTIPLE else family.side_multiple
-    framing = Framing(train.resolution, train.crop, train.variants, train.flip, train.seed, multiple)
-    dtype = encoder_dtype(config.cache.precision, config.precision.compute, device)
-    return precompute(family, store, device, framing=framing, dtype=dtype, **what)
-
-
-def _check_prediction(
-    config: Config,
-    family: Family,
-    store: Store,
-    photos: list[Path],
-    device: torch.device,
-    begins: Callable[[str], None],
-) -> None:
-    """See that the base weights predict what the model's scheduler says. Raises UserError where they do not by far,
-    and says so where the user has decided."""
-    prompt, said = config.fill(config.prior.prompt), family.noise_schedule.prediction_type
-    begins("text encoding")
-    _precompute(config, family, store, device, photos=[], prompts=[prompt])
-    begins("latent encoding")
-    cached = _precompute(config, family, store, device, photos=photos, prompts=[prompt])
-    begins("the check of what is predicted")
-    pictures = [
-        Picture(
-            cached.moments(frame.keys[:1]).mean,
-            cached.conditioning([prompt]) | collated([family.view_conditioning(frame.views[0])]),
-        )
-        for frame in cached.photos.values()
-    ]
-    dtype, _ = picture_dtypes(config.precision.compute, device)
-    denoiser = family.load_denoiser(lambda weight: weight.to(dtype)).to(device)
-    read = errors(family, denoiser, pictures, dtype)
-    del denoiser
-    release_memory()
-    if (speaks := spoken_instead(read, said)) is None:
-        return
-    found = f"the weights predict {speaks}, not {said} (errors of {read[speaks]:.2f} and {read[said]:.2f})"
-    if config.model.prediction_type is None:
-        where = family.folder / "scheduler" / "scheduler_config.json"
-        raise UserError(f'{where}: says {said}, but {found}; set model.prediction_type = "{speaks}"')
-    say(f"model.prediction_type: is {said}, but {found}")
-
-
-def _cache(
-    config: Config,
-    family: Family,
-    store: Store,
-    concept: Concept,
-    device: torch.device,
-    begins: Callable[[str], None] = lambda phase: None,
-) -> Cached:
-    """Everything the encoders have to say; conditioning is left out where the text encoders are going to change it."""
-    prompts = [] if config.train.text_encoder else concept.prompts
-    if prompts and config.sample.every:
-        prompts = [*prompts, *map(config.fill, config.sample.prompts), NO_PROMPT]
-    encode = partial(_precompute, config, family, store, device, prompts=prompts)
-    begins("text encoding")  # by itself, to be measured so; from the store afterwards
-    encode(photos=[])
-    begins("latent encoding")
-    return encode(photos=concept.instance_photos, class_photos=concept.class_photos)
 
 
 def _train(
@@ -305,82 +217,6 @@ def _train(
         f"training {sum(parameter.numel() for parameter in trainer.parameters) / 1e6:.1f} M weights on {device}, "
         f"{arithmetic}, attention {trainer.attention}, optimizer {config.optimizer.name}"
     )
-    train(trainer, run, partial(_sample_trainer, trainer, plan.sample_batch), meter.begins)
+    train(trainer, run, partial(sample_trainer, trainer, plan.sample_batch), meter.begins)
     meter.begins("saving")
-    _save_model(trainer, run, began_at)
-
-
-def _save_model(trainer: Trainer, run: Run, began_at: int) -> None:
-    """model/ of the last step; one that an earlier, shorter training left there moves aside."""
-    if run.model.exists():
-        if began_at == trainer.step:
-            return  # it is this step's own: only its pictures are missing
-        rename(run.model, free_name(run.folder / f"model-before-step-{trainer.step:06d}"))
-    dtype = DTYPES[trainer.config.output.dtype]
-    release_memory()
-    trainer.finish()
-    release_memory()
-    with creating_folder(run.model) as temporary:
-        trainer.family.save(temporary, dtype, _written(trainer, run), **trainer.modules)
-
-
-def _written(trainer: Trainer, run: Run) -> dict[str, Path]:
-    """Files of the last step's checkpoint that hold what the finished model's would."""
-    if trainer.config.weights != trainer.config.output.dtype:
-        return {}
-    whole = (
-        part
-        for part, network in trainer.modules.items()
-        if all(f"{part}.{name}" in trainer.trained for name in network.state_dict())
-    )
-    return {part: run.checkpoint(trainer.step) / f"{part}.safetensors" for part in whole}
-
-
-def _sample_trainer(trainer: Trainer, at_once: int, path: Path) -> None:
-    """The sample grid of a model in training: its own networks, the cached conditioning, a VAE for the moment."""
-    drawer = Drawer(
-        trainer.family,
-        trainer.denoiser,
-        trainer.device,
-        trainer.activations,
-        at_once,
-        decoding=trainer.dtype,
-        autocast=trainer.autocast,
-    )
-    _write_grid(trainer.config, path, partial(sample_grid, drawer, text=trainer.text))
-    del drawer
-    release_memory()
-
-
-def _write_single_file(config: Config, run: Run) -> None:
-    """The finished model as one file, where that is wished for and not there yet."""
-    path = run.single_file(config.train.steps)
-    if config.output.single_file and not path.exists():
-        export_run(config, run, path)
-        say(f"single file: {path}")
-
-
-def _sample_result(config: Config, run: Run, device: torch.device, at_once: int, begins: Callable[[str], None]) -> None:
-    """The sample grid of model/, drawn by what stands on the disk."""
-    family = open_model(str(run.model))
-    compute, told = config.precision.compute, _stages("sampling", begins)
-    draw = partial(grid_of_model, family, compute=compute, device=device, at_once=at_once, begins=told)
-    _write_grid(config, run.sample_grid(config.train.steps), draw)
-
-
-def _stages(what: str, begins: Callable[[str], None]) -> Callable[[str], None]:
-    """Tells of the stages of drawing as of the plan's phases."""
-    return lambda stage: begins(f"{what}, {stage}")
-
-
-def _write_grid(config: Config, path: Path, draw: Callable[..., Image.Image]) -> None:
-    sample = config.sample
-    grid = draw(
-        prompts=[config.fill(prompt) for prompt in sample.prompts],
-        guidance=sample.guidance,
-        seeds=sample.seeds,
-        steps=sample.steps,
-        resolution=config.train.resolution,
-    )
-    with replacing_file(path) as temporary:
-        grid.save(temporary, format="PNG")
+    save_model(trainer, run, began_at)

@@ -20,7 +20,7 @@ def hold(path: Path, timeout: float = 0.0) -> BaseFileLock | None:
             lock.acquire()
     except Timeout:
         raise
-    except NotImplementedError:
+    except NotImplementedError:  # older filelocks say ENOSYS so
         return None
     except OSError as error:
         if error.errno in _NOT_OFFERED:

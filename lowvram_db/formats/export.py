@@ -36,10 +36,15 @@ def export(what: str, out: Path, form: Format, dtype: torch.dtype | None = None,
     run = Run(Path(what).expanduser())
     with ExitStack() as stack:
         if run.config.is_file() and run.model.is_dir():
+            if reading != AS_IT_IS:
+                raise UserError(f"{what}: is a run, which knows how its model is read; leave those options out")
             config = load(run.config)
             model, subject = _trained(run, config, stack), _subject(run, config)
         else:
             model, subject = stack.enter_context(open_stored(what, reading, form is Format.diffusers)), None
+            if (wanted := reading.prediction_type) not in (None, said := predicts(model.folder)[0]):
+                where = model.folder / "scheduler" / "scheduler_config.json"
+                raise UserError(f"--prediction-type {wanted}: {where} says {said}; change it there")
             if reading.ema:  # they are the UNet now
                 model = _without_averages(model)
         _write(model, out, form, dtype, subject)

@@ -1,5 +1,6 @@
 import base64
 import io
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,8 +25,10 @@ KINDS = list(PIPELINES)
 EPSILON = Reading(prediction_type="epsilon")
 
 
-def single(model, out, dtype=None, reading=EPSILON):
-    export(str(model), out, Format.single_file, dtype, reading)
+def single(model, out, dtype=None, reading=None):
+    """Written as one file; of one that does not say so by itself, epsilon is."""
+    said = EPSILON if Path(model).is_file() else Reading()
+    export(str(model), out, Format.single_file, dtype, reading or said)
     return load_file(out)
 
 
@@ -53,16 +56,20 @@ def tensors_of(folder):
     }
 
 
+def with_averages_and_a_fine_vae(tensors):
+    for key in list(tensors):
+        if key.startswith(VAE):
+            tensors[key] = tensors[key].float()
+        if key.startswith("model.diffusion_model."):
+            tensors[ema_key(key)] = tensors[key] + 1
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_file_comes_out_as_it_went_in(kind, write_file, tmp_path):
     """With all that it has beside its networks, bit for bit."""
 
     def change(tensors):
-        for key in list(tensors):
-            if key.startswith(VAE):
-                tensors[key] = tensors[key].float()
-            if key.startswith("model.diffusion_model."):
-                tensors[ema_key(key)] = tensors[key] + 1
+        with_averages_and_a_fine_vae(tensors)
         tensors |= {"alphas_cumprod": torch.rand(9), "made.up": torch.arange(3), "model_ema.decay": torch.tensor(0.9)}
 
     file = write_file(kind, dtype=torch.bfloat16, change=change, metadata={"ss_steps": "3", "modelspec.title": "mine"})
@@ -237,11 +244,7 @@ def test_nothing_is_overwritten_and_a_small_disk_is_seen_before(write_file, tmp_
 
 def test_a_run_is_written_with_what_it_was_taught(write_file, letters, make_config, tmp_path):
     def change(tensors):
-        for key in list(tensors):
-            if key.startswith(VAE):
-                tensors[key] = tensors[key].float()
-            if key.startswith("model.diffusion_model."):
-                tensors[ema_key(key)] = tensors[key] + 1
+        with_averages_and_a_fine_vae(tensors)
         tensors["made.up"] = torch.arange(3)
 
     file = write_file(change=change, metadata={"modelspec.license": "CC0", "ss_steps": "3"})
@@ -307,3 +310,16 @@ def test_every_family_trains_from_a_file_and_comes_out_as_one(kind, write_file, 
     assert written.keys() == base.keys()
     changed = {key for key in written if not torch.equal(written[key], base[key])}
     assert changed and all(key.startswith("model.diffusion_model.") for key in changed)
+
+
+def test_what_is_said_of_a_single_file_is_refused_for_what_is_none(write_folder, tmp_path):
+    folder, speaks = write_folder("sd1"), Reading(prediction_type="v_prediction")
+    with pytest.raises(UserError, match=r"--prediction-type v_prediction: .*scheduler_config.json says epsilon"):
+        export(str(folder), tmp_path / "out.safetensors", Format.single_file, reading=speaks)
+    run = tmp_path / "run"
+    (run / "model").mkdir(parents=True)
+    (run / "config.toml").touch()
+    for reading in (speaks, Reading(ema=True), Reading(vae="x"), Reading(tokenizer="x")):
+        with pytest.raises(UserError, match=r"run: is a run, which knows how its model is read; leave those options"):
+            export(str(run), tmp_path / "out.safetensors", Format.single_file, reading=reading)
+    assert not (tmp_path / "out.safetensors").exists()

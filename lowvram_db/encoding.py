@@ -1,0 +1,55 @@
+"""What a run's encoders say, by its settings: from its cache, encoded where it is not there yet."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowvram_db.cache import Cached, Framing, Store, precompute
+from lowvram_db.concept import Concept
+from lowvram_db.config import Config
+from lowvram_db.families.base import NO_PROMPT, Family
+from lowvram_db.families.conditioning import Conditioning
+from lowvram_db.memory.device import encoder_dtype
+from lowvram_db.run import Run
+
+_BUCKET_MULTIPLE = 64  # of the sides of buckets, pixels; too coarse for small pictures
+
+
+def cache_folder(config: Config, run: Run) -> Path:
+    return Path(config.cache.dir).expanduser() if config.cache.dir else run.cache
+
+
+def encode_all(
+    config: Config,
+    family: Family,
+    store: Store,
+    concept: Concept,
+    device: torch.device,
+    begins: Callable[[str], None] = lambda phase: None,
+) -> Cached:
+    """Everything the encoders have to say; conditioning is left out where the text encoders are going to change it."""
+    prompts = [] if config.train.text_encoder else concept.prompts
+    if prompts and config.sample.every:
+        prompts = [*prompts, *map(config.fill, config.sample.prompts), NO_PROMPT]
+    encoded = partial(encode, config, family, store, device, prompts=prompts)
+    begins("text encoding")  # by itself, to be measured so; from the store afterwards
+    encoded(photos=[])
+    begins("latent encoding")
+    return encoded(photos=concept.instance_photos, class_photos=concept.class_photos)
+
+
+def encode_text(config: Config, family: Family, store: Store, device: torch.device, prompts: list[str]) -> Conditioning:
+    """What the model's own text encoders say of prompts: from the store, encoded where it is not there yet."""
+    return encode(config, family, store, device, photos=[], prompts=prompts).conditioning(prompts)
+
+
+def encode(config: Config, family: Family, store: Store, device: torch.device, **what: Any) -> Cached:
+    """what: photos, class photos and prompts."""
+    train = config.train
+    multiple = _BUCKET_MULTIPLE if train.resolution >= 4 * _BUCKET_MULTIPLE else family.side_multiple
+    framing = Framing(train.resolution, train.crop, train.variants, train.flip, train.seed, multiple)
+    dtype = encoder_dtype(config.cache.precision, config.precision.compute, device)
+    return precompute(family, store, device, framing=framing, dtype=dtype, **what)
