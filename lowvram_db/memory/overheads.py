@@ -1,7 +1,8 @@
 """What a GPU needs beside the tensors that a trace sees, as constants with their source.
 
 Beside the rows of bench/results/plan_accuracy.csv from an H200, the one GPU that this project has measured on, what is
-said here leaves 0.07% unexplained for Stable Diffusion 1.5 and 0.11% for SDXL (`--only again`). CONTEXT is other people's reading.
+said here leaves 0.07% unexplained for Stable Diffusion 1.5 and 0.11% for SDXL (`--only again`). CONTEXT is other
+people's reading.
 """
 
 import functools
