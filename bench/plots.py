@@ -1,6 +1,6 @@
-"""Pictures and the README's table out of compare.csv and growth.csv: `python bench/plots.py` (wants matplotlib).
+"""Pictures, and docs/measured.md's table, of compare.csv and growth.csv: `python bench/plots.py` (wants matplotlib).
 
-Of every kind of run the latest row counts. The table is written into README.md between its two marks, never by hand.
+Of every kind of run the latest row counts. The table is written into the page between its two marks, never by hand.
 """
 
 import argparse
@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 from machine import RESULTS
 from matplotlib import pyplot
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "measured.md"
 _MARKS = "<!-- bench/plots.py: compare -->", "<!-- end -->"
 _WORK = "machine", "device", "model", "resolution", "batch", "compute"  # what runs must share to be compared
 Row = dict[str, str]
@@ -61,13 +61,13 @@ def write_table(runs: list[Row]) -> None:
         lines.append(f"| {work} | {row['recipe']} | {said}{mark} | {' | '.join(figures)} |")
     if free:
         stamps = sorted({row["commit"] for row in free})
-        lines += ["", f"From [bench/results/compare.csv](bench/results/compare.csv), commits {', '.join(stamps)}."]
-    text, (begin, end) = README.read_text(encoding="utf-8"), _MARKS
+        lines += ["", f"From [bench/results/compare.csv](../bench/results/compare.csv), commits {', '.join(stamps)}."]
+    text, (begin, end) = PAGE.read_text(encoding="utf-8"), _MARKS
     if begin not in text:
-        raise SystemExit(f"{README}: has no line {begin}")
+        raise SystemExit(f"{PAGE}: has no line {begin}")
     body = "\n".join(["", *lines, ""])
     pattern = re.escape(begin) + ".*?" + re.escape(end)
-    README.write_text(re.sub(pattern, lambda _: begin + "\n" + body + "\n" + end, text, flags=re.S), encoding="utf-8")
+    PAGE.write_text(re.sub(pattern, lambda _: begin + "\n" + body + "\n" + end, text, flags=re.S), encoding="utf-8")
 
 
 def _memory(row: Row) -> str:
