@@ -231,16 +231,28 @@ def test_pictures_on_the_way_are_those_of_the_weights(make_config, sections):
 
 @pytest.mark.parametrize("stop", [None, 2])
 def test_the_saved_model_is_the_average_and_the_checkpoint_has_both(make_config, stop):
-    settings = {"train": {"ema": 0.9, "lr": 1e-3}, "text_encoder": {"train": True, "stop": stop}}
-    run = run_dreambooth(make_config(**settings))
-    files = {path.stem: load_file(path) for path in run.checkpoint(4).glob("*.safetensors")}
+    """Text encoders that have stopped are what a run of so many steps would have made of them."""
+
+    def run(name, steps, **text):
+        train = {"ema": 0.9, "lr": 1e-3, "steps": steps}
+        return run_dreambooth(make_config(train=train, text_encoder={"train": True, **text}, output={"name": name}))
+
+    def text_of(run):
+        return load_file(run.model / "text_encoder" / "model.safetensors")
+
+    longer = run("longer", 4, stop=stop)
+    files = {path.stem: load_file(path) for path in longer.checkpoint(4).glob("*.safetensors")}
+    assert {int(name.partition("/")[0]) for name in files["optimizer"]} == set(
+        range(len(files["unet"]) + len(files.get("text_encoder", {})))
+    )
     average = files["ema"] | files.get("frozen", {})
-    saved = {f"unet.{name}": tensor for name, tensor in unet_of(run).items()}
-    text = load_file(run.model / "text_encoder" / "model.safetensors")
-    saved |= {f"text_encoder.{name}": tensor for name, tensor in text.items()}
+    saved = {f"unet.{name}": tensor for name, tensor in unet_of(longer).items()}
+    saved |= {f"text_encoder.{name}": tensor for name, tensor in text_of(longer).items()}
     assert saved.keys() == average.keys()
     assert all(torch.equal(saved[name], tensor) for name, tensor in average.items())
     assert not all(torch.equal(saved[f"unet.{name}"], tensor) for name, tensor in files["unet"].items())
+    as_stopped = text_of(run("shorter", 2))
+    assert all(torch.equal(tensor, as_stopped[name]) for name, tensor in text_of(longer).items()) == (stop is not None)
 
 
 def test_sampling_on_the_way_changes_nothing(make_config):

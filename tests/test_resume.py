@@ -178,7 +178,6 @@ def test_text_encoders_resume_too_and_where_they_stop(config_of, processes):
 
 STAGES = {
     "SD 1, bnb-adam8": (write_pipeline, {"optimizer": {"name": "bnb-adam8"}}),
-    "SD 1, adam8, average": (write_pipeline, {"train": {"ema": 0.9}}),
     "SDXL, adam8 with residuals, average": (
         write_sdxl,
         {"train": {"ema": 0.9}, "precision": {"compute": "bf16", "weights": "bf16+residual"}},
