@@ -38,7 +38,7 @@ from lowvram_db.train.metrics import Metrics
 from lowvram_db.train.outcome import Numbers, Outcome
 from lowvram_db.train.saving import Saver
 from lowvram_db.train.strategy import Strategy, ladder, without_budget
-from lowvram_db.train.trained import denoisers, load_networks, stage_end, steps_of, trains_text
+from lowvram_db.train.trained import denoisers, idle, load_networks, stage_end, steps_of, trains_text
 
 
 class Trainer(Learner):
@@ -57,6 +57,7 @@ class Trainer(Learner):
         been done, of a checkpoint that is going to be restored; where the text encoders were trained before it and are
         no more, the family is the one that has what came of it."""
         networks = load_networks(config, family, step)
+        self._idle = {weight: weight.data for weight in idle(family, networks)}  # before they are rounded
         try:
             kernels = implementation(config.kernels, device)
         except RuntimeError as error:
@@ -174,6 +175,8 @@ class Trainer(Learner):
             self.optimizer.finish()
         if self.average:
             self.average.replace()
+        for weight, exact in self._idle.items():
+            weight.data = exact
 
     def _exact(self, weight: nn.Parameter) -> Tensor:
         return self.optimizer.exact(weight) if isinstance(self.optimizer, StepsInBackward) else weight.detach()

@@ -47,6 +47,12 @@ def trained(family: Architecture, networks: dict[str, Any]) -> Trained:
     }
 
 
+def idle(family: Architecture, networks: dict[str, Any]) -> list[nn.Parameter]:
+    """What they hold beside it, as layers that nobody listens to; they are gone through all the same."""
+    listened_to = set(trained(family, networks).values())
+    return [weight for network in networks.values() for weight in network.parameters() if weight not in listened_to]
+
+
 def denoisers(family: Architecture, everything: Trained) -> Trained:
     """What is trained of the denoiser alone: the first of everything."""
     return {name: weight for name, weight in everything.items() if name.startswith(f"{family.denoiser_part}.")}

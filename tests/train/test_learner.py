@@ -171,6 +171,24 @@ def networks(model):
 
 
 @pytest.mark.parametrize("compute", ["bf16", "fp16"])
+def test_a_layer_nobody_listens_to_computes_as_the_others_do_and_is_saved_as_it_was(
+    make_config, make_trainer, tmp_path, halves_are_native, compute
+):
+    """The last one of SDXL's first text encoder."""
+    halves_are_native(True)
+    write_sdxl(tmp_path / "model")
+    model, text = {"name": str(tmp_path / "model")}, {"train": True}
+    trainer = make_trainer(make_config(model=model, text_encoder=text, precision={"compute": compute}))
+    before = trainer.family.load_text_encoders()["text_encoder"].state_dict()
+    trainer.train_step()
+    trainer.finish()
+    after = trainer.modules["text_encoder"].state_dict()
+    idle = before.keys() - {name.removeprefix("text_encoder.") for name in trainer.trained}
+    assert any("layers." in name for name in idle)
+    assert all(torch.equal(after[name], before[name]) for name in idle)
+
+
+@pytest.mark.parametrize("compute", ["bf16", "fp16"])
 def test_sizes_arrive_as_they_are_in_half_precision(
     make_config, make_trainer, tmp_path, odd_photos, halves_are_native, compute
 ):
