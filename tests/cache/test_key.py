@@ -2,12 +2,14 @@ import hashlib
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torch import nn
 
 from lowvram_db.cache import View, key
-from lowvram_db.cache.key import encoder_digest, latent_key, pixels_digest, text_key
+from lowvram_db.cache.key import encoder_digest, latent_key, pixels_digest, text_key, weights_digest
 
 PHOTO = (96, 96)
 VIEW = View(PHOTO, (64, 64), (0.0, 0.0, 96.0, 96.0))
@@ -56,6 +58,29 @@ def test_an_encoder_is_its_files_names_and_contents_in_order():
         for files in ([("a", "1"), ("b", "2")], [("b", "2"), ("a", "1")], [("a", "1")], [("a", "12"), ("b", "")])
     }
     assert len(digests) == 4
+
+
+WEIGHT = torch.arange(24.0).view(2, 3, 2, 2)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"a": WEIGHT, "c": WEIGHT},
+        {"a": WEIGHT},
+        {"a": WEIGHT, "b": WEIGHT.bfloat16()},
+        {"a": WEIGHT, "b": WEIGHT.view(3, 2, 2, 2)},
+        {"a": WEIGHT, "b": WEIGHT.flip(0)},
+        {"a": WEIGHT, "b": torch.nextafter(WEIGHT, torch.tensor(99.0))},
+    ],
+)
+def test_weights_are_their_names_dtypes_shapes_and_numbers(other):
+    assert weights_digest(other) != weights_digest({"a": WEIGHT, "b": WEIGHT})
+
+
+def test_how_weights_lie_in_memory_and_in_which_order_they_are_named_is_nothing():
+    last = WEIGHT.to(memory_format=torch.channels_last)
+    assert weights_digest({"b": last, "a": nn.Parameter(WEIGHT)}) == weights_digest({"a": WEIGHT, "b": WEIGHT})
 
 
 def test_pixels_are_their_values_and_shape():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from lowvram_db.cache import Framing, Store, View, catalogue, precompute
 from lowvram_db.cache.encoder import ImageEncoder
@@ -276,6 +276,33 @@ def test_another_encoder_is_another_key(counting, photo_files, build, edited_mod
     changed = type(counting)(edited_model(part, last_bit))
     build(changed, photo_files, PROMPTS)
     assert changed.counts() == counts
+
+
+def test_trained_text_encoders_share_no_entry_with_others(counting, build, tmp_path):
+    """What is cached of them is what transformers' own encoder says with their weights."""
+    untrained = build(counting, [], PROMPTS)
+    weights = counting.load_text_encoders()["text_encoder"].state_dict()
+    tuned = {f"text_encoder.{name}": 1.01 * weight for name, weight in weights.items()}
+    once_more = {**tuned, "text_encoder.final_layer_norm.bias": tuned["text_encoder.final_layer_norm.bias"] + 1e-6}
+    half = {name: weight.bfloat16() for name, weight in tuned.items()}
+    keys = set(untrained.prompts.values())
+    for trained in (tuned, once_more, half):
+        family = type(counting)(counting.family.with_tuned(trained))
+        cached = build(family, [], PROMPTS)
+        assert family.counts() == (0, 2)
+        assert not keys & set(cached.prompts.values())
+        keys |= set(cached.prompts.values())
+        encoder = CLIPTextModel.from_pretrained(counting.family.folder / "text_encoder")
+        encoder.load_state_dict({name.removeprefix("text_encoder."): tensor for name, tensor in trained.items()})
+        tokenizer = CLIPTokenizer.from_pretrained(counting.family.folder / "tokenizer")
+        tokens = tokenizer(PROMPTS, padding="max_length", max_length=77, return_tensors="pt").input_ids
+        with Store(cached.store.folder) as store, torch.no_grad():
+            text = store.stack([cached.prompts[prompt] for prompt in PROMPTS])["text"]
+            torch.testing.assert_close(text, encoder(tokens).last_hidden_state, rtol=1e-5, atol=1e-6)
+    again = type(counting)(counting.family.with_tuned({name: tensor.clone() for name, tensor in tuned.items()}))
+    build(again, [], PROMPTS)
+    build(counting, [], PROMPTS)
+    assert again.counts() == (0, 0) and counting.counts() == (0, 2), "only the untrained ones, and those once"
 
 
 def test_weights_are_digested_once(counting, photo_files, build, monkeypatch):

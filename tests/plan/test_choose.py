@@ -12,7 +12,7 @@ from lowvram_db.memory.trace import OverLimit
 from lowvram_db.plan import predict
 from lowvram_db.plan.choose import _advice, _training, choose
 from lowvram_db.plan.result import Phase, Plan
-from lowvram_db.plan.show import show
+from lowvram_db.plan.show import ram, show
 from lowvram_db.train.strategy import ladder
 
 SMALL = {"prior": {"batch": 1}, "train": {"resolution": 128, "batch": 4}}
@@ -124,7 +124,10 @@ def test_advice_that_is_followed_helps(planned, blank):
         ({"optimizer": {"name": "adafactor"}}, []),
         ({"optimizer": {"beta1": 0.8}}, []),
         ({"train": {"accumulate": 2}}, []),
-        ({"train": {"text_encoder": True, "batch": 2}}, ["train.batch = 1", "train.text_encoder = false"]),
+        (
+            {"train": {"batch": 2}, "text_encoder": {"train": True}},
+            ["train.batch = 1", "text_encoder.train = false"],
+        ),
     ],
 )
 def test_advice_is_written_as_the_config_takes_it_and_names_nothing_that_is_so_already(
@@ -190,11 +193,11 @@ def test_phases_are_all_there_in_order(planned, blank):
         "class images, denoising", "class images, decoding", "text encoding", "latent encoding",
         "first step", "steady step", "sampling on the way", "saving", "sampling, denoising", "sampling, decoding",
     ]  # fmt: skip
-    config = planned(train={"resolution": 64, "text_encoder": True}, prior={"enabled": False})
+    config = planned(train={"resolution": 64}, text_encoder={"train": True, "stop": 9}, prior={"enabled": False})
     names = [phase.name for phase in choose(config, blank, None).phases]
     assert names == [
-        "text encoding", "latent encoding", "first step", "steady step", "saving",
-        "sampling, denoising", "sampling, decoding",
+        "text encoding", "latent encoding", "first step", "steady step", "first step, frozen text",
+        "steady step, frozen text", "saving", "sampling, denoising", "sampling, decoding",
     ]  # fmt: skip
 
 
@@ -205,6 +208,39 @@ def test_host_memory_holds_what_a_checkpoint_copies_or_the_largest_network(plann
     assert plan.ram_bytes - base == pytest.approx(3 * weights, rel=0.05), "weights and two moments in float32"
     loaded = max(phase.components["weights"] for phase in plan.phases)
     assert plan.least_ram_bytes - base == loaded >= weights
+
+
+def test_text_encoders_that_have_stopped_take_nothing_any_more(planned, blank):
+    """Both stages are there; the first, which needs more, says what a run needs."""
+    stops, to_the_end, never = (
+        choose(planned(train={"resolution": 64}, prior={"enabled": False}, text_encoder=text), blank, None)
+        for text in ({"train": True, "stop": 9}, {"train": True}, {})
+    )
+    of = [{phase.name: phase for phase in plan.phases} for plan in (stops, to_the_end, never)]
+    for step in ("first step", "steady step"):
+        assert of[0][step] == of[1][step]
+        assert of[0][f"{step}, frozen text"] == replace(of[2][step], name=f"{step}, frozen text")
+        assert of[1][step].peak_bytes > of[2][step].peak_bytes
+    assert (stops.strategy, stops.ram_bytes) == (to_the_end.strategy, to_the_end.ram_bytes)
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_an_average_takes_four_bytes_a_weight_of_ram_and_none_of_the_card(planned, blank, every):
+    """And the weights beside it, where it is drawn on the way."""
+    sections = {"text_encoder": {"train": True}, "prior": {"enabled": False}, "sample": {"every": every}}
+    plain, averaged = (
+        choose(planned(**sections, train={"resolution": 64, "ema": ema}, optimizer={"name": "adamw"}), blank, None)
+        for ema in (None, 0.999)
+    )
+    networks = [blank.load_denoiser(), *blank.load_text_encoders().values()]
+    weights = sum(p.numel() for network in networks for p in network.parameters()) * 4
+    assert averaged.average_bytes == weights
+    assert averaged.phases == plain.phases
+    waits = 2 * weights if every else weights
+    assert averaged.least_ram_bytes - 3 * 2**30 == pytest.approx(waits, rel=0.05)
+    assert averaged.ram_bytes - plain.ram_bytes == pytest.approx(weights + waits, rel=0.05), "and once in the copy"
+    assert f"; {weights / 2**30:.2f} GiB of that for the weights' average" in ram(averaged)
+    assert "average" not in ram(plain)
 
 
 def test_a_plan_survives_json(planned, blank):
