@@ -45,6 +45,23 @@ def config_of(make_config):
     return make
 
 
+@pytest.fixture(scope="module")
+def _straight_runs():
+    return {}
+
+
+@pytest.fixture
+def straight_run(config_of, _straight_runs):
+    """A run that was never stopped, to compare with; made once for each optimizer."""
+
+    def run(optimizer):
+        if optimizer not in _straight_runs:
+            _straight_runs[optimizer] = run_dreambooth(config_of("straight", optimizer))
+        return _straight_runs[optimizer]
+
+    return run
+
+
 def step_of(run):
     last = latest(run.checkpoints)
     return int(last.name.removeprefix("step-")) if last else 0
@@ -69,9 +86,9 @@ def assert_same_result(straight, resumed):
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_kill_9_anywhere(config_of, processes, optimizer):
+def test_kill_9_anywhere(config_of, straight_run, processes, optimizer):
     """Killed at a random instant of each stage: class images and caches, early and late steps, the last pictures."""
-    straight = run_dreambooth(config_of("straight", optimizer))
+    straight = straight_run(optimizer)
     config = config_of("killed", optimizer)
     killed, chance = Run.of(config), random.Random(1)
     stages = []
@@ -90,8 +107,8 @@ def test_kill_9_anywhere(config_of, processes, optimizer):
     assert_same_result(straight, run_dreambooth(config))
 
 
-def test_kill_9_in_the_middle_of_saving(config_of, processes):
-    straight = run_dreambooth(config_of("straight", "adamw"))
+def test_kill_9_in_the_middle_of_saving(config_of, straight_run, processes):
+    straight = straight_run("adamw")
     config = config_of("killed", "adamw")
     killed = Run.of(config)
     process = processes.Process(target=run_dreambooth, args=(config,))
@@ -105,9 +122,9 @@ def test_kill_9_in_the_middle_of_saving(config_of, processes):
     assert not list(killed.checkpoints.glob(".*"))
 
 
-def test_ctrl_c_saves_says_where_and_goes_on_exactly(config_of, tmp_path):
+def test_ctrl_c_saves_says_where_and_goes_on_exactly(config_of, straight_run, tmp_path):
     """The real command, in a process of its own, as a terminal would interrupt it."""
-    straight = run_dreambooth(config_of("straight", "adamw"))
+    straight = straight_run("adamw")
     config = config_of("stopped", "adamw")
     config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"every": 0})})
     stopped, toml = Run.of(config), tmp_path / "stopped.toml"
@@ -148,8 +165,8 @@ def test_fewer_steps_than_were_trained_are_refused(config_of):
         run_dreambooth(config_of("short", "adamw", steps=3))
 
 
-def test_a_checkpoint_of_another_run_starts_a_branch(config_of):
-    straight = run_dreambooth(config_of("straight", "adamw"))
+def test_a_checkpoint_of_another_run_starts_a_branch(config_of, straight_run):
+    straight = straight_run("adamw")
     trunk = config_of("trunk", "adamw")
     trunk = trunk.model_copy(update={"checkpoint": trunk.checkpoint.model_copy(update={"keep": STEPS})})
     middle = run_dreambooth(trunk).checkpoint(5)
