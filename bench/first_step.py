@@ -40,7 +40,7 @@ class Cost(NamedTuple):
 def first_steps(models: dict[str, dict[str, str]], place: Path, pairs: int) -> dict[str, Cost]:
     """The medians of a first start and of later ones, by "WORDS, first start" and "WORDS, again".
 
-    models: what `[model]` has in each one's settings, by words for it. The plan is made before, and not counted.
+    models: what `[model]` has in each one's settings, by words for it. A first start has the making of the plan in it.
     """
     write_photos(place / "photos", count=2, side=64)
     costs: dict[str, list[Cost]] = {}
@@ -51,7 +51,6 @@ def first_steps(models: dict[str, dict[str, str]], place: Path, pairs: int) -> d
             model = "\n".join(f'{key} = "{value}"' for key, value in keys.items())
             config = folder / "run.toml"
             config.write_text(_CONFIG.format(model=model, photos=place / "photos", out=folder))
-            subprocess.run(_command("plan", config), env=_environment(folder), check=True, capture_output=True)
             for start in ("first start", "again"):
                 costs.setdefault(f"{words}, {start}", []).append(_first_step(config, folder, start.replace(" ", "-")))
     return {words: Cost(*map(median, zip(*each, strict=True))) for words, each in costs.items()}
@@ -60,8 +59,9 @@ def first_steps(models: dict[str, dict[str, str]], place: Path, pairs: int) -> d
 def _first_step(config: Path, folder: Path, run: str) -> Cost:
     metrics, began = folder / run / "metrics.jsonl", time.monotonic()
     with (folder / f"{run}.log").open("w") as log:
-        command = [*_command("train", config), "--set", f"output.name={run}"]
-        process = subprocess.Popen(command, env=_environment(folder), stderr=log, stdout=log)
+        command = [Path(sys.executable).with_name("lowvram-db"), "train", config, "--set", f"output.name={run}"]
+        environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
+        process = subprocess.Popen(command, env=environment, stderr=log, stdout=log)
     watched = psutil.Process(process.pid)
     while not (metrics.exists() and metrics.stat().st_size):
         if process.poll() is not None:
@@ -72,11 +72,3 @@ def _first_step(config: Path, folder: Path, run: str) -> Cost:
     process.kill()
     process.wait()
     return cost
-
-
-def _command(word: str, config: Path) -> list[str]:
-    return [str(Path(sys.executable).with_name("lowvram-db")), word, str(config)]
-
-
-def _environment(folder: Path) -> dict[str, str]:
-    return {**os.environ, "XDG_CACHE_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lowvram_db.demo.miniature import letter_tokenizer
 from lowvram_db.families import open_blank
-from lowvram_db.families.known import family_folder
 from lowvram_db.files.writer import Planned, write_planned
+from lowvram_db.formats.known import family_folder
 
 
 def write_true_size(folder: Path, family: str) -> None:

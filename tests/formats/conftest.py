@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from lowvram_db.families import known
 from lowvram_db.families.weights import read_weights
+from lowvram_db.formats import known
 from lowvram_db.formats.forms import to_file
 from lowvram_db.formats.layout import LAYOUTS
 from lowvram_db.formats.reading import STAND_IN

@@ -9,11 +9,12 @@ from safetensors.torch import load_file, save_file
 from lowvram_db.dreambooth import run_dreambooth
 from lowvram_db.errors import UserError
 from lowvram_db.families import open_model
-from lowvram_db.families.known import family_folder
-from lowvram_db.families.source import find_configs, find_model
+from lowvram_db.formats import kinds
 from lowvram_db.formats.content import ema_key
+from lowvram_db.formats.known import family_folder
 from lowvram_db.formats.layout import LAYOUTS, VAE_PREFIX
 from lowvram_db.formats.reading import STAND_IN, Reading
+from lowvram_db.formats.source import find_configs, find_model
 
 EPSILON = {"sd1": None, "sd2": "epsilon", "sdxl": None}
 
@@ -123,17 +124,74 @@ def without(prefix):
     return change
 
 
-def test_a_missing_vae_is_asked_for_and_taken(write_file, opened, tmp_path):
-    whole, bare = write_file(), write_file(name="bare.safetensors", change=without(VAE_PREFIX))
-    with pytest.raises(UserError, match=r'bare\.safetensors: has no vae; name one, model\.vae = "'):
-        opened(bare)
-    assert digests(opened(bare, vae=str(whole))) == digests(opened(whole))
-    for name, words in {"nowhere": "no file or folder", ".": "holds no diffusion_pytorch_model"}.items():
-        with pytest.raises(UserError, match=rf"model\.vae: .*{words}"):
-            opened(bare, vae=str(tmp_path / name))
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_a_missing_network_is_asked_for_and_taken_out_of_another_model(kind, write_file, opened, monkeypatch):
+    """A UNet alone, as trainings leave one, beside the model that it was trained on."""
+    monkeypatch.setattr(kinds, "_FAMILIES_BY_CONTEXT", {192 if kind == "sdxl" else 64: kind})  # of the miniatures
+    whole, speaks = write_file(kind), {"prediction_type": EPSILON[kind]}
+    others = [part for part in LAYOUTS[kind] if part != "unet"]
+    lacking = [LAYOUTS[kind][part].prefix for part in others]
+    bare, named = write_file(kind, "bare.safetensors", change=without(tuple(lacking))), {}
+    for part in others:
+        with pytest.raises(UserError, match=rf'bare\.safetensors: has no {part}; name one, model\.{part} = "'):
+            opened(bare, **named, **speaks)
+        named[part] = str(whole)
+    assert digests(opened(bare, **named, **speaks)) == digests(opened(whole, **speaks))
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_a_network_is_taken_out_of_a_folder_and_out_of_a_file_of_its_own(
+    kind, write_file, write_folder, opened, tmp_path
+):
+    """By transformers' names, with the prefix and without, and with what whole models of CLIP have beside it."""
+    reading, folder = {"prediction_type": EPSILON[kind]}, write_folder(kind)
+    own, other = digests(opened(write_file(kind), **reading)), write_file(kind, "other.safetensors", seed=1)
+    for part in set(LAYOUTS[kind]) - {"unet"}:
+        (stored,) = (folder / part).glob("*.safetensors")
+        state = load_file(stored)
+        if part.startswith("text_encoder"):
+            layers = "text_model.encoder.layers."
+            state = {name if name.startswith("text_") else f"text_model.{name}": t for name, t in state.items()}
+            if kind == "sd2":  # as OpenCLIP's own model has a layer more
+                last = [name for name in state if name.startswith(f"{layers}1.")]
+                state |= {name.replace(f"{layers}1.", f"{layers}2."): state[name] + 1 for name in last}
+            if part == "text_encoder":
+                state["text_projection.weight"] = torch.ones(64, 64)
+            beside = {"logit_scale": torch.ones(1), "text_model.embeddings.position_ids": torch.arange(77)[None]}
+            save_file(state | beside, tmp_path / "whole.safetensors")
+            save_file({name.removeprefix("text_model."): t for name, t in state.items()}, tmp_path / "own.safetensors")
+        else:
+            save_file(state, tmp_path / "whole.safetensors")
+            save_file({f"vae.{key}": t for key, t in bare_vae(write_file(kind)).items()}, tmp_path / "own.safetensors")
+        for place in (folder, folder / part, tmp_path / "whole.safetensors", tmp_path / "own.safetensors"):
+            assert digests(opened(other, **{part: str(place)}, **reading))[part] == own[part], place
+        assert digests(opened(other, **reading))[part] != own[part]
+
+
+def bare_vae(file):
+    return {key.removeprefix(VAE_PREFIX): t for key, t in load_file(file).items() if key.startswith(VAE_PREFIX)}
+
+
+PARTS = {"vae": "VAE", "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_what_has_no_such_network_is_named_with_the_key(part, write_file, write_folder, opened, weights, tmp_path):
+    file = write_file("sdxl")
     save_file({"a": torch.ones(1)}, tmp_path / "nothing.safetensors")
-    with pytest.raises(UserError, match=r"model\.vae: .* has no VAE"):
-        opened(bare, vae=str(tmp_path / "nothing.safetensors"))
+    (found,) = (write_folder("sdxl") / part).rename(tmp_path / "part").glob("*.safetensors")
+    save_file(load_file(found) | {"encoder.down_blocks.made_up": torch.ones(1)}, tmp_path / "more.safetensors")
+    for name, words in {
+        "nowhere": "no file or folder",
+        "folder": r"holds no (diffusion_pytorch_)?model\.safetensors",
+        "nothing.safetensors": f"has no {PARTS[part]} of",
+        "more.safetensors": "made_up, which (no|a network)",
+    }.items():
+        with pytest.raises(UserError, match=rf"{words}") as refused:
+            weights(opened(file, **{part: str(tmp_path / name)}), part)
+        assert "\n" not in str(refused.value)
+    with pytest.raises(UserError, match=r"model\.text_encoder_2: .* is Stable Diffusion 1\.x, which has none"):
+        opened(write_file("sd1"), text_encoder_2=str(file))
 
 
 def test_averaged_weights_are_taken_where_they_are_asked_for(write_file, opened, networks, weights):
@@ -192,7 +250,6 @@ OUT = "model.diffusion_model.out.2.weight"
 REFUSED = {
     "fp8": (lambda t: t.update({OUT: t[OUT].to(torch.float8_e4m3fn)}), rf"{OUT} is stored as F8_E4M3"),
     "integers": (lambda t: t.update({OUT: t[OUT].to(torch.int8)}), rf"{OUT} is stored as I8"),
-    "no text encoder": (without("cond_stage_model."), "has no text_encoder|no known family"),
     "a tensor of another UNet": (
         lambda t: t.update({"model.diffusion_model.middle_block.3.0.weight": torch.ones(1)}),
         r"has model\.diffusion_model\.middle_block\.3\.0\.weight, which no UNet of Stable Diffusion 1\.x has",
