@@ -59,7 +59,8 @@ def first_steps(models: dict[str, dict[str, str]], place: Path, pairs: int) -> d
 def _first_step(config: Path, folder: Path, run: str) -> Cost:
     metrics, began = folder / run / "metrics.jsonl", time.monotonic()
     with (folder / f"{run}.log").open("w") as log:
-        command = [Path(sys.executable).with_name("lowvram-db"), "train", config, "--set", f"output.name={run}"]
+        executable = str(Path(sys.executable).with_name("lowvram-db"))
+        command = [executable, "train", str(config), "--set", f"output.name={run}"]
         environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
         process = subprocess.Popen(command, env=environment, stderr=log, stdout=log)
     watched = psutil.Process(process.pid)

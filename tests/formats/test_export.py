@@ -227,6 +227,20 @@ def test_numbers_too_large_for_fp16_are_kept(write_file, tmp_path, capfd):
     assert "unet: 1 of its tensors hold numbers too large for float16" in capfd.readouterr().err
 
 
+_WRITE = """
+from pathlib import Path
+import torch
+from lowvram_db.formats.export import Format, export
+def write(name):
+    export(name, Path(name).with_suffix(".out.safetensors"), Format.single_file, torch.bfloat16)
+write(sys.argv[2])
+"""
+
+
+def test_writing_holds_little_of_a_model(growth, wide_file, write_file):
+    assert growth(_WRITE, "write(sys.argv[1])", wide_file, write_file()) < 160  # MiB, of 720
+
+
 def test_nothing_is_overwritten_and_a_small_disk_is_seen_before(write_file, tmp_path, small_disk, monkeypatch):
     file = write_file()
     (tmp_path / "mine.safetensors").write_text("precious")

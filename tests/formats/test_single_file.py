@@ -47,21 +47,8 @@ def test_every_network_comes_out_of_the_file_bit_for_bit(kind, name, write_file,
         assert same(weights(folder, part), wanted), part
 
 
-def hollow(path, shapes):
-    """A file of these tensors, none of which takes any room on the disk."""
-    tree, end = {}, 0
-    for key, shape in shapes.items():
-        begin, end = end, end + 2 * torch.Size(shape).numel()
-        tree[key] = {"dtype": "F16", "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(tree).encode()
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
-    return path
-
-
 @pytest.mark.parametrize("kind", LAYOUTS)
-def test_true_sizes_get_the_config_files_of_the_package(kind, listed, tmp_path):
+def test_true_sizes_get_the_config_files_of_the_package(kind, listed, hollow, tmp_path):
     held, others = listed(kind)
     file = hollow(tmp_path / "model.safetensors", held | others)
     folder = find_configs(str(file), reading=Reading("v_prediction"))
@@ -294,6 +281,27 @@ def test_a_training_s_ckpt_is_read_without_what_is_around_its_tensors(write_file
     tree = {"state_dict": torch.load(file), "epoch": 3, "optimizer_states": [{"lr": 1.0}]}
     torch.save(tree, tmp_path / "model.ckpt")
     assert same(weights(opened(tmp_path / "model.ckpt"), "unet"), seeded(networks, "sd1")["unet"])
+
+
+_OPEN = """
+from pathlib import Path
+import torch
+from lowvram_db.cache import catalogue_of, model_digest
+from lowvram_db.families import open_model
+from lowvram_db.formats.reading import Reading
+def load(name):
+    family = open_model(name, reading=Reading(tokenizer=sys.argv[3]))
+    model_digest(family, catalogue_of(Path(name).parent / "catalogue"))
+    for part in (family.load_text_encoders, family.load_vae):
+        part()
+    return family.load_denoiser(lambda weight: weight.to(torch.bfloat16))
+load(sys.argv[2])
+"""
+
+
+def test_loading_holds_one_network_and_little_more(growth, wide_file, write_file, letters):
+    """Of what a run does before it trains; whatever else is in the file."""
+    assert growth(_OPEN, "denoiser = load(sys.argv[1])", wide_file, write_file(), letters) < 148 + 130  # MiB
 
 
 def test_a_file_that_changes_after_it_was_opened_is_named(write_file, opened, weights):
