@@ -7,7 +7,8 @@
 A model of its family's true sizes with random weights in fp16 is exported, and each program's own loader opens the
 file; UNet, text encoders and VAE are called on the same inputs, and compared with the folder that the file was made of.
 A checkout's loader runs under the Python of its own virtual environment (`venv` or `.venv` in it), or else under this
-one. Rows go to bench/results/compat.csv. SDXL takes 11 GB of disk, and up to 9 GiB of memory.
+one; ComfyUI's wants einops, torchsde, scipy, av and sentencepiece, but neither torchvision nor torchaudio. Rows go to
+bench/results/compat.csv. SDXL takes 11 GB of disk, and up to 9 GiB of memory.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from true_size import write_true_size
 
 _LOADER = Path(__file__).with_name("compat_load.py")
 _NAMES = {"sd1": "SD 1.5", "sd2": "SD 2.1", "sdxl": "SDXL"}
-_COMPARED_IN = {"sd1": "float32", "sd2": "float32", "sdxl": "bfloat16"}  # so that no network takes 10 GB
+_UNET_IN = {"sd1": "float32", "sd2": "float32", "sdxl": "bfloat16"}  # so that no network takes 10 GB
 _PAIRS = 3
 
 
@@ -77,16 +78,14 @@ def loaded(words: list[str], place: Path) -> list[float]:
 
 def compare(family: str, program: str, checkout: Path | None, model: Path, file: Path) -> None:
     """One program's row: how far what its networks give is from what the folder's do ("folder" makes the reference)."""
-    out, dtype = file.with_name(f"{program}.pt"), _COMPARED_IN[family]
+    out, dtype = file.with_name(f"{program}.pt"), _UNET_IN[family]
     job = {"file": str(file), "model": str(model), "checkout": str(checkout or ""), "out": str(out)}
     python = python_of(checkout / "README.md") if checkout else sys.executable
     command = [python, str(_LOADER), program, json.dumps(job | {"family": family, "dtype": dtype})]
     began = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     seconds = time.monotonic() - began
-    what = (
-        f"open in {program}" + (f" {commit_of(checkout / 'README.md')}" if checkout else "") + f", compared in {dtype}"
-    )
+    what = f"open in {program}" + (f" {commit_of(checkout / 'README.md')}" if checkout else "") + f", UNet in {dtype}"
     if done.returncode:
         report(family, what, (done.stderr.strip().splitlines() or ["no word"])[-1][:120], seconds)
     elif program != "folder":

@@ -27,7 +27,8 @@ class Inputs(NamedTuple):
 
 
 def run_loader(program: str, job: dict[str, Any]) -> None:
-    """job: file, model (folder), checkout, family, dtype, out."""
+    """job: file, model (folder), checkout, family, out, and the dtype of the UNet's arithmetic; of the others' it is
+    float32."""
     if job["checkout"]:
         sys.path.insert(0, job["checkout"])
     job["dtype"] = getattr(torch, job["dtype"])
@@ -39,7 +40,7 @@ def run_loader(program: str, job: dict[str, Any]) -> None:
 def _inputs(job: dict[str, Any]) -> Inputs:
     generator = torch.Generator().manual_seed(0)
     latents, context, pooled = (
-        torch.randn(shape, generator=generator).to(job["dtype"])
+        torch.randn(shape, generator=generator)
         for shape in ((1, 4, 32, 32), (1, 77, _CONTEXT[job["family"]]), (1, 1280))
     )
     tokens = torch.randint(0, 49_000, (1, 77), generator=generator)
@@ -62,28 +63,34 @@ def _diffusers(job: dict[str, Any], inputs: Inputs) -> Outputs:
 
 
 def _of_pipeline(pipeline: Any, job: dict[str, Any], inputs: Inputs) -> Outputs:
-    unet, vae, text = (
-        network.to(job["dtype"]).eval() for network in (pipeline.unet, pipeline.vae, pipeline.text_encoder)
-    )
-    added: dict[str, Any] = {}
-    outputs = {"text encoder": text(inputs.tokens).last_hidden_state}
+    outputs, added = {"text encoder": _exact(pipeline.text_encoder)(inputs.tokens).last_hidden_state}, {}
     if job["family"] == "sdxl":
-        added = {"added_cond_kwargs": {"text_embeds": inputs.pooled, "time_ids": torch.tensor([_SIZES])}}
-        outputs["second, pooled"] = pipeline.text_encoder_2.to(job["dtype"]).eval()(inputs.tokens).text_embeds
-    noise = unet(inputs.latents, inputs.timestep, inputs.context, **added).sample
-    return outputs | {"unet": noise, "vae": vae.decode(inputs.latents).sample}
+        added["text_embeds"], added["time_ids"] = inputs.pooled.to(job["dtype"]), torch.tensor([_SIZES])
+        outputs["second, pooled"] = _exact(pipeline.text_encoder_2)(inputs.tokens).text_embeds
+    unet, latents, context = _of_unet(pipeline.unet, job, inputs)
+    outputs["unet"] = unet(latents, inputs.timestep, context, added_cond_kwargs=added).sample
+    return outputs | {"vae": _exact(pipeline.vae).decode(inputs.latents).sample}
+
+
+def _exact(network: Any) -> Any:
+    return network.float().eval()
+
+
+def _of_unet(unet: Any, job: dict[str, Any], inputs: Inputs) -> tuple[Any, Tensor, Tensor]:
+    """It, latents and context in the dtype of its arithmetic."""
+    return unet.to(job["dtype"]).eval(), inputs.latents.to(job["dtype"]), inputs.context.to(job["dtype"])
 
 
 def _sd_scripts(job: dict[str, Any], inputs: Inputs) -> Outputs:
     from library.model_util import load_models_from_stable_diffusion_checkpoint  # type: ignore[import-not-found]
 
-    loaded = load_models_from_stable_diffusion_checkpoint(job["family"] == "sd2", job["file"])
-    text, vae, unet = (network.to(job["dtype"]).eval() for network in loaded)
-    noise: Any = unet(inputs.latents, inputs.timestep, inputs.context)
+    text, vae, own = load_models_from_stable_diffusion_checkpoint(job["family"] == "sd2", job["file"])
+    unet, latents, context = _of_unet(own, job, inputs)
+    noise: Any = unet(latents, inputs.timestep, context)
     return {
-        "text encoder": text(inputs.tokens).last_hidden_state,
+        "text encoder": _exact(text)(inputs.tokens).last_hidden_state,
         "unet": noise[0] if isinstance(noise, tuple) else noise.sample,
-        "vae": vae.decode(inputs.latents).sample,
+        "vae": _exact(vae).decode(inputs.latents).sample,
     }
 
 
@@ -100,18 +107,18 @@ def _comfyui(job: dict[str, Any], inputs: Inputs) -> Outputs:
 
     patcher, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(job["file"], model_options={"dtype": job["dtype"]})
     model, texts = patcher.model, clip.cond_stage_model
-    unet, decoder = (network.to(job["dtype"]).eval() for network in (model.diffusion_model, vae.first_stage_model))
     outputs, added = {}, {}
     if job["family"] == "sd2":  # whose file may have a layer more than is listened to
-        hidden = texts.clip_h.transformer.to(job["dtype"])(inputs.tokens, intermediate_output=-2, dtype=job["dtype"])[1]
+        hidden = _exact(texts.clip_h.transformer)(inputs.tokens, intermediate_output=-2)[1]
     else:
-        hidden = texts.clip_l.transformer.to(job["dtype"])(inputs.tokens, dtype=job["dtype"])[0]
+        hidden = _exact(texts.clip_l.transformer)(inputs.tokens)[0]
     if job["family"] == "sdxl":
-        outputs["second, pooled"] = texts.clip_g.transformer.to(job["dtype"])(inputs.tokens, dtype=job["dtype"])[2]
+        outputs["second, pooled"] = _exact(texts.clip_g.transformer)(inputs.tokens)[2]
         sizes = torch.cat([model.embedder(torch.tensor([size])) for size in _SIZES]).flatten()[None]
-        added["y"] = torch.cat([inputs.pooled, sizes.to(job["dtype"])], dim=1)
-    noise = unet(inputs.latents, inputs.timestep, context=inputs.context, **added)
-    return outputs | {"text encoder": hidden, "unet": noise, "vae": decoder.decode(inputs.latents)}
+        added["y"] = torch.cat([inputs.pooled, sizes], dim=1).to(job["dtype"])
+    unet, latents, context = _of_unet(model.diffusion_model, job, inputs)
+    outputs["unet"] = unet(latents, inputs.timestep, context=context, **added)
+    return outputs | {"text encoder": hidden, "vae": _exact(vae.first_stage_model).decode(inputs.latents)}
 
 
 LOADERS = {"folder": _folder, "diffusers": _diffusers, "sd-scripts": _sd_scripts, "comfyui": _comfyui}

@@ -215,6 +215,16 @@ def test_trap_weights_in_another_order_of_memory(write_folder, tmp_path):
     assert torch.equal(file["model.diffusion_model.out.2.weight"], state["conv_out.weight"])
 
 
+def test_trap_attention_of_sd_2_overflows_in_fp16(write_file, letters, tmp_path):
+    """Other programs compute it in float32 where the config says so; ours, by tests/memory/test_attention.py, always
+    do."""
+    reading = Reading("v_prediction", str(letters))
+    export(str(write_file("sd2")), tmp_path / "out", Format.diffusers, reading=reading)
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "out")
+    attention = [module for name, module in pipeline.unet.named_modules() if name.endswith((".attn1", ".attn2"))]
+    assert attention and all(module.upcast_attention for module in attention)
+
+
 def test_numbers_too_large_for_fp16_are_kept(write_file, tmp_path, capfd):
     key = "model.diffusion_model.out.2.weight"
 
