@@ -6,6 +6,7 @@ know of lowvram_db: bench/compat.py runs this.
 
 import json
 import sys
+from importlib import import_module
 from typing import Any, NamedTuple
 from unittest.mock import MagicMock
 
@@ -81,7 +82,16 @@ def _of_unet(unet: Any, job: dict[str, Any], inputs: Inputs) -> tuple[Any, Tenso
     return unet.to(job["dtype"]).eval(), inputs.latents.to(job["dtype"]), inputs.context.to(job["dtype"])
 
 
+def _without(*names: str) -> None:
+    """Packages that a program imports for other work than this need not be there."""
+    for name in ("transformers", "diffusers.utils"):  # which would take the stand-ins for what they stand for
+        import_module(name)
+    for name in names:
+        sys.modules[name] = MagicMock()
+
+
 def _sd_scripts(job: dict[str, Any], inputs: Inputs) -> Outputs:
+    _without("torchvision", "torchvision.transforms")
     from library.model_util import load_models_from_stable_diffusion_checkpoint  # type: ignore[import-not-found]
 
     text, vae, own = load_models_from_stable_diffusion_checkpoint(job["family"] == "sd2", job["file"])
@@ -95,11 +105,8 @@ def _sd_scripts(job: dict[str, Any], inputs: Inputs) -> Outputs:
 
 
 def _comfyui(job: dict[str, Any], inputs: Inputs) -> Outputs:
-    """On a CPU. It imports two packages for models of other kinds; they need not be there."""
-    import transformers  # noqa: F401, which would take the stand-ins for what they stand for
-
-    for name in ("torchvision", "torchvision.transforms", "torchaudio", "torchaudio.transforms"):
-        sys.modules[name] = MagicMock()
+    """On a CPU."""
+    _without("torchvision", "torchvision.transforms", "torchaudio", "torchaudio.transforms")
     import comfy.cli_args  # type: ignore[import-not-found]
 
     comfy.cli_args.args.cpu = True

@@ -25,8 +25,6 @@ class = "ball"
 enabled = false
 [train]
 resolution = 64
-[sample]
-prompts = []
 [output]
 dir = "{out}"
 """
