@@ -1,5 +1,6 @@
 """Which tensor of which network each tensor of a single file is, and which are none."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from lowvram_db.errors import UserError
@@ -68,6 +69,15 @@ def held(keys: set[str], names: Names, family: str | None) -> set[str]:
 def with_prefix(places: Places, prefix: str) -> Places:
     """With whole keys."""
     return {name: place._replace(key=prefix + place.key) for name, place in places.items()}
+
+
+def missing(family: str, parts: Collection[str]) -> str | None:
+    """Which networks of a family are not among these, and how the user names one, in words; None where all are."""
+    lacking = [part for part in LAYOUTS[family] if part not in parts]
+    if not lacking:
+        return None
+    keys = ", ".join(f'model.{part} = "FILE or FOLDER"' for part in lacking)
+    return f"has no {' and no '.join(lacking)}; name {'one' if len(lacking) == 1 else 'each'}, {keys}"
 
 
 def shapes_of(places: Places, entries: dict[str, Entry]) -> dict[str, tuple[int, ...]]:

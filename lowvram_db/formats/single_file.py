@@ -26,7 +26,7 @@ from lowvram_db.files.user_cache import user_cache
 from lowvram_db.files.writer import values_of
 from lowvram_db.formats.alone import file_of_part, part_alone
 from lowvram_db.formats.architecture import config_of
-from lowvram_db.formats.content import Places, check_numbers, content_of, shapes_of
+from lowvram_db.formats.content import Places, check_numbers, content_of, missing, shapes_of
 from lowvram_db.formats.forms import to_network
 from lowvram_db.formats.kinds import FAMILY_WORDS
 from lowvram_db.formats.known import family_folder
@@ -186,10 +186,10 @@ def opened(path: Path, reading: Reading = AS_IT_IS) -> Iterator[Model]:
                 raise UserError(f"model.{part}: {path} is {content.kind.words}, which has none; leave the key out")
             own = stack.enter_context(tensors_of(file_of_part(part, name)))
             parts[part] = (own, part_alone(own, family, part))
-        for part in LAYOUTS[family]:
-            if part not in parts:
-                raise UserError(f'{path}: has no {part}; name one, model.{part} = "FILE or FOLDER"')
-            check_numbers(*parts[part])
+        if lacking := missing(family, parts):
+            raise UserError(f"{path}: {lacking}")
+        for network in parts.values():
+            check_numbers(*network)
         replaced = tuple(LAYOUTS[family][part].prefix for part in reading.parts)
         yield Model(file, family, parts, [key for key in content.others if not key.startswith(replaced)])
 
