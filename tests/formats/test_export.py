@@ -78,6 +78,21 @@ def test_a_file_comes_out_as_it_went_in(kind, write_file, tmp_path):
     assert (said["ss_steps"], said["modelspec.title"], said["modelspec.vae_dtype"]) == ("3", "mine", "float32")
 
 
+def test_networks_from_elsewhere_are_written_without_what_was_beside_the_file_s_own(write_file, tmp_path):
+    def change(tensors):
+        tensors |= {f"{VAE}loss.logvar": torch.ones(1), "made.up": torch.arange(3)}
+
+    file, other = write_file(change=change), write_file(name="other.safetensors", seed=1)
+    reading = Reading("epsilon", vae=str(other), text_encoder=str(other))
+    written, base, theirs = (
+        single(file, tmp_path / "out.safetensors", reading=reading),
+        load_file(file),
+        load_file(other),
+    )
+    own = {key: tensor for key, tensor in base.items() if not key.startswith((VAE, CLIP))}
+    assert same(written, own | {key: theirs[key] for key in base.keys() - own.keys() - {f"{VAE}loss.logvar"}})
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_folder_comes_back_from_a_file_as_it_was(kind, write_folder, letters, tmp_path):
     schedule = {"prediction_type": "epsilon"}
