@@ -22,7 +22,7 @@ from diffusers import UNet2DConditionModel
 from machine import add_row
 from torch import nn
 
-from lowvram_db.families.known import known_config
+from lowvram_db.formats.known import known_config
 from lowvram_db.memory.device import pick_device
 from lowvram_db.optim.adam8 import Adam8
 

@@ -19,7 +19,7 @@ from machine import add_row, computed
 
 from lowvram_db.config import load
 from lowvram_db.demo.miniature import write_photos, write_pipeline
-from lowvram_db.families.known import known_config
+from lowvram_db.formats.known import known_config
 from lowvram_db.memory.device import pick_device
 
 _SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"

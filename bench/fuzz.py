@@ -4,7 +4,7 @@
     python bench/fuzz.py --cases 50 --kind "photos, EXIF" --seed 7
 
 Each case spoils one input of a small run (mutations.py) and has `lowvram-db` work on it. A fault is a traceback,
-another exit code than 0, 2 or 3, more than 60 seconds, a changed file of the user's, or a wrong result: a model with
+another exit code than 0, 2 or 3, more than 3 minutes, a changed file of the user's, or a wrong result: a model with
 weights that are no numbers, or, where only files of ours were spoiled, another model than the one of a run that was
 left alone. Faults are kept in --out. Rows go to bench/results/fuzz.csv.
 """
@@ -22,16 +22,22 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from machine import add_row
 from mutations import SPOIL
 from safetensors.torch import load_file
 
-from lowvram_db.demo.miniature import write_photos, write_pipeline
+from lowvram_db.demo.miniature import (
+    MINIATURE_TEXT,
+    MINIATURE_UNET,
+    MINIATURE_VAE,
+    write_photos,
+    write_pipeline,
+)
 
-_SECONDS = 60
+_SECONDS = 180  # longer than any case takes where other work is in the way
 _SETTINGS = """\
 [model]
 name = "model"
@@ -67,6 +73,13 @@ steps = 1
 every = 1
 keep = 2
 """
+# Of such widths that a single file tells all of its config.
+_MODEL: dict[str, Any] = {
+    "unet": MINIATURE_UNET
+    | {"block_out_channels": (64, 128), "cross_attention_dim": 64, "attention_head_dim": 8, "norm_num_groups": 32},
+    "vae": MINIATURE_VAE | {"block_out_channels": (32,) * 4, "norm_num_groups": 32},
+    "text": MINIATURE_TEXT | {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 1},
+}
 _UNET = Path("runs/run/model/unet/diffusion_pytorch_model.safetensors")
 
 
@@ -117,11 +130,12 @@ def prepare(place: Path) -> None:
     """A model, photos, a run that was stopped halfway, and one that was left alone."""
     for name, steps in (("straight", 4), ("halfway", 2)):
         folder = place / name
-        write_pipeline(folder / "model")
+        write_pipeline(folder / "model", **_MODEL)
         write_photos(folder / "photos", count=3, side=80)
         (folder / "run.toml").write_text(_SETTINGS.format(steps=steps), encoding="utf-8")
-        code, _ = command(folder, "train", "run.toml")
-        assert code == 0, (folder / "log").read_text()
+        for words in (["train", "run.toml"], ["export", "model", "--out", "model.safetensors"]):
+            code, _ = command(folder, *words)
+            assert code == 0, (folder / "log").read_text()
         (folder / "run.toml").write_text(_SETTINGS.format(steps=4), encoding="utf-8")
 
 
@@ -134,7 +148,17 @@ def judged(place: Path, kind: str, seed: int, out: Path) -> Verdict:
     spoil(case / part, random.Random(seed))
     before = digests(case)
     words = ["plan", "run.toml", "--vram", "12GiB"] if kind == "TOML" else ["train", "run.toml"]
-    code, seconds = command(case, *words, *([] if ours or kind == "TOML" else ["--set", "train.steps=1"]))
+    words += [] if ours or kind == "TOML" else ["--set", "train.steps=1"]
+    if part == "model.safetensors":
+        words += [
+            "--set",
+            f"model.name={part}",
+            "--set",
+            "model.tokenizer=model/tokenizer",
+            "--set",
+            "prior.enabled=false",
+        ]
+    code, seconds = command(case, *words)
     outcome = verdict_of(case, place, code, before, ours, trained=words[0] == "train")
     if outcome not in ("right", "refused"):
         print(f"{kind}, seed {seed}: {outcome}", flush=True)
@@ -169,7 +193,7 @@ def verdict_of(case: Path, place: Path, code: int | None, before: dict[Path, str
 
 def digests(case: Path) -> dict[Path, str]:
     """Of everything that is the user's."""
-    files = [*case.glob("photos/**/*"), *case.glob("model/**/*"), case / "run.toml"]
+    files = [*case.glob("photos/**/*"), *case.glob("model/**/*"), case / "model.safetensors", case / "run.toml"]
     return {file.relative_to(case): hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()}
 
 

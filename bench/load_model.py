@@ -1,4 +1,5 @@
-"""Loads a model as a run does, network by network, and prints seconds and the peak of memory: for bench/compat.py.
+"""Loads a model as a run does, network by network, and prints seconds, those of the processor, and the peak of memory
+in GiB: for bench/compat.py.
 
     python bench/load_model.py FOLDER|FILE [TOKENIZER]
 
@@ -18,7 +19,7 @@ from lowvram_db.formats.reading import Reading
 
 
 def main(name: str, tokenizer: str | None = None) -> None:
-    began = time.monotonic()
+    began, before = time.monotonic(), time.process_time()
     family = open_model(name, reading=Reading(tokenizer=tokenizer))
     catalogue = catalogue_of(Path(name).parent / "catalogue")
     model_digest(family, catalogue)
@@ -26,8 +27,8 @@ def main(name: str, tokenizer: str | None = None) -> None:
     for load in (family.load_text_encoders, family.load_vae):
         load()  # and let go
     denoiser = family.load_denoiser(lambda weight: weight.to(torch.bfloat16))
-    seconds = time.monotonic() - began
-    print(f"{seconds:.2f}", peaks(torch.device("cpu"))["process_gib"])
+    seconds, process = time.monotonic() - began, time.process_time() - before
+    print(f"{seconds:.2f} {process:.2f}", peaks(torch.device("cpu"))["process_gib"])
     del denoiser
 
 

@@ -140,17 +140,48 @@ def config_json(model: Path, chance: random.Random) -> None:
 
 
 def weights(model: Path, chance: random.Random) -> None:
-    """A weight file spoiled in its bytes (the header mostly), or with tensors lost, renamed, reshaped or not finite."""
-    path = chance.choice(sorted(model.glob("*/*.safetensors")))
-    if chance.random() < 0.4:
-        content = path.read_bytes()
-        size = 8 + int.from_bytes(content[:8], "little")
-        path.write_bytes(spoil_bytes(content[:size], chance) + content[size:])
-        return
-    if chance.random() < 0.1:
-        path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", encoding="utf-8")
-        return
-    state = load_file(path)
+    """One of a model's weight files spoiled."""
+    weight_file(chance.choice(sorted(model.glob("*/*.safetensors"))), chance)
+
+
+def weight_file(path: Path, chance: random.Random) -> None:
+    """A file spoiled in its bytes (the header mostly), its header edited, or tensors lost, renamed, reshaped or not
+    finite."""
+    content = path.read_bytes()
+    size = 8 + int.from_bytes(content[:8], "little")
+    match chance.choice(["bytes"] * 3 + ["end"] + ["header"] * 2 + ["pointer"] + ["tensors"] * 4):
+        case "bytes":
+            path.write_bytes(spoil_bytes(content[:size], chance) + content[size:])
+        case "end":
+            path.write_bytes(content[: chance.randrange(len(content))])
+        case "header":
+            edited = json.dumps(_edited(json.loads(content[8:size]), chance)).encode()
+            path.write_bytes(len(edited).to_bytes(8, "little") + edited + content[size:])
+        case "pointer":
+            path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", encoding="utf-8")
+        case "tensors":
+            save_file(_spoilt(load_file(path), chance), path, metadata={"format": "pt"})
+
+
+def _edited(header: dict[str, Any], chance: random.Random) -> dict[str, Any]:
+    """One entry of a safetensors header made another's, or changed in one field."""
+    name, other = chance.sample(sorted(header.keys() - {"__metadata__"}), 2)
+    match chance.choice(["other", "value", "dtype", "shape", "data_offsets", "renamed"]):
+        case "other":
+            header[name]["data_offsets"] = header[other]["data_offsets"]
+        case "value":
+            header[chance.choice([name, "__metadata__"])] = chance.choice(_VALUES)
+        case "renamed":
+            header[name + "x"] = header.pop(name)
+        case "dtype":
+            header[name]["dtype"] = chance.choice(["F32", "BF16", "I16", "F8_E4M3", "F64", *_VALUES])
+        case "shape" | "data_offsets" as field:
+            numbers = [number + chance.choice([0, 1, -1, 2**33, -(2**62)]) for number in header[name][field]]
+            header[name][field] = chance.choice([numbers, numbers[::-1], chance.choice(_VALUES)])
+    return header
+
+
+def _spoilt(state: dict[str, torch.Tensor], chance: random.Random) -> dict[str, torch.Tensor]:
     for name in chance.sample(sorted(state), chance.choice([1, 1, 3])):
         tensor = state.pop(name)
         match chance.choice(["lost", "renamed", "reshaped", "half", "integers", "nan", "infinite", "more"]):
@@ -168,7 +199,7 @@ def weights(model: Path, chance: random.Random) -> None:
                 state[name] = tensor.clone().fill_(-torch.inf)
             case "more":
                 state |= {name: tensor, "made_up": tensor.clone()}
-    save_file(state, path, metadata={"format": "pt"})
+    return state
 
 
 def any_file(pattern: str) -> Callable[[Path, random.Random], None]:
@@ -191,6 +222,7 @@ SPOIL: dict[str, tuple[str, Callable[[Path, random.Random], Any]]] = {
     "TOML": ("run.toml", toml_text),
     "model, JSON": ("model", config_json),
     "model, weights": ("model", weights),
+    "model of one file": ("model.safetensors", weight_file),
     "checkpoint": ("runs/run/checkpoints", any_file("step-*/*")),
     "cache": ("runs/run/cache", any_file("**/*")),
     "metrics and other small files": ("runs/run", any_file("[mcp]*.*")),

@@ -51,6 +51,10 @@ Prediction = Annotated[
 ]
 Tokenizer = Annotated[str | None, typer.Option(metavar="FOLDER", help="The tokenizer of a single file.")]
 Vae = Annotated[str | None, typer.Option(metavar="FILE|FOLDER", help="Another VAE for a single file.")]
+TextEncoder = Annotated[str | None, typer.Option(metavar="FILE|FOLDER", help="The same of its text encoder.")]
+SecondTextEncoder = Annotated[
+    str | None, typer.Option("--text-encoder-2", metavar="FILE|FOLDER", help="The same of SDXL's second one.")
+]
 Ema = Annotated[bool, typer.Option("--ema", help="Take the averaged weights of a single file that has both.")]
 
 
@@ -123,10 +127,17 @@ def plan(
         raise DoesNotFit(f"{config}: {does_not_fit(made)}")
 
 
-def _reading(prediction_type: str | None, tokenizer: str | None, vae: str | None, ema: bool) -> Reading:
+def _reading(
+    prediction_type: str | None,
+    tokenizer: str | None,
+    vae: str | None,
+    text_encoder: str | None,
+    text_encoder_2: str | None,
+    ema: bool,
+) -> Reading:
     if prediction_type not in (None, "epsilon", "v_prediction"):
         raise UserError(f"--prediction-type {prediction_type}: choose epsilon or v_prediction")
-    return Reading(prediction_type, tokenizer, vae, ema)
+    return Reading(prediction_type, tokenizer, vae, text_encoder, text_encoder_2, ema)
 
 
 def _vram_override(vram: str | None) -> list[str]:
@@ -172,6 +183,8 @@ def sample(
     prediction_type: Prediction = None,
     tokenizer: Tokenizer = None,
     vae: Vae = None,
+    text_encoder: TextEncoder = None,
+    text_encoder_2: SecondTextEncoder = None,
     ema: Ema = False,
     debug: Debug = False,
 ) -> None:
@@ -188,7 +201,7 @@ def sample(
         steps=steps,
         resolution=resolution,
         compute=precision.value,
-        reading=_reading(prediction_type, tokenizer, vae, ema),
+        reading=_reading(prediction_type, tokenizer, vae, text_encoder, text_encoder_2, ema),
     )
     print(f"pictures: {out}")
 
@@ -243,6 +256,8 @@ def export(
     prediction_type: Prediction = None,
     tokenizer: Tokenizer = None,
     vae: Vae = None,
+    text_encoder: TextEncoder = None,
+    text_encoder_2: SecondTextEncoder = None,
     ema: Ema = False,
     debug: Debug = False,
 ) -> None:
@@ -252,7 +267,7 @@ def export(
 
     if form not in list(Format):
         raise UserError(f"--format {form}: choose {' or '.join(Format)}")
-    reading = _reading(prediction_type, tokenizer, vae, ema)
+    reading = _reading(prediction_type, tokenizer, vae, text_encoder, text_encoder_2, ema)
     export(model, out, Format(form), None if dtype is None else DTYPES[dtype.value], reading)
     print(f"model: {out}")
 

@@ -56,12 +56,14 @@ class ModelConfig(_Section):
         None, description="folder of the tokenizer of a single file; default: CLIP's own, wherever it is found"
     )
     vae: Place | None = Field(None, description="another VAE for a single file: a file or folder")
+    text_encoder: Place | None = Field(None, description="the same of its text encoder")
+    text_encoder_2: Place | None = Field(None, description="the same of its second text encoder, which SDXL has")
     ema: bool = Field(False, description="train the averaged weights of a single file that has both")
 
     @property
     def reading(self) -> Reading:
         """What is said of a single file."""
-        return Reading(self.prediction_type, self.tokenizer, self.vae, self.ema)
+        return Reading(self.prediction_type, self.tokenizer, self.vae, self.text_encoder, self.text_encoder_2, self.ema)
 
 
 class SubjectConfig(_Section):

@@ -13,8 +13,8 @@ from lowvram_db import folder_name
 from lowvram_db.atomic import replacing_file
 from lowvram_db.config import known_keys, parse
 from lowvram_db.errors import UserError
-from lowvram_db.families.known import known_configs
 from lowvram_db.formats.inspect import inspect
+from lowvram_db.formats.known import known_configs
 from lowvram_db.photos import find_photos, load_photo
 from lowvram_db.progress import say
 

@@ -37,6 +37,34 @@ settings.load_profile("the same every time")
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
+_GROWTH = """
+import sys
+def peak():  # not that of resource.getrusage, which begins with the parent's
+    with open("/proc/self/status") as status:
+        return int(next(line.split()[1] for line in status if line.startswith("VmHWM"))) // 1024
+{before}
+reached = peak()
+{work}
+print(peak() - reached)
+"""
+
+
+@pytest.fixture(scope="session")
+def growth() -> Callable[..., int]:
+    """By how many MiB the most memory that a process of its own ever held grows with a piece of work, after something
+    else; both see the words in sys.argv."""
+    if sys.platform != "linux":
+        pytest.skip("has no /proc")
+
+    def measure(before: str, work: str, *words: object) -> int:
+        command = [sys.executable, "-c", _GROWTH.format(before=before, work=work), *map(str, words)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert not done.returncode, done.stderr
+        return int(done.stdout.split()[-1])
+
+    return measure
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _signals_are_heard() -> None:
     """Also where the tests were started so that they ignore them, as in the background or under nohup."""

@@ -80,7 +80,7 @@ def write_pipeline(
     has other than Stable Diffusion 1.5's.
     """
     torch.manual_seed(seed)
-    tokenizer = _letter_tokenizer()
+    tokenizer = letter_tokenizer()
     parts: dict[str, Any] = {
         "unet": UNet2DConditionModel(**unet),
         "vae": AutoencoderKL(**vae),
@@ -100,7 +100,7 @@ def write_pipeline(
         nothing = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         StableDiffusionPipeline(**parts, **nothing).save_pretrained(folder)
     else:
-        tokenizer_2 = _letter_tokenizer(pad_token="!")
+        tokenizer_2 = letter_tokenizer(pad_token="!")
         encoder = CLIPTextModelWithProjection(_text_config(tokenizer_2, text_2))
         pipeline = StableDiffusionXLPipeline(**parts, text_encoder_2=encoder, tokenizer_2=tokenizer_2)
         pipeline.save_pretrained(folder)
@@ -128,7 +128,7 @@ def write_classic_tokenizer(folder: Path) -> None:
     write_vocabulary(folder, read_vocabulary(folder))
 
 
-def _letter_tokenizer(**special: str) -> CLIPTokenizer:
+def letter_tokenizer(**special: str) -> CLIPTokenizer:
     """CLIP's tokenizer without a single merge: every byte is a token, and another one at the end of a word."""
     letters = list(byte_letters().values())
     tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowvram_db.errors import UserError
-from lowvram_db.families.source import find_configs, find_model, read_json
+from lowvram_db.files.foreign import read_json
 from lowvram_db.formats.reading import AS_IT_IS, Reading
+from lowvram_db.formats.source import find_configs, find_model
 
 if TYPE_CHECKING:
     from lowvram_db.families.base import Family

@@ -8,7 +8,7 @@ from typing import Any, get_args
 from transformers import CLIPTextConfig
 
 from lowvram_db.errors import UserError
-from lowvram_db.families.source import naming, read_json
+from lowvram_db.files.foreign import naming, read_json
 
 NOT_BUILT = "no network can be made of it"
 _MOST_LAYERS = 100  # of one block or encoder; a slip of the pen would be built for hours

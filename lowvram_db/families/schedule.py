@@ -10,7 +10,7 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 
 from lowvram_db.errors import UserError
 from lowvram_db.families.base import NoiseSchedule
-from lowvram_db.families.source import naming, read_json
+from lowvram_db.files.foreign import naming, read_json
 
 _PREDICTION_TYPES = ("epsilon", "v_prediction")
 _BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")  # that trainer and solver both know

@@ -29,9 +29,10 @@ from lowvram_db.families.configs import (
 )
 from lowvram_db.families.finished import save_network
 from lowvram_db.families.schedule import of_few_steps, read_schedule, schedule_file, solver
-from lowvram_db.families.source import naming, read_json
-from lowvram_db.families.weight_files import refuse_stand_in, weight_files
 from lowvram_db.families.weights import Narrow, read_weights
+from lowvram_db.files.foreign import naming, read_json
+from lowvram_db.files.stand_in import refuse_stand_in
+from lowvram_db.formats.weight_files import weight_files
 from lowvram_db.memory.device import sent
 
 # What CLIPTokenizer.from_pretrained reads.

@@ -13,7 +13,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from lowvram_db.errors import UserError
 from lowvram_db.families.conditioning import Conditioning
 from lowvram_db.families.sd import BlankStableDiffusion, StableDiffusion, StableDiffusionConfigs
-from lowvram_db.families.source import read_json
+from lowvram_db.files.foreign import read_json
 
 if TYPE_CHECKING:
     from lowvram_db.cache.framing import View

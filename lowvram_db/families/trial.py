@@ -12,7 +12,7 @@ from lowvram_db.errors import UserError
 from lowvram_db.families.blank import Blank
 from lowvram_db.families.conditioning import Conditioning, collated
 from lowvram_db.families.configs import NOT_BUILT
-from lowvram_db.families.source import naming
+from lowvram_db.files.foreign import naming
 
 _passed: set[tuple[bytes, ...]] = set()  # config files that stood the trial; a run opens its model more than once
 

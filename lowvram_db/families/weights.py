@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from lowvram_db.errors import UserError
-from lowvram_db.families.source import naming
+from lowvram_db.files.foreign import naming
 from lowvram_db.files.pickled import unpickle
 from lowvram_db.formats.names import CLIP_COUNT, CLIP_PREFIX, FORMERLY
 from lowvram_db.formats.reading import STAND_IN

@@ -6,8 +6,8 @@ What no shape tells is as in the family: heads, groups of norms, activations.
 from collections.abc import Mapping
 from typing import Any
 
-from lowvram_db.families.known import family_folder
-from lowvram_db.families.source import read_json
+from lowvram_db.files.foreign import read_json
+from lowvram_db.formats.known import family_folder
 from lowvram_db.formats.names import count
 
 Shapes = Mapping[str, tuple[int, ...]]  # by diffusers' names

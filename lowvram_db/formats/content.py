@@ -1,15 +1,15 @@
 """Which tensor of which network each tensor of a single file is, and which are none."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from lowvram_db.errors import UserError
 from lowvram_db.formats.header import Described, Entry
 from lowvram_db.formats.kinds import Kind, kind_of
-from lowvram_db.formats.layout import EMA_PREFIX, LAYOUTS, UNET_PREFIX, VAE_PREFIX
-from lowvram_db.formats.names import CLIP, OPENCLIP, VAE, Names, Place, in_network, vae_name_now
+from lowvram_db.formats.layout import EMA_PREFIX, LAYOUTS, UNET_PREFIX
+from lowvram_db.formats.names import CLIP, OPENCLIP, Names, Place, in_network
 
 TRAINABLE = ("F64", "F32", "F16", "BF16")
-_VAE_PREFIXES = (VAE_PREFIX, "vae.", "")
 
 Places = dict[str, Place]  # by diffusers' names, with whole keys
 
@@ -34,7 +34,7 @@ def content_of(file: Described) -> Content:
     parts: dict[str, Places] = {}
     for part, (prefix, names) in LAYOUTS[kind.family].items() if kind.family else ():
         inner = {key.removeprefix(prefix) for key in file.entries if key.startswith(prefix)}
-        if places := _with_prefix(names.names(_held(inner, names, kind.family)), prefix):
+        if places := with_prefix(names.names(held(inner, names, kind.family)), prefix):
             parts[part] = places
     taken = {place.key for places in parts.values() for place in places.values()}
     others = [key for key in file.entries if key not in taken]
@@ -52,12 +52,12 @@ def ema_key(key: str) -> str:
     return EMA_PREFIX + key.removeprefix("model.").replace(".", "")
 
 
-def _held(keys: set[str], names: Names, family: str | None) -> set[str]:
-    """Without what a network of diffusers does not hold: Stable Diffusion 2.x listens to the last layer but one, and
-    its encoder ends there; a file that was made of a diffusers folder may end there, too, and then has no projection.
-    """
+def held(keys: set[str], names: Names, family: str | None) -> set[str]:
+    """The keys of a part without what a network of diffusers does not hold: Stable Diffusion 2.x listens to the last
+    layer but one, and its encoder ends there; a file that was made of a diffusers folder may end there, too, and then
+    has no projection."""
     if names is CLIP:
-        return {key for key in keys if not key.startswith("logit_scale")}
+        return {key for key in keys if not key.startswith(("logit_scale", "text_projection"))}
     if names is not OPENCLIP or family != "sd2":
         return keys
     layers = [int(key.split(".")[2]) for key in keys if key.startswith("transformer.resblocks.")]
@@ -66,20 +66,18 @@ def _held(keys: set[str], names: Names, family: str | None) -> set[str]:
     return {key for key in keys if not key.startswith(unheard)}
 
 
-def _with_prefix(places: Places, prefix: str) -> Places:
+def with_prefix(places: Places, prefix: str) -> Places:
+    """With whole keys."""
     return {name: place._replace(key=prefix + place.key) for name, place in places.items()}
 
 
-def vae_alone(file: Described) -> Places:
-    """The VAE of a file that may have nothing else, in the original layout or in diffusers'. Raises UserError where it
-    has none."""
-    if any(name.startswith("encoder.down_blocks.") for name in file.entries):
-        return {vae_name_now(name): Place(name) for name in file.entries}
-    for prefix in _VAE_PREFIXES:
-        inner = {key.removeprefix(prefix) for key in file.entries if key.startswith(prefix)}
-        if places := VAE.names(inner):
-            return _with_prefix(places, prefix)
-    raise UserError(f"model.vae: {file.path} has no VAE of Stable Diffusion")
+def missing(family: str, parts: Collection[str]) -> str | None:
+    """Which networks of a family are not among these, and how the user names one, in words; None where all are."""
+    lacking = [part for part in LAYOUTS[family] if part not in parts]
+    if not lacking:
+        return None
+    keys = ", ".join(f'model.{part} = "FILE or FOLDER"' for part in lacking)
+    return f"has no {' and no '.join(lacking)}; name {'one' if len(lacking) == 1 else 'each'}, {keys}"
 
 
 def shapes_of(places: Places, entries: dict[str, Entry]) -> dict[str, tuple[int, ...]]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lowvram_db.errors import UserError
-from lowvram_db.families.source import read_json
-from lowvram_db.formats.content import TRAINABLE, Content, content_of
+from lowvram_db.files.foreign import read_json
+from lowvram_db.formats.content import TRAINABLE, Content, content_of, missing
 from lowvram_db.formats.header import Described, Entry, Header, is_pickle
 from lowvram_db.formats.kinds import FAMILY_WORDS
 from lowvram_db.formats.layout import LAYOUTS
@@ -111,11 +111,8 @@ def _file(file: Described, whole: bool) -> Report:
 
 
 def _problem(content: Content, parts: dict[str, list[Entry]], predicts: str | None) -> str | None:
-    lacking = [part for part in LAYOUTS[content.kind.family or ""] if part not in parts]
-    if lacking == ["vae"]:
-        return 'it has no vae; name one, model.vae = "FILE or FOLDER"'
-    if lacking:
-        return f"it has no {' and no '.join(lacking)}"
+    if lacking := missing(content.kind.family or "", parts):
+        return f"it {lacking}"
     others = {entry.dtype for entries in parts.values() for entry in entries} - set(TRAINABLE)
     if others:
         return f"weights are stored as {', '.join(sorted(others))}; get it in fp16, bf16 or fp32"

@@ -67,7 +67,7 @@ _OTHERS = [
     ),
     (
         r"(^|\.)(text_model|resblocks|transformer\.h|encoder\.block)\.|(^|\.)layers\.\d+\.self_attn\.",
-        "a text encoder alone",
+        "a text encoder alone, which can be named as model.text_encoder beside a model",
     ),
     (r"^body\.|^model\.\d+\.|\.RDB\d\.|^conv_first\.", "an upscaler of pictures (ESRGAN or the like)"),
 ]

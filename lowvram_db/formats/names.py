@@ -208,6 +208,13 @@ def _with_prefix(name: str) -> str:
     return name if name.startswith((CLIP_PREFIX, "text_projection.")) else CLIP_PREFIX + name
 
 
+def name_now(part: str, name: str) -> str:
+    """Of a part's tensor in the diffusers of today; of a text encoder's the one that every transformers knows."""
+    if part == "vae":
+        return vae_name_now(name)
+    return _with_prefix(name) if part.startswith("text_encoder") else name
+
+
 def in_file(shape: tuple[int, ...], form: Form) -> tuple[int, ...]:
     """The shape that a network's tensor has in the file; of thirds that of the whole."""
     if form == Form.convolution:

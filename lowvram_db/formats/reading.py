@@ -11,8 +11,16 @@ class Reading:
 
     prediction_type: str | None = None  # "epsilon" | "v_prediction"; default: what the file tells
     tokenizer: str | None = None  # folder; default: CLIP's own, wherever it is found
-    vae: str | None = None  # file or folder; default: the file's own
+    vae: str | None = None  # file or folder; default: the file's own, as for the two below
+    text_encoder: str | None = None
+    text_encoder_2: str | None = None  # of SDXL
     ema: bool = False  # the UNet's averaged weights
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """The networks that are to come from elsewhere, by the names of their folders."""
+        named = {"vae": self.vae, "text_encoder": self.text_encoder, "text_encoder_2": self.text_encoder_2}
+        return {part: name for part, name in named.items() if name}
 
 
 AS_IT_IS = Reading()

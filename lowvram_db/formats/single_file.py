@@ -21,14 +21,15 @@ from torch import Tensor
 from lowvram_db import __version__
 from lowvram_db.atomic import creating_folder
 from lowvram_db.errors import UserError
-from lowvram_db.families.known import family_folder
-from lowvram_db.families.source import naming, read_json
+from lowvram_db.files.foreign import naming, read_json
 from lowvram_db.files.user_cache import user_cache
 from lowvram_db.files.writer import values_of
+from lowvram_db.formats.alone import file_of_part, part_alone
 from lowvram_db.formats.architecture import config_of
-from lowvram_db.formats.content import Content, Places, check_numbers, content_of, shapes_of, vae_alone
+from lowvram_db.formats.content import Places, check_numbers, content_of, missing, shapes_of
 from lowvram_db.formats.forms import to_network
 from lowvram_db.formats.kinds import FAMILY_WORDS
+from lowvram_db.formats.known import family_folder
 from lowvram_db.formats.layout import LAYOUTS
 from lowvram_db.formats.names import Form
 from lowvram_db.formats.prediction import Prediction, prediction_of
@@ -39,12 +40,9 @@ from lowvram_db.progress import say
 
 _PLACES = "single_file.json"  # where they are
 _FORMAT = 1  # of such folders
-_DIFFUSERS_VAE = ("diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors")
 _PADS = {"sd1": [END], "sd2": ["!"], "sdxl": [END, "!"]}  # what fills up a prompt, for each text encoder
 _PACKAGED = "it comes with the package"
 _SUPPORTED = "Stable Diffusion 1.x, 2.x and XL"
-_MEND = "get the whole model (a checkpoint, not a UNet alone)"
-_MENDS = {"vae": 'name one, model.vae = "FILE or FOLDER"'}
 
 
 def as_configs(path: Path, reading: Reading = AS_IT_IS) -> Path:
@@ -77,7 +75,8 @@ def _made(folder: Path, write: Callable[[Path], None]) -> Path:
 
 def _place(what: str, path: Path, reading: Reading) -> Path:
     """A name for what comes of this file, as it is now, read in this way."""
-    beside = [path, path.with_suffix(".yaml"), *(Path(p).expanduser() for p in (reading.vae, reading.tokenizer) if p)]
+    named = [*reading.parts.values(), *([reading.tokenizer] if reading.tokenizer else [])]
+    beside = [path, path.with_suffix(".yaml"), *(Path(name).expanduser() for name in named)]
     files = [str(place.absolute()) for place in beside] + [state_of(file) for place in beside for file in _files(place)]
     known = json.dumps([what, _FORMAT, __version__, files, asdict(reading)])
     try:
@@ -166,7 +165,7 @@ class Model(NamedTuple):
     file: Tensors
     family: str
     parts: dict[str, tuple[Tensors, Places]]  # each with the file that it is in
-    content: Content
+    others: list[str]  # keys of what is of no network, nor was beside one that is another's now
 
 
 @contextmanager
@@ -177,31 +176,22 @@ def opened(path: Path, reading: Reading = AS_IT_IS) -> Iterator[Model]:
         content = content_of(file)
         if content.kind.family is None:
             raise UserError(f"{path}: is {content.kind.words}; {_SUPPORTED} can be trained")
-        parts = {part: (file, places) for part, places in content.parts.items()}
+        family, parts = content.kind.family, {part: (file, places) for part, places in content.parts.items()}
         if reading.ema:
             if not content.ema:
                 raise UserError(f"model.ema: {path} has no averaged weights (model_ema.*); leave the key out")
             parts["unet"] = (file, content.averaged())
-        if reading.vae is not None:
-            vae = stack.enter_context(tensors_of(_vae_file(reading.vae)))
-            parts["vae"] = (vae, vae_alone(vae))
-        for part in LAYOUTS[content.kind.family]:
-            if part not in parts:
-                raise UserError(f"{path}: has no {part}; {_MENDS.get(part, _MEND)}")
-            check_numbers(*parts[part])
-        yield Model(file, content.kind.family, parts, content)
-
-
-def _vae_file(name: str) -> Path:
-    place = Path(name).expanduser()
-    if place.is_dir():
-        found = [place / file for file in _DIFFUSERS_VAE if (place / file).is_file()]
-        if not found:
-            raise UserError(f"model.vae: {place} holds no {_DIFFUSERS_VAE[0]}; name a VAE's file or folder")
-        return found[0]
-    if not place.is_file():
-        raise UserError(f"model.vae: no file or folder {place.absolute()}")
-    return place
+        for part, name in reading.parts.items():
+            if part not in LAYOUTS[family]:
+                raise UserError(f"model.{part}: {path} is {content.kind.words}, which has none; leave the key out")
+            own = stack.enter_context(tensors_of(file_of_part(part, name)))
+            parts[part] = (own, part_alone(own, family, part))
+        if lacking := missing(family, parts):
+            raise UserError(f"{path}: {lacking}")
+        for network in parts.values():
+            check_numbers(*network)
+        replaced = tuple(LAYOUTS[family][part].prefix for part in reading.parts)
+        yield Model(file, family, parts, [key for key in content.others if not key.startswith(replaced)])
 
 
 def part_tensors(stand_in: Path) -> Iterator[tuple[str, str, Tensor]]:

@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 
 from lowvram_db.errors import UserError
-from lowvram_db.families.source import find_model, read_json
-from lowvram_db.families.weight_files import weight_files
+from lowvram_db.files.foreign import read_json
 from lowvram_db.files.writer import DTYPES
 from lowvram_db.formats.content import check_numbers
 from lowvram_db.formats.forms import to_network
 from lowvram_db.formats.inspect import inspect
 from lowvram_db.formats.layout import LAYOUTS
-from lowvram_db.formats.names import CLIP_COUNT, CLIP_PREFIX, Form, Place, in_network, vae_name_now
+from lowvram_db.formats.names import CLIP_COUNT, Form, Place, in_network, name_now
 from lowvram_db.formats.reading import AS_IT_IS, Reading
 from lowvram_db.formats.single_file import as_configs, as_folder, opened
+from lowvram_db.formats.source import find_model
 from lowvram_db.formats.tensors import Tensors, tensors_of
+from lowvram_db.formats.weight_files import weight_files
 
 
 class Stored(NamedTuple):
@@ -71,7 +72,7 @@ def open_stored(name: str, reading: Reading = AS_IT_IS, tokenizers: bool = False
                 part: {name: Stored(file, *place) for name, place in places.items()}
                 for part, (file, places) in model.parts.items()
             }
-            others = {key: Stored(model.file, key) for key in model.content.others}
+            others = {key: Stored(model.file, key) for key in model.others}
             folder = as_folder(place, reading) if tokenizers else as_configs(place, reading)
             yield Model(folder, model.family, parts, model.file.metadata, others)
         return
@@ -88,19 +89,10 @@ def _network(folder: Path, part: str, stack: ExitStack) -> Network:
     network: Network = {}
     for path in weight_files(folder, part):
         file = stack.enter_context(tensors_of(path))
-        names = {_full_name(part, name): name for name in file.entries if not name.endswith(CLIP_COUNT)}
+        names = {name_now(part, name): name for name in file.entries if not name.endswith(CLIP_COUNT)}
         check_numbers(file, {full: Place(name) for full, name in names.items()})
         network |= {full: Stored(file, name) for full, name in names.items()}
     return network
-
-
-def _full_name(part: str, name: str) -> str:
-    """diffusers' name of today; of a text encoder the one that every transformers knows."""
-    if part == "vae":
-        return vae_name_now(name)
-    if part.startswith("text_encoder") and not name.startswith((CLIP_PREFIX, "text_projection.")):
-        return CLIP_PREFIX + name
-    return name
 
 
 def predicts(folder: Path) -> tuple[str, bool]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lowvram_db.errors import UserError
-from lowvram_db.families.source import naming
+from lowvram_db.files.foreign import naming
 from lowvram_db.files.pickled import unpickle
 from lowvram_db.files.reader import Reader
 from lowvram_db.files.stand_in import refuse_stand_in

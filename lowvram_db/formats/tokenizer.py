@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
 from lowvram_db.errors import UserError
-from lowvram_db.families.source import naming
+from lowvram_db.files.foreign import naming
 
 CLIP_SIZE = 49408  # tokens
 START, END = "<|startoftext|>", "<|endoftext|>"

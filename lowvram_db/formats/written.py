@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lowvram_db.atomic import creating_folder, replacing_file
 from lowvram_db.errors import UserError
-from lowvram_db.families.source import read_json
+from lowvram_db.files.foreign import read_json
 from lowvram_db.files.writer import DTYPES, Planned, overflowing, write_hashed, write_planned
 from lowvram_db.formats.forms import to_file
 from lowvram_db.formats.header import Entry

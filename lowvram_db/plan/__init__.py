@@ -5,7 +5,7 @@ import gc
 from collections.abc import Iterator
 
 from lowvram_db.config import Config
-from lowvram_db.families.source import find_configs
+from lowvram_db.formats.source import find_configs
 from lowvram_db.plan import remember
 from lowvram_db.plan.result import Plan
 

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from lowvram_db.families import known
 from lowvram_db.families.weights import read_weights
+from lowvram_db.formats import known
 from lowvram_db.formats.forms import to_file
 from lowvram_db.formats.layout import LAYOUTS
 from lowvram_db.formats.reading import STAND_IN
@@ -68,12 +68,14 @@ def _read(kind: str, part: str) -> dict[str, Any]:
     return json.loads((Path(known.__file__).parent / kind / part / "config.json").read_text())
 
 
-def _networks(kind: str, small: bool = True) -> dict[str, nn.Module]:
+def _networks(
+    kind: str, small: bool = True, unet: dict[str, Any] | None = None, device: str | None = None
+) -> dict[str, nn.Module]:
     """A family's networks by the names of their folders: in miniature with random weights, else of their true size
-    without any."""
+    without any. unet: what its config has other than that."""
     vocabulary = {"vocab_size": 514} if small else {}
-    with torch.device("cpu" if small else "meta"):
-        unet = _read(kind, "unet") | ({"layers_per_block": 1, **_UNETS[kind]} if small else {})
+    with torch.device(device or ("cpu" if small else "meta")):
+        unet = _read(kind, "unet") | ({"layers_per_block": 1, **_UNETS[kind]} if small else {}) | (unet or {})
         parts: dict[str, nn.Module] = {
             "unet": UNet2DConditionModel.from_config(unet),
             "vae": AutoencoderKL.from_config(_read(kind, "vae") | (_VAE if small else {})),
@@ -164,6 +166,32 @@ def write_file(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / name
 
     return write
+
+
+def _hollow(path: Path, shapes: Shapes) -> Path:
+    tree, end = {}, 0
+    for key, shape in shapes.items():
+        begin, end = end, end + 2 * torch.Size(shape).numel()
+        tree[key] = {"dtype": "F16", "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(tree).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return path
+
+
+@pytest.fixture(scope="session")
+def hollow() -> Callable[[Path, Shapes], Path]:
+    """A file of zeros in float16 of these shapes, none of which takes any room on the disk."""
+    return _hollow
+
+
+@pytest.fixture
+def wide_file(tmp_path: Path) -> Path:
+    """A file with a UNet of 155 MB in float16, and with 600 MB of something else."""
+    parts = _networks("sd1", unet={"block_out_channels": [320, 640]}, device="meta")
+    shapes = {key: tuple(tensor.shape) for key, tensor in _file_of("sd1", parts).items()}
+    return _hollow(tmp_path / "wide.safetensors", shapes | {f"made.up.{n}": (10, 10**6) for n in range(30)})
 
 
 @pytest.fixture

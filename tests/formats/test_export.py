@@ -78,6 +78,21 @@ def test_a_file_comes_out_as_it_went_in(kind, write_file, tmp_path):
     assert (said["ss_steps"], said["modelspec.title"], said["modelspec.vae_dtype"]) == ("3", "mine", "float32")
 
 
+def test_networks_from_elsewhere_are_written_without_what_was_beside_the_file_s_own(write_file, tmp_path):
+    def change(tensors):
+        tensors |= {f"{VAE}loss.logvar": torch.ones(1), "made.up": torch.arange(3)}
+
+    file, other = write_file(change=change), write_file(name="other.safetensors", seed=1)
+    reading = Reading("epsilon", vae=str(other), text_encoder=str(other))
+    written, base, theirs = (
+        single(file, tmp_path / "out.safetensors", reading=reading),
+        load_file(file),
+        load_file(other),
+    )
+    own = {key: tensor for key, tensor in base.items() if not key.startswith((VAE, CLIP))}
+    assert same(written, own | {key: theirs[key] for key in base.keys() - own.keys() - {f"{VAE}loss.logvar"}})
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_folder_comes_back_from_a_file_as_it_was(kind, write_folder, letters, tmp_path):
     schedule = {"prediction_type": "epsilon"}
@@ -215,6 +230,16 @@ def test_trap_weights_in_another_order_of_memory(write_folder, tmp_path):
     assert torch.equal(file["model.diffusion_model.out.2.weight"], state["conv_out.weight"])
 
 
+def test_trap_attention_of_sd_2_overflows_in_fp16(write_file, letters, tmp_path):
+    """Other programs compute it in float32 where the config says so; ours, by tests/memory/test_attention.py, always
+    do."""
+    reading = Reading("v_prediction", str(letters))
+    export(str(write_file("sd2")), tmp_path / "out", Format.diffusers, reading=reading)
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "out")
+    attention = [module for name, module in pipeline.unet.named_modules() if name.endswith((".attn1", ".attn2"))]
+    assert attention and all(module.upcast_attention for module in attention)
+
+
 def test_numbers_too_large_for_fp16_are_kept(write_file, tmp_path, capfd):
     key = "model.diffusion_model.out.2.weight"
 
@@ -225,6 +250,20 @@ def test_numbers_too_large_for_fp16_are_kept(write_file, tmp_path, capfd):
     assert file[key].dtype == torch.float32 and file[key].max() == 1e5
     assert file[f"{CLIP}text_model.final_layer_norm.bias"].dtype == torch.float16
     assert "unet: 1 of its tensors hold numbers too large for float16" in capfd.readouterr().err
+
+
+_WRITE = """
+from pathlib import Path
+import torch
+from lowvram_db.formats.export import Format, export
+def write(name):
+    export(name, Path(name).with_suffix(".out.safetensors"), Format.single_file, torch.bfloat16)
+write(sys.argv[2])
+"""
+
+
+def test_writing_holds_little_of_a_model(growth, wide_file, write_file):
+    assert growth(_WRITE, "write(sys.argv[1])", wide_file, write_file()) < 160  # MiB, of 720
 
 
 def test_nothing_is_overwritten_and_a_small_disk_is_seen_before(write_file, tmp_path, small_disk, monkeypatch):

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 
 from lowvram_db.errors import UserError
-from lowvram_db.families.source import find_model
 from lowvram_db.formats.content import ema_key
 from lowvram_db.formats.inspect import inspect
 from lowvram_db.formats.reading import STAND_IN, Reading
 from lowvram_db.formats.single_file import part_tensors
+from lowvram_db.formats.source import find_model
 
 OUT = "model.diffusion_model.out.2.weight"
 

@@ -9,11 +9,12 @@ from safetensors.torch import load_file, save_file
 from lowvram_db.dreambooth import run_dreambooth
 from lowvram_db.errors import UserError
 from lowvram_db.families import open_model
-from lowvram_db.families.known import family_folder
-from lowvram_db.families.source import find_configs, find_model
+from lowvram_db.formats import kinds
 from lowvram_db.formats.content import ema_key
+from lowvram_db.formats.known import family_folder
 from lowvram_db.formats.layout import LAYOUTS, VAE_PREFIX
 from lowvram_db.formats.reading import STAND_IN, Reading
+from lowvram_db.formats.source import find_configs, find_model
 
 EPSILON = {"sd1": None, "sd2": "epsilon", "sdxl": None}
 
@@ -46,21 +47,8 @@ def test_every_network_comes_out_of_the_file_bit_for_bit(kind, name, write_file,
         assert same(weights(folder, part), wanted), part
 
 
-def hollow(path, shapes):
-    """A file of these tensors, none of which takes any room on the disk."""
-    tree, end = {}, 0
-    for key, shape in shapes.items():
-        begin, end = end, end + 2 * torch.Size(shape).numel()
-        tree[key] = {"dtype": "F16", "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(tree).encode()
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
-    return path
-
-
 @pytest.mark.parametrize("kind", LAYOUTS)
-def test_true_sizes_get_the_config_files_of_the_package(kind, listed, tmp_path):
+def test_true_sizes_get_the_config_files_of_the_package(kind, listed, hollow, tmp_path):
     held, others = listed(kind)
     file = hollow(tmp_path / "model.safetensors", held | others)
     folder = find_configs(str(file), reading=Reading("v_prediction"))
@@ -123,17 +111,74 @@ def without(prefix):
     return change
 
 
-def test_a_missing_vae_is_asked_for_and_taken(write_file, opened, tmp_path):
-    whole, bare = write_file(), write_file(name="bare.safetensors", change=without(VAE_PREFIX))
-    with pytest.raises(UserError, match=r'bare\.safetensors: has no vae; name one, model\.vae = "'):
-        opened(bare)
-    assert digests(opened(bare, vae=str(whole))) == digests(opened(whole))
-    for name, words in {"nowhere": "no file or folder", ".": "holds no diffusion_pytorch_model"}.items():
-        with pytest.raises(UserError, match=rf"model\.vae: .*{words}"):
-            opened(bare, vae=str(tmp_path / name))
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_a_missing_network_is_asked_for_and_taken_out_of_another_model(kind, write_file, opened, monkeypatch):
+    """A UNet alone, as trainings leave one, beside the model that it was trained on."""
+    monkeypatch.setattr(kinds, "_FAMILIES_BY_CONTEXT", {192 if kind == "sdxl" else 64: kind})  # of the miniatures
+    whole, speaks = write_file(kind), {"prediction_type": EPSILON[kind]}
+    others = [part for part in LAYOUTS[kind] if part != "unet"]
+    lacking = [LAYOUTS[kind][part].prefix for part in others]
+    bare, named = write_file(kind, "bare.safetensors", change=without(tuple(lacking))), {}
+    for part in others:
+        with pytest.raises(UserError, match=rf'bare\.safetensors: has no {part}.*; name .*, model\.{part} = "'):
+            opened(bare, **named, **speaks)
+        named[part] = str(whole)
+    assert digests(opened(bare, **named, **speaks)) == digests(opened(whole, **speaks))
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_a_network_is_taken_out_of_a_folder_and_out_of_a_file_of_its_own(
+    kind, write_file, write_folder, opened, tmp_path
+):
+    """By transformers' names, with the prefix and without, and with what whole models of CLIP have beside it."""
+    reading, folder = {"prediction_type": EPSILON[kind]}, write_folder(kind)
+    own, other = digests(opened(write_file(kind), **reading)), write_file(kind, "other.safetensors", seed=1)
+    for part in set(LAYOUTS[kind]) - {"unet"}:
+        (stored,) = (folder / part).glob("*.safetensors")
+        state = load_file(stored)
+        if part.startswith("text_encoder"):
+            layers = "text_model.encoder.layers."
+            state = {name if name.startswith("text_") else f"text_model.{name}": t for name, t in state.items()}
+            if kind == "sd2":  # as OpenCLIP's own model has a layer more
+                last = [name for name in state if name.startswith(f"{layers}1.")]
+                state |= {name.replace(f"{layers}1.", f"{layers}2."): state[name] + 1 for name in last}
+            if part == "text_encoder":
+                state["text_projection.weight"] = torch.ones(64, 64)
+            beside = {"logit_scale": torch.ones(1), "text_model.embeddings.position_ids": torch.arange(77)[None]}
+            save_file(state | beside, tmp_path / "whole.safetensors")
+            save_file({name.removeprefix("text_model."): t for name, t in state.items()}, tmp_path / "own.safetensors")
+        else:
+            save_file(state, tmp_path / "whole.safetensors")
+            save_file({f"vae.{key}": t for key, t in bare_vae(write_file(kind)).items()}, tmp_path / "own.safetensors")
+        for place in (folder, folder / part, tmp_path / "whole.safetensors", tmp_path / "own.safetensors"):
+            assert digests(opened(other, **{part: str(place)}, **reading))[part] == own[part], place
+        assert digests(opened(other, **reading))[part] != own[part]
+
+
+def bare_vae(file):
+    return {key.removeprefix(VAE_PREFIX): t for key, t in load_file(file).items() if key.startswith(VAE_PREFIX)}
+
+
+PARTS = {"vae": "VAE", "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_what_has_no_such_network_is_named_with_the_key(part, write_file, write_folder, opened, weights, tmp_path):
+    file = write_file("sdxl")
     save_file({"a": torch.ones(1)}, tmp_path / "nothing.safetensors")
-    with pytest.raises(UserError, match=r"model\.vae: .* has no VAE"):
-        opened(bare, vae=str(tmp_path / "nothing.safetensors"))
+    (found,) = (write_folder("sdxl") / part).rename(tmp_path / "part").glob("*.safetensors")
+    save_file(load_file(found) | {"encoder.down_blocks.made_up": torch.ones(1)}, tmp_path / "more.safetensors")
+    for name, words in {
+        "nowhere": "no file or folder",
+        "folder": r"holds no (diffusion_pytorch_)?model\.safetensors",
+        "nothing.safetensors": f"has no {PARTS[part]} of",
+        "more.safetensors": "made_up, which (no|a network)",
+    }.items():
+        with pytest.raises(UserError, match=rf"{words}") as refused:
+            weights(opened(file, **{part: str(tmp_path / name)}), part)
+        assert "\n" not in str(refused.value)
+    with pytest.raises(UserError, match=r"model\.text_encoder_2: .* is Stable Diffusion 1\.x, which has none"):
+        opened(write_file("sd1"), text_encoder_2=str(file))
 
 
 def test_averaged_weights_are_taken_where_they_are_asked_for(write_file, opened, networks, weights):
@@ -192,7 +237,6 @@ OUT = "model.diffusion_model.out.2.weight"
 REFUSED = {
     "fp8": (lambda t: t.update({OUT: t[OUT].to(torch.float8_e4m3fn)}), rf"{OUT} is stored as F8_E4M3"),
     "integers": (lambda t: t.update({OUT: t[OUT].to(torch.int8)}), rf"{OUT} is stored as I8"),
-    "no text encoder": (without("cond_stage_model."), "has no text_encoder|no known family"),
     "a tensor of another UNet": (
         lambda t: t.update({"model.diffusion_model.middle_block.3.0.weight": torch.ones(1)}),
         r"has model\.diffusion_model\.middle_block\.3\.0\.weight, which no UNet of Stable Diffusion 1\.x has",
@@ -237,6 +281,27 @@ def test_a_training_s_ckpt_is_read_without_what_is_around_its_tensors(write_file
     tree = {"state_dict": torch.load(file), "epoch": 3, "optimizer_states": [{"lr": 1.0}]}
     torch.save(tree, tmp_path / "model.ckpt")
     assert same(weights(opened(tmp_path / "model.ckpt"), "unet"), seeded(networks, "sd1")["unet"])
+
+
+_OPEN = """
+from pathlib import Path
+import torch
+from lowvram_db.cache import catalogue_of, model_digest
+from lowvram_db.families import open_model
+from lowvram_db.formats.reading import Reading
+def load(name):
+    family = open_model(name, reading=Reading(tokenizer=sys.argv[3]))
+    model_digest(family, catalogue_of(Path(name).parent / "catalogue"))
+    for part in (family.load_text_encoders, family.load_vae):
+        part()
+    return family.load_denoiser(lambda weight: weight.to(torch.bfloat16))
+load(sys.argv[2])
+"""
+
+
+def test_loading_holds_one_network_and_little_more(growth, wide_file, write_file, letters):
+    """Of what a run does before it trains; whatever else is in the file."""
+    assert growth(_OPEN, "denoiser = load(sys.argv[1])", wide_file, write_file(), letters) < 148 + 130  # MiB
 
 
 def test_a_file_that_changes_after_it_was_opened_is_named(write_file, opened, weights):

@@ -10,7 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowvram_db.families.source import find_configs
+from lowvram_db.formats.source import find_configs
 from lowvram_db.kernels import adam8, bits, moment_code
 from lowvram_db.kernels.adam8_step import Step, step_numbers
 from lowvram_db.memory.trace import Trace

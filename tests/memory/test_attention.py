@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -12,6 +14,25 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_sdpa_passes_its_trial(dtype):
     assert preflight("sdpa", CPU, dtype) is None
+
+
+def test_scores_beyond_fp16_s_numbers_are_none_of_its_arithmetic(family):
+    """As Stable Diffusion 2.x has them: such attention is exact in the training's own arithmetic, forward and back."""
+    denoiser = family.load_denoiser()
+    use_attention(denoiser, "auto", CPU, torch.float16)
+    layer = next(module for name, module in denoiser.named_modules() if name.endswith(".attn1"))
+    with torch.no_grad():
+        for projection in (layer.to_q, layer.to_k):
+            projection.weight.copy_(torch.eye(*projection.weight.shape) * 512)
+    x = 4 * torch.eye(16, layer.to_q.in_features)[None]
+    assert (layer.to_q(x) @ layer.to_k(x).mT).max() > 4 * torch.finfo(torch.float16).max
+    results = []
+    for network, inputs in ((layer, x), (copy.deepcopy(layer).half(), x.half())):
+        leaf = inputs.clone().requires_grad_()
+        output = network(leaf)
+        results.append((output.detach().float(), torch.autograd.grad(output.float().sum(), leaf)[0].float()))
+    for wanted, got in zip(*results, strict=True):
+        assert got.isfinite().all() and (got - wanted).norm() < attention._TOLERANCE * wanted.norm()
 
 
 def test_wrong_gradients_are_found(monkeypatch):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowvram_db.families import open_blank
-from lowvram_db.families.known import known_configs
+from lowvram_db.formats.known import known_configs
 from lowvram_db.memory import trace as trace_room
 from lowvram_db.memory.overheads import CONTEXT, CUBLAS_WORKSPACES, MARGIN
 from lowvram_db.memory.trace import OverLimit, Trace

@@ -3,7 +3,7 @@ import time
 import pytest
 
 from lowvram_db.errors import UserError
-from lowvram_db.families.source import find_model, read_json
+from lowvram_db.formats.source import find_model
 
 
 def test_a_local_folder_is_taken_as_it_is(tmp_path):
@@ -38,14 +38,3 @@ def test_a_hub_id_in_offline_mode(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="the hub cannot be reached"):
         find_model("runwayml/stable-diffusion-v1-5")
-
-
-def test_json_that_is_missing_or_broken_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"config\.json: missing; a model has one"):
-        read_json(tmp_path / "config.json", "a model has one")
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config\.json: cannot be read"):
-        read_json(tmp_path / "config.json", "")
-    (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(UserError, match="not a JSON object"):
-        read_json(tmp_path / "config.json", "")

@@ -3,7 +3,8 @@ import json
 import pytest
 
 from lowvram_db.errors import UserError
-from lowvram_db.families.weight_files import refuse_stand_in, weight_files
+from lowvram_db.files.stand_in import refuse_stand_in
+from lowvram_db.formats.weight_files import weight_files
 
 DIFFUSERS = "diffusion_pytorch_model"
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from lowvram_db.errors import UserError
-from lowvram_db.families.source import read_json
+from lowvram_db.files.foreign import read_json
 from lowvram_db.files.stand_in import refuse_stand_in
 from lowvram_db.formats.reading import STAND_IN
 
