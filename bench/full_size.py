@@ -1,8 +1,8 @@
 """Does a full-size Stable Diffusion train here, with how much memory, how fast?
 
 Builds a pipeline of SD 1.5's, SD 2.1's or SDXL's true shape with random weights (4.3, 2.6 or 6.9 GB on disk, once),
-then times the ordinary command line on it, from class images to the saved model, as a separate process, and puts what its
-plan says of tensors beside the memory that the process took.
+then times the ordinary command line on it, from class images to the saved model, as a separate process, and puts
+what its plan says of tensors beside the memory that the process took.
 
     python bench/full_size.py --model sdxl --steps 2 --resolution 256 --optimizer adam8
 """
