@@ -51,7 +51,8 @@ class Repeats:
         if seen is None:
             return operation(*args, **kwargs)
         kind, made = seen
-        return _again(made[0], args) if kind is FakeTensor else kind(_again(one, args) for one in made)
+        again = (one and _again(one, args) for one in made)
+        return next(again) if kind is FakeTensor else kind(again)
 
 
 def _key(value: Any) -> Any:
@@ -76,24 +77,28 @@ def _seen(output: Any, args: Any) -> tuple[type, list[_Made | None]] | None:
     places = {arg.untyped_storage()._cdata: place for place, arg in enumerate(args) if type(arg) is FakeTensor}
     made: list[_Made | None] = []
     for tensor in tensors:
-        if tensor is None:
-            made.append(None)
-            continue
-        if type(tensor) is not FakeTensor:
+        if tensor is not None and type(tensor) is not FakeTensor:
             return None
-        storage, offset = tensor.untyped_storage(), tensor.storage_offset()
-        described = tensor.fake_mode, tensor.fake_device, tensor.dtype, tensor.shape, tensor.stride(), offset
-        one = _Made(*described, places.get(storage._cdata))
-        again = _again(one, args)
-        if one.inside is None and storage.nbytes() != again.untyped_storage().nbytes():
+        one = None if tensor is None else _described(tensor, places)
+        if one and _again(one, args).untyped_storage().nbytes() != tensor.untyped_storage().nbytes():
             return None
         made.append(one)
     return type(output), made
 
 
-def _again(made: _Made | None, args: Any) -> FakeTensor | None:
-    if made is None:
-        return None
+def _described(tensor: FakeTensor, places: dict[int, int]) -> _Made:
+    return _Made(
+        tensor.fake_mode,
+        tensor.fake_device,
+        tensor.dtype,
+        tensor.shape,
+        tensor.stride(),
+        int(tensor.storage_offset()),
+        places.get(tensor.untyped_storage()._cdata),
+    )
+
+
+def _again(made: _Made, args: Any) -> FakeTensor:
     with torch._C._DisableTorchDispatch():
         if made.inside is None:
             tensor = torch.empty_strided(made.shape, made.stride, dtype=made.dtype, device=_META)
