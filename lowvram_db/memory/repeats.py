@@ -77,12 +77,14 @@ def _seen(output: Any, args: Any) -> tuple[type, list[_Made | None]] | None:
     places = {arg.untyped_storage()._cdata: place for place, arg in enumerate(args) if type(arg) is FakeTensor}
     made: list[_Made | None] = []
     for tensor in tensors:
-        if tensor is not None and type(tensor) is not FakeTensor:
+        if tensor is None:
+            made.append(None)
+            continue
+        if type(tensor) is not FakeTensor:
             return None
-        one = None if tensor is None else _described(tensor, places)
-        if one and _again(one, args).untyped_storage().nbytes() != tensor.untyped_storage().nbytes():
+        made.append(one := _described(tensor, places))
+        if _again(one, args).untyped_storage().nbytes() != tensor.untyped_storage().nbytes():
             return None
-        made.append(one)
     return type(output), made
 
 
