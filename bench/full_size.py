@@ -1,9 +1,10 @@
-"""Does a full-size Stable Diffusion 1.5 train here, with how much memory, how fast?
+"""Does a full-size Stable Diffusion train here, with how much memory, how fast?
 
-Builds a pipeline of SD 1.5's true shape with random weights (4.3 GB on disk, once), then times the ordinary command
-line on it, from class images to the saved model, as a separate process.
+Builds a pipeline of SD 1.5's, SD 2.1's or SDXL's true shape with random weights (4.3, 2.6 or 6.9 GB on disk, once),
+then times the ordinary command line on it, from class images to the saved model, as a separate process, and puts
+what its plan says of tensors beside the memory that the process took.
 
-    python bench/full_size.py --steps 2 --resolution 256 --optimizer adam8
+    python bench/full_size.py --model sdxl --steps 2 --resolution 256 --optimizer adam8
 """
 
 import argparse
@@ -13,16 +14,24 @@ import sys
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import psutil
+import torch
 from machine import add_row, computed
 
 from lowvram_db.config import load
 from lowvram_db.demo.miniature import write_photos, write_pipeline
-from lowvram_db.formats.known import known_config
+from lowvram_db.families.schedule import read_schedule
+from lowvram_db.formats.known import known_config, known_configs
 from lowvram_db.memory.device import pick_device
 
-_SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+# As the rows call it, its hub id, and the dtype of its files: to write SDXL in float32 takes 14 GB of RAM.
+_MODELS = {
+    "sd15": ("SD 1.5", "stable-diffusion-v1-5/stable-diffusion-v1-5", torch.float32),
+    "sd21": ("SD 2.1", "stabilityai/stable-diffusion-2-1", torch.bfloat16),
+    "sdxl": ("SDXL", "stabilityai/stable-diffusion-xl-base-1.0", torch.bfloat16),
+}
 _SAMPLE_EVERY = 0.05  # seconds between two readings of the process's memory
 
 _CONFIG = """
@@ -50,13 +59,15 @@ name = "run"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("runs/sd15-random"))
+    parser.add_argument("--model", choices=_MODELS, default="sd15")
+    parser.add_argument("--folder", type=Path, help="default: runs/MODEL-random")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--optimizer", default="adam8")
     parser.add_argument("--compute", default="bf16")
     options = parser.parse_args()
-    config = prepare(options.folder)
+    folder = options.folder or Path(f"runs/{options.model}-random")
+    config = prepare(folder, options.model)
     command = ["lowvram-db", "train", str(config)]
     for setting in (
         f"train.steps={options.steps}",
@@ -67,12 +78,12 @@ def main() -> None:
     ):
         command += ["--set", setting]
     seconds, peak, log = measure(command)
-    run = options.folder / command[-1].partition("=")[2]
+    run = folder / command[-1].partition("=")[2]
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     path = add_row(
         "full_size",
         {
-            "model": "SD 1.5 shape, random weights",
+            "model": f"{_MODELS[options.model][0]} shape, random weights",
             "steps": len(steps),
             "resolution": options.resolution,
             "batch": "1 + 1 prior",
@@ -80,6 +91,7 @@ def main() -> None:
             "compute": computed(options.compute, pick_device()),
             "weights": load(run / "config.toml").weights,
             "weights_million": log.split("training ")[1].split(" M ")[0],
+            "planned_gib": f"{_planned(run) / 2**30:.2f}",
             "peak_training_gib": f"{steps[-1]['peak_bytes'] / 2**30:.2f}",
             "peak_command_gib": f"{peak / 2**30:.2f}",
             "median_step_s": f"{median(step['seconds'] for step in steps):.1f}",
@@ -89,16 +101,40 @@ def main() -> None:
     print(path.read_text().splitlines()[-1])
 
 
-def prepare(folder: Path) -> Path:
+def prepare(folder: Path, model: str = "sd15") -> Path:
     """Write model, photos and config where they are not there yet; returns the config's path."""
     if not (folder / "model" / "model_index.json").exists():
-        unet, vae, text = (known_config(_SD15, part) for part in ("unet", "vae", "text_encoder"))
-        text.pop("eos_token_id"), text.pop("bos_token_id")  # its tokenizer is a small one, with ids of its own
-        write_pipeline(folder / "model", unet=unet, vae=vae, text=text)
+        _write_model(folder / "model", *_MODELS[model][1:])
         write_photos(folder / "photos", count=4, side=512)
     config = folder / "full_size.toml"
     config.write_text(_CONFIG.format(folder=folder.as_posix()))
     return config
+
+
+def _write_model(folder: Path, name: str, dtype: torch.dtype) -> None:
+    configs = known_configs(name)
+    assert configs is not None
+    texts = {
+        argument: known_config(name, part)
+        for argument, part in (("text", "text_encoder"), ("text_2", "text_encoder_2"))
+        if (configs / part).is_dir()
+    }
+    for text in texts.values():
+        text.pop("eos_token_id"), text.pop("bos_token_id")  # its tokenizer is a small one, with ids of its own
+    networks: dict[str, Any] = {part: known_config(name, part) for part in ("unet", "vae")} | texts
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        write_pipeline(folder, **networks, prediction_type=read_schedule(configs).prediction_type)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _planned(run: Path) -> int:
+    """Bytes of tensors at the worst moment of a run's plan: without what only a GPU needs."""
+    phases = json.loads((run / "plan.json").read_text())["phases"]
+    kinds = "weights", "optimizer", "gradients", "activations"
+    return max(sum(phase["components"][kind] for kind in kinds) for phase in phases)
 
 
 def measure(command: list[str]) -> tuple[float, int, str]:

@@ -237,6 +237,10 @@ class SampleConfig(_Section):
     steps: Count = Field(30, description="sampling steps a picture")
     every: int = Field(0, ge=0, lt=2**31, description="also sample every N training steps; 0: only at the end")
 
+    @property
+    def pictures_a_row(self) -> int:
+        return len(self.guidance) * self.seeds
+
 
 class CheckpointConfig(_Section):
     every: int | None = Field(

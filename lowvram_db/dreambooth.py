@@ -18,7 +18,7 @@ from lowvram_db.families import check_trainable, open_model
 from lowvram_db.families.base import Family
 from lowvram_db.memory import driver
 from lowvram_db.memory.budget import budget_for, cap, crowd
-from lowvram_db.memory.device import compute_dtype, emulation, pick_device, release_memory
+from lowvram_db.memory.device import compute_dtype, pick_device, release_memory, say_emulation
 from lowvram_db.memory.out_of_memory import is_out_of_memory, reason
 from lowvram_db.memory.size import gib
 from lowvram_db.memory.spill import Watch
@@ -55,6 +55,7 @@ def build_cache(config: Config) -> Path:
     """
     with _problems_named():
         run, device = Run.of(config), pick_device()
+        say_emulation(config.precision.compute, device)
         budget = budget_for(config.memory.vram, device)
         at_once = None if budget is None else make_plan(config, budget).prior_batch
         cap(budget, device)
@@ -87,8 +88,7 @@ def _run(config: Config, resume: str) -> Run:
         say(f"training on the CPU, though there is an NVIDIA driver ({there}): `lowvram-db doctor` tells why")
     config = that_runs(config, device)
     compute_dtype(config.precision.compute, device)  # before anything is done: the card may not have it
-    if problem := emulation(config.precision.compute, device):
-        say(f"{config.precision.compute}: {problem}")
+    say_emulation(config.precision.compute, device)
     photos = _photos(config, run)
     with run.locked():
         start = choose(run, resume)

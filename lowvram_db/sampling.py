@@ -13,10 +13,10 @@ from lowvram_db.errors import UserError
 from lowvram_db.families import open_model
 from lowvram_db.families.base import NO_PROMPT, Family
 from lowvram_db.families.conditioning import Conditioning, collated
-from lowvram_db.families.draw import Drawer, drawer_for
+from lowvram_db.families.draw import Drawer, Wanted, drawer_for
 from lowvram_db.families.text import encoded
 from lowvram_db.formats.reading import AS_IT_IS, Reading
-from lowvram_db.memory.device import pick_device, picture_dtypes
+from lowvram_db.memory.device import pick_device, picture_dtypes, say_emulation
 from lowvram_db.progress import Bar
 
 _GAP = 4  # pixels between cells
@@ -33,21 +33,19 @@ def sample_grid(
     steps: int,
     resolution: int,
 ) -> Image.Image:
-    """Draw every prompt at every guidance scale with seeds 0..seeds-1 into a labelled grid.
+    """Draw every prompt at every guidance scale with seeds 0..seeds-1 into a labelled grid, a row together.
 
     text: gives the text part of the conditioning of prompts, and of NO_PROMPT.
     """
     rows: list[list[Image.Image]] = []
-    with Bar("sampling", total=len(prompts) * len(guidance) * seeds, unit="picture") as bar:
+    across = [Wanted(seed, scale) for scale in guidance for seed in range(seeds)]
+    with Bar("sampling", total=len(prompts) * len(across), unit="picture") as bar:
         for prompt in prompts:
-            told = text([prompt, NO_PROMPT])
             rows.append([])
-            for scale in guidance:
-                pictures = drawer.draw(told, list(range(seeds)), guidance=scale, steps=steps, resolution=resolution)
-                for picture in pictures:
-                    rows[-1].append(picture)
-                    bar.advance()
-    return draw_grid(rows, prompts, [f"guidance {scale:g}, seed {seed}" for scale in guidance for seed in range(seeds)])
+            for picture in drawer.draw(text([prompt, NO_PROMPT]), across, steps=steps, resolution=resolution):
+                rows[-1].append(picture)
+                bar.advance()
+    return draw_grid(rows, prompts, [f"guidance {scale:g}, seed {seed}" for seed, scale in across])
 
 
 def grid_of_model(
@@ -85,13 +83,14 @@ def sample_model(
     if resolution is not None and resolution % 8:
         raise UserError(f"--resolution {resolution}: not divisible by 8")
     family, device = open_model(model, reading=reading), pick_device()
+    say_emulation(compute, device)
     family.check_prompts(prompts)
     grid = grid_of_model(
         family,
         prompts,
         compute,
         device,
-        at_once=seeds,
+        at_once=len(guidance) * seeds,
         guidance=guidance,
         seeds=seeds,
         steps=steps,

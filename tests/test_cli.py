@@ -145,3 +145,19 @@ def test_the_repositorys_root_on_the_path_breaks_nobody(request):
         [sys.executable, "-c", script], cwd=request.config.rootpath, capture_output=True, text=True
     )
     assert finished.returncode == 0, finished.stderr
+
+
+@pytest.mark.parametrize("command", ["cache build", "sample"])
+@pytest.mark.parametrize("native", [True, False])
+def test_a_precision_that_is_emulated_is_told_as_in_training(
+    lowvram_db, toml, miniature, halves_are_native, command, native
+):
+    halves_are_native(native)
+    small = ["--steps", "1", "--seeds", "1", "--guidance", "7", "--resolution", "64"]
+    words = {
+        "cache build": ["cache", "build", toml, "--set", "precision.compute=bf16"],
+        "sample": ["sample", miniature, "--prompt", "a ball", "--precision", "bf16", *small],
+    }
+    code, _, err = lowvram_db(*words[command])
+    assert code == 0, err
+    assert err.count("bf16: emulated on this CPU, up to 100 times slower; computing in fp32") == (not native)

@@ -6,6 +6,7 @@ from PIL import Image
 
 from lowvram_db.demo.miniature import write_pipeline, write_sd2, write_sdxl
 from lowvram_db.errors import UserError
+from lowvram_db.families import open_model
 from lowvram_db.families.base import NO_PROMPT
 from lowvram_db.families.conditioning import collated
 from lowvram_db.families.draw import drawer_for
@@ -96,18 +97,33 @@ def test_pictures_are_those_of_diffusers_own_pipeline(tmp_path, model):
     assert found_in(Image.open(out), picture) <= 1
 
 
-@pytest.mark.parametrize("at_once", [2, 1])
-def test_so_many_pictures_as_are_allowed_are_made_at_once_and_are_the_same(family, at_once):
-    """With its neighbour seeds in one batch one may round differently."""
-    grids, together = {}, []
+@pytest.mark.parametrize(
+    ("model", "guidance", "at_once"),
+    [
+        ("SD 1", [7.0, 11.0], 4),
+        ("SD 1", [7.0, 11.0], 3),  # of both scales, and then one more
+        ("SD 2, v prediction", [0.0, 1.0, 7.3], 6),  # of which the first two are not guided alone
+        ("SDXL, v prediction that ends in noise", [1.0, 7.3], 4),  # whose contrast is kept
+    ],
+)
+def test_a_row_goes_through_together_as_far_as_is_allowed_and_its_pictures_are_the_same(
+    tmp_path, model, guidance, at_once
+):
+    """With its neighbours in one batch one may round differently."""
+    write, schedule = MODELS[model]
+    write(tmp_path / "model", **schedule)
+    family, grids, together = open_model(str(tmp_path / "model")), {}, []
     for count in (1, at_once):
         drawer = drawer_for(family, "fp32", CPU, count)
-        drawer._denoiser.register_forward_pre_hook(lambda _, args: together.append(len(args[0]) // 2))  # with guidance
+        drawer._denoiser.register_forward_pre_hook(lambda _, args: together.append(len(args[0])))
         known = dict(encoded(family, ["a ball", NO_PROMPT], CPU, torch.float32))
         grids[count] = sample_grid(
-            drawer, ["a ball"], lambda wanted, known=known: collated([known[p] for p in wanted]), **OPTIONS
+            drawer,
+            ["a ball"],
+            lambda wanted, known=known: collated([known[p] for p in wanted]),
+            **OPTIONS | {"guidance": guidance},
         )
-    assert set(together) == {1, at_once}
+    assert max(together) == 2 * at_once
     assert np.abs(np.asarray(grids[1]).astype(int) - np.asarray(grids[at_once])).max() <= 1
 
 

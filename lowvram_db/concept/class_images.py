@@ -15,7 +15,7 @@ from lowvram_db.config import Config
 from lowvram_db.errors import UserError
 from lowvram_db.families.base import NO_PROMPT, Family
 from lowvram_db.families.conditioning import Conditioning
-from lowvram_db.families.draw import Drawer, drawer_for
+from lowvram_db.families.draw import Drawer, Wanted, drawer_for
 from lowvram_db.lock import hold
 from lowvram_db.memory.device import release_memory
 from lowvram_db.photos import folders_below, list_photos, load_photo
@@ -161,8 +161,7 @@ def _generate(drawer: Drawer, told: Conditioning, recipe: Recipe, found: _Found)
     total, missing = len(found.generated), found.missing
     pictures = drawer.draw(
         told,
-        [_image_seed(recipe.seed, number) for number in missing],
-        guidance=recipe.guidance,
+        [Wanted(_image_seed(recipe.seed, number), recipe.guidance) for number in missing],
         steps=recipe.steps,
         resolution=recipe.resolution,
     )

@@ -7,7 +7,7 @@ does not fit beside the denoiser, that makes way for it.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,9 +18,17 @@ from lowvram_db.errors import UserError
 from lowvram_db.families.base import Family
 from lowvram_db.families.conditioning import Conditioning, brought
 from lowvram_db.families.decoder import Decoder
+from lowvram_db.families.guidance import Scales
 from lowvram_db.memory.device import lay_out, picture_dtypes, release_memory
 from lowvram_db.memory.out_of_memory import is_out_of_memory
 from lowvram_db.progress import say
+
+
+class Wanted(NamedTuple):
+    """A picture to draw."""
+
+    seed: int  # the same starting noise on every device
+    guidance: float
 
 
 def drawer_for(
@@ -60,19 +68,17 @@ class Drawer:
         self._decoder = Decoder(family, device, decoding or dtype)
 
     def draw(
-        self, conditioning: Conditioning, seeds: list[int], *, guidance: float, steps: int, resolution: int
+        self, conditioning: Conditioning, pictures: list[Wanted], *, steps: int, resolution: int
     ) -> Iterator[Image.Image]:
-        """A picture for every seed. conditioning: the text part of a prompt and of NO_PROMPT. A seed gives the same
-        starting noise on every device. Raises UserError where pixels are no numbers, or all the same, which no model
-        draws that works."""
+        """The pictures, in their order. conditioning: the text part of a prompt and of NO_PROMPT. Raises UserError
+        where pixels are no numbers, or all the same, which no model draws that works."""
         inputs = {
-            "guidance_scale": guidance,
             "num_inference_steps": steps,
             "height": resolution,
             "width": resolution,
             "output_type": "latent",
         }
-        left = seeds
+        left = pictures
         while left:
             self._begins("denoising")
             latents = self._latents(conditioning, left[: self._at_once], inputs)
@@ -85,9 +91,9 @@ class Drawer:
             yield from [self._picture(pixels) for pixels in self._decoded(latents)]
             left = left[len(latents) :]
 
-    def _latents(self, conditioning: Conditioning, seeds: list[int], inputs: dict[str, Any]) -> Tensor | None:
-        """Finite ones, [len(seeds), C, h, w]; None where memory does not suffice for so many."""
-        latents = self._try(conditioning, seeds, inputs)
+    def _latents(self, conditioning: Conditioning, pictures: list[Wanted], inputs: dict[str, Any]) -> Tensor | None:
+        """Finite ones, [len(pictures), C, h, w]; None where memory does not suffice for so many."""
+        latents = self._try(conditioning, pictures, inputs)
         if latents is None or latents.isfinite().all():
             return latents
         if self._wider is not None and self._dtype == torch.float16:
@@ -95,19 +101,24 @@ class Drawer:
             say(f"the model overflows in fp16: its pictures are drawn in {name} from here on")
             self._dtype = self._wider
             self._denoiser.to(self._wider)
-            return self._latents(conditioning, seeds, inputs)
+            return self._latents(conditioning, pictures, inputs)
         raise UserError(f"the model's pictures are no numbers (NaN); {self._mend()}")
 
-    def _try(self, conditioning: Conditioning, seeds: list[int], inputs: dict[str, Any]) -> Tensor | None:
+    def _try(self, conditioning: Conditioning, pictures: list[Wanted], inputs: dict[str, Any]) -> Tensor | None:
         """None where memory does not suffice for so many: whoever tries again must not do it inside `except`, which
         keeps it full."""
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # on the CPU: the same on every device
+        generators = [torch.Generator().manual_seed(picture.seed) for picture in pictures]  # on the CPU
+        rows = {
+            "num_images_per_prompt": len(pictures),
+            "generator": generators,
+            "guidance_scale": Scales([picture.guidance for picture in pictures]),
+        }
         told = self._family.sampling_inputs(brought(conditioning, self._device, self._dtype))
         try:
             with self._autocast():
-                return self._pipeline(**told, **inputs, num_images_per_prompt=len(seeds), generator=generators).images
+                return self._pipeline(**told, **inputs, **rows).images
         except Exception as error:
-            if len(seeds) == 1 or not is_out_of_memory(error):
+            if len(pictures) == 1 or not is_out_of_memory(error):
                 raise
             return None
 

@@ -13,12 +13,16 @@ from lowvram_db.families.blank import Blank
 from lowvram_db.families.conditioning import Conditioning, collated
 from lowvram_db.families.configs import NOT_BUILT
 from lowvram_db.files.foreign import naming
+from lowvram_db.formats.known import is_packaged
 
 _passed: set[tuple[bytes, ...]] = set()  # config files that stood the trial; a run opens its model more than once
 
 
 def try_out(family: Blank) -> None:
-    """Raises UserError where a network cannot be made, called or trained, or two do not fit together."""
+    """Raises UserError where a network cannot be made, called or trained, or two do not fit together. Config files that
+    come with the package have stood it before they came."""
+    if is_packaged(family.folder):
+        return
     configs = tuple(file.read_bytes() for file in sorted(family.folder.glob("*/config.json")))
     if configs not in _passed:
         _try_networks(family)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lowvram_db.errors import UserError
 from lowvram_db.memory import segments
 from lowvram_db.memory.arithmetic import is_native
+from lowvram_db.progress import say
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -56,6 +57,12 @@ def emulation(compute: str, device: torch.device) -> str:
     if not _emulates(DTYPES[compute], device):
         return ""
     return "emulated on this CPU, up to 100 times slower; computing in fp32"
+
+
+def say_emulation(compute: str, device: torch.device) -> None:
+    """For commands that compute in this setting, before they do."""
+    if problem := emulation(compute, device):
+        say(f"{compute}: {problem}")
 
 
 def _emulates(dtype: torch.dtype, device: torch.device) -> bool:

@@ -25,6 +25,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from lowvram_db.memory.repeats import Repeats
+
 GRANULE = 512  # bytes: CUDACachingAllocator hands out multiples of kMinBlockSize
 TEMPORARY = "temporary"  # label of what an operation needs only while it runs
 
@@ -81,6 +83,7 @@ class Trace(TorchDispatchMode):
         self._labels: list[str] = []  # by number
         self._log: list[tuple[int, int]] = []  # (number, bytes that come or go)
         self._temporary = self._new_number(TEMPORARY)
+        self._repeats = Repeats()
 
     def label(self, name: str, tensors: Iterable[Tensor]) -> None:
         """Say what the storages of these tensors are for, from their beginning on."""
@@ -106,7 +109,10 @@ class Trace(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # half of all that comes here; the long way takes a tenth of the whole time
-        output = _gradients(args, _GRADIENTS_OF[func]) if func in _GRADIENTS_OF else func(*args, **(kwargs or {}))
+        if func in _GRADIENTS_OF:
+            output = _gradients(args, _GRADIENTS_OF[func])
+        else:
+            output = self._repeats.call(func, args, kwargs or {})
         outputs = output if isinstance(output, (tuple, list)) else (output,)
         for tensor in outputs:
             if isinstance(tensor, Tensor):

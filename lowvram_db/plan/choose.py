@@ -90,7 +90,7 @@ def _training(
         seen = [rungs[strategy] for strategy in strategies if strategy in rungs]
         chosen = _choice(seen, limit)
         chosen.chosen = True
-        phases, pictures = steps[chosen.strategy], config.sample.seeds
+        phases, pictures = steps[chosen.strategy], config.sample.pictures_a_row
         if config.sample.every:
             sampling, pictures = _as_many(pictures, traced.sampling, limit)
             phases = [*phases, sampling]
@@ -166,7 +166,7 @@ def _pictures(config: Config, family: Blank, limit: int | None) -> tuple[list[Ph
     with predict.drawing(config, family) as draw:
         guidance = max(config.sample.guidance)
         denoised, pictures = _as_many(
-            config.sample.seeds, lambda count: draw.denoising("sampling", count, guidance), limit
+            config.sample.pictures_a_row, lambda count: draw.denoising("sampling", count, guidance), limit
         )
         decoded = draw.decoding("sampling", limit)
         sampling = [denoised, decoded]

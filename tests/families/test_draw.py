@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 from lowvram_db.errors import UserError
-from lowvram_db.families.draw import Drawer
+from lowvram_db.families.draw import Drawer, Wanted
 from lowvram_db.memory.device import picture_dtypes
 
 CPU = torch.device("cpu")
-HOW = {"guidance": 1.0, "steps": 1, "resolution": 4}
+HOW = {"steps": 1, "resolution": 4}
 
 
 class Network(nn.Module):
@@ -67,7 +67,8 @@ def drawer(family, dtype=torch.float16, **how):
 
 
 def drawn(drawer, seeds):
-    return [np.asarray(picture) for picture in drawer.draw({"text": torch.zeros(2, 1)}, seeds, **HOW)]
+    pictures = [Wanted(seed, guidance=1.0) for seed in seeds]
+    return [np.asarray(picture) for picture in drawer.draw({"text": torch.zeros(2, 1)}, pictures, **HOW)]
 
 
 def first_numbers(seed):

@@ -7,6 +7,7 @@ from diffusers import UNet2DConditionModel
 from lowvram_db.demo.miniature import MINIATURE_UNET
 from lowvram_db.errors import UserError
 from lowvram_db.families import open_blank, open_model, trial
+from lowvram_db.formats.known import family_folder
 
 
 def blocks(kind):
@@ -193,3 +194,12 @@ def test_a_model_is_tried_out_once_and_without_regard_to_the_caller(copy, edit, 
     edit("unet/config.json", dropout=0.1)
     with pytest.raises(pytest.fail.Exception):
         open_model(str(copy))
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sd2-base", "sdxl"])
+def test_what_comes_with_the_package_has_stood_the_trial_and_is_not_tried_again(family, monkeypatch):
+    monkeypatch.setattr(trial, "_passed", set())
+    with monkeypatch.context() as patch:
+        patch.setattr(trial, "_try_networks", lambda family: pytest.fail("tried"))
+        blank = open_blank(family_folder(family))
+    trial._try_networks(blank)

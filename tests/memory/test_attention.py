@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from lowvram_db.demo.miniature import write_sd2
 from lowvram_db.errors import UserError
+from lowvram_db.families import open_model
 from lowvram_db.memory import attention
 from lowvram_db.memory.attention import preflight, use_attention
 
@@ -86,3 +88,28 @@ def test_auto_falls_back_to_xformers(family, monkeypatch):
     monkeypatch.setattr(attention, "preflight", lambda backend, *_: "is broken" if backend == "sdpa" else None)
     assert use_attention(denoiser, "auto", CPU, torch.float32) == "xformers"
     assert chosen == ["xformers"]
+
+
+def test_sd2s_attention_does_not_overflow_where_a_product_in_fp16_would(tmp_path):
+    """One number of every head is large and the same in all of queries and keys: it leaves the softmax what it is, and
+    their products beyond what fp16 holds. That is what SD 2's `upcast_attention` is about."""
+    write_sd2(tmp_path / "model")
+    results = []
+    for dtype in (torch.float32, torch.float16):
+        denoiser = open_model(str(tmp_path / "model")).load_denoiser().to(dtype)
+        use_attention(denoiser, "sdpa", CPU, dtype)
+        layer = denoiser.mid_block.attentions[0].transformer_blocks[0].attn1
+        x = torch.randn(2, 16, layer.query_dim, generator=torch.Generator().manual_seed(0))
+        x[..., 0] = 1
+        with torch.no_grad():
+            for projection in (layer.to_q, layer.to_k):
+                first = projection.weight.view(layer.heads, -1, layer.query_dim)[:, 0]
+                first.zero_()[:, 0] = 400
+        x = x.to(dtype).requires_grad_()
+        output = layer(x)
+        output.float().square().sum().backward()
+        results.append([output.detach(), x.grad[..., 1:], layer.to_v.weight.grad])
+    queries, keys = (projection(x).unflatten(-1, (layer.heads, -1)) for projection in (layer.to_q, layer.to_k))
+    assert (queries * keys).sum(-1, dtype=torch.float16).isinf().all(), "a plain product overflows"
+    for wanted, got in zip(*results, strict=True):
+        assert (got.float() - wanted).norm() <= 0.01 * wanted.norm()

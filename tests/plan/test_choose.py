@@ -169,8 +169,9 @@ def test_class_images_come_fewer_at_once_unless_the_user_says_how_many(planned, 
 
 @pytest.mark.parametrize("every", [0, 1])
 def test_a_grids_pictures_come_fewer_at_once_where_they_would_not_fit(planned, blank, every):
-    """At the end, or on the way, where weights and the optimizer's state are there too."""
-    config = planned(train={"resolution": 64}, prior={"enabled": False}, sample={"seeds": 32, "every": every})
+    """A row of 16 seeds and two guidance scales: at the end, or on the way, where weights and the optimizer's state are
+    there too."""
+    config = planned(train={"resolution": 64}, prior={"enabled": False}, sample={"seeds": 16, "every": every})
     with predict.rehearsal(config, blank) if every else predict.drawing(config, blank) as traced:
         drawn = traced.sampling if every else lambda count: traced.denoising("sampling", count, 11.0)
         sixteen, all_ = (drawn(count).peak_bytes for count in (16, 32))

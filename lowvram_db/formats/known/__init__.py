@@ -26,6 +26,11 @@ def family_folder(family: str) -> Path:
     return Path(__file__).parent / family
 
 
+def is_packaged(folder: Path) -> bool:
+    """Whether it is a folder of config files that comes with the package."""
+    return folder.parent == Path(__file__).parent
+
+
 def known_config(name: str, part: str) -> dict[str, Any]:
     """The settings of one part ("unet", "vae", ...) of a well-known model, as its class takes them."""
     config = json.loads((Path(__file__).parent / _FOLDERS[name] / part / "config.json").read_text(encoding="utf-8"))

@@ -1,0 +1,110 @@
+"""Operations on tensors without values that repeat: what the first of them gave tells what the others give.
+
+A network is a few blocks many times over. FakeTensorMode remembers operations, too, but looks each up by all that could
+ever matter; in a trace shapes, strides and dtypes do.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+_META = torch.device("meta")
+
+
+class _Unlike(Exception):
+    """An argument does not tell by its shape what the result is."""
+
+
+class _Made(NamedTuple):
+    """A tensor that an operation has given."""
+
+    mode: FakeTensorMode
+    device: torch.device
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+    inside: int | None  # the place of the argument in whose storage it lies; None: it has one of its own
+
+
+class Repeats:
+    """Calls operations inside one FakeTensorMode."""
+
+    def __init__(self) -> None:
+        self._seen: dict[Any, tuple[type, list[_Made | None]] | None] = {}
+
+    def call(self, operation: Any, args: Any, kwargs: Any) -> Any:
+        """What operation(*args, **kwargs) gives."""
+        try:
+            key = operation, torch.get_default_dtype(), _key(args), _key(tuple(kwargs.items()))
+        except _Unlike:
+            return operation(*args, **kwargs)
+        if key not in self._seen:
+            output = operation(*args, **kwargs)
+            self._seen[key] = None if operation._schema.is_mutable else _seen(output, args)
+            return output
+        seen = self._seen[key]
+        if seen is None:
+            return operation(*args, **kwargs)
+        kind, made = seen
+        again = (one and _again(one, args) for one in made)
+        return next(again) if kind is FakeTensor else kind(again)
+
+
+def _key(value: Any) -> Any:
+    kind = type(value)
+    if kind is FakeTensor:
+        if value.constant is not None or value.layout is not torch.strided:
+            raise _Unlike
+        return value.shape, value.stride(), value.storage_offset(), value.dtype, value.fake_device
+    if kind is tuple or kind is list:
+        return kind, *map(_key, value)
+    if isinstance(value, Tensor):
+        raise _Unlike
+    return kind, value  # 1, 1.0 and True are the same to a dictionary
+
+
+def _seen(output: Any, args: Any) -> tuple[type, list[_Made | None]] | None:
+    """The kind of an output, and the tensors that it is or consists of; None where it has others than can be made
+    again."""
+    if type(output) not in (FakeTensor, tuple, list):
+        return None
+    tensors = [output] if type(output) is FakeTensor else output
+    places = {arg.untyped_storage()._cdata: place for place, arg in enumerate(args) if type(arg) is FakeTensor}
+    made: list[_Made | None] = []
+    for tensor in tensors:
+        if tensor is None:
+            made.append(None)
+            continue
+        if type(tensor) is not FakeTensor:
+            return None
+        made.append(one := _described(tensor, places))
+        if _again(one, args).untyped_storage().nbytes() != tensor.untyped_storage().nbytes():
+            return None
+    return type(output), made
+
+
+def _described(tensor: FakeTensor, places: dict[int, int]) -> _Made:
+    return _Made(
+        tensor.fake_mode,
+        tensor.fake_device,
+        tensor.dtype,
+        tensor.shape,
+        tensor.stride(),
+        int(tensor.storage_offset()),
+        places.get(tensor.untyped_storage()._cdata),
+    )
+
+
+def _again(made: _Made, args: Any) -> FakeTensor:
+    with torch._C._DisableTorchDispatch():
+        if made.inside is None:
+            tensor = torch.empty_strided(made.shape, made.stride, dtype=made.dtype, device=_META)
+        else:
+            storage = args[made.inside].untyped_storage()
+            tensor = torch.empty(0, dtype=made.dtype, device=_META).set_(storage, made.offset, made.shape, made.stride)
+    return FakeTensor(made.mode, tensor, made.device)
