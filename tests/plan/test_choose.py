@@ -7,10 +7,12 @@ from hypothesis import strategies as st
 
 from lowvram_db.config import Config, _apply
 from lowvram_db.errors import UserError
+from lowvram_db.families import open_blank
+from lowvram_db.families.known import known_configs
 from lowvram_db.memory.overheads import CONTEXT, CUBLAS_WORKSPACES, MARGIN
 from lowvram_db.memory.trace import OverLimit
 from lowvram_db.plan import predict
-from lowvram_db.plan.choose import _advice, _training, choose
+from lowvram_db.plan.choose import _advice, _pictures, _training, choose
 from lowvram_db.plan.result import Phase, Plan
 from lowvram_db.plan.show import ram, show
 from lowvram_db.train.strategy import ladder
@@ -165,6 +167,14 @@ def test_class_images_come_fewer_at_once_unless_the_user_says_how_many(planned, 
     assert choose(planned(train={"resolution": 512}), blank, budget).prior_batch == 2
     fixed = choose(planned(train={"resolution": 512}, prior={"batch": 4}), blank, budget)
     assert (fixed.prior_batch, fixed.fits) == (4, False)
+
+
+def test_class_images_of_sdxl_at_1024_px_fit_8_gib(planned):
+    name, limit = "stabilityai/stable-diffusion-xl-base-1.0", int(2**33 / (1 + MARGIN))
+    config = planned(name, train={"resolution": 1024})
+    drawn, _, batch, _ = _pictures(config, open_blank(known_configs(name)), limit)
+    assert batch >= 1 and [phase.name for phase in drawn] == ["class images, denoising", "class images, decoding"]
+    assert all(phase.peak_bytes <= limit for phase in drawn)
 
 
 @pytest.mark.parametrize("every", [0, 1])

@@ -1,7 +1,8 @@
 """Loss and gradients of each generation of Stable Diffusion beside a loop made of its diffusers pipeline's pieces.
 
-Networks compute in float64 on both sides: in float32 the order of sums would be part of the result. What is left,
-1.7e-7 at the most, comes of the objective, which takes noise and loss in float32.
+Networks compute in float64 on both sides: in float32 the order of sums leaves .9e-6 of SDXL's whole gradient open,
+and 4e-6 of a tensor's. What is left, 2.1e-7 of a tensor's, is of noise and loss, which the objective takes in
+float32.
 """
 
 import json
