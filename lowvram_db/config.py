@@ -2,7 +2,6 @@
 
 import difflib
 import re
-import string
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -15,6 +14,7 @@ from lowvram_db.errors import UserError
 from lowvram_db.formats.reading import Reading
 from lowvram_db.memory.size import parse_size
 from lowvram_db.optim.kinds import KINDS, Kind, Name
+from lowvram_db.wording import identifier_problem, template_fields
 
 
 class _Section(BaseModel):
@@ -71,6 +71,12 @@ class SubjectConfig(_Section):
     prompts: list[Text] = Field(
         ["a photo of a {identifier} {class}"], min_length=1, description="training prompts; each step draws one"
     )
+
+    @model_validator(mode="after")
+    def _the_identifier_can_be_told_apart(self) -> "SubjectConfig":
+        if problem := identifier_problem(self.identifier, self.class_noun):
+            raise ValueError(f"identifier {self.identifier!r} {problem}")
+        return self
 
     @field_validator("prompts")
     @classmethod
@@ -310,14 +316,6 @@ class Config(_Section):
                 if unknown:
                     raise ValueError(f"{key}: {{{min(unknown)}}} is unknown; use {{identifier}} and {{class}}")
         return self
-
-
-def template_fields(template: str) -> set[str]:
-    """Names in braces in a prompt template. Raises ValueError where the braces do not pair."""
-    try:
-        return {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
-    except ValueError as error:
-        raise ValueError(f"{template!r}: {error}") from error
 
 
 def load(path: Path, overrides: list[str] | None = None) -> Config:

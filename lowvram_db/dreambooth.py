@@ -11,11 +11,13 @@ import torch
 from lowvram_db.cache import Cached, Store, catalogue_of, model_digest
 from lowvram_db.concept import Concept, check_folders, describe, subject_photos
 from lowvram_db.concept.class_images import class_images
+from lowvram_db.concept.identifier import summary as identifier_summary
 from lowvram_db.config import Config
 from lowvram_db.encoding import cache_folder, encode_all, encode_text
 from lowvram_db.errors import LESS_MEMORY, DoesNotFit, Interrupted, UserError
 from lowvram_db.families import check_trainable, open_model
 from lowvram_db.families.base import Family
+from lowvram_db.formats.tokens import read_tokens
 from lowvram_db.memory import driver
 from lowvram_db.memory.budget import budget_for, cap, crowd
 from lowvram_db.memory.device import compute_dtype, emulation, pick_device, release_memory
@@ -147,6 +149,9 @@ def _open_family(config: Config) -> Family:
     family = _open(config)
     for remark in family.remarks:
         say(remark)
+    place = Path(config.model.name).expanduser()
+    encoders = read_tokens(str(place if place.is_file() else family.folder), config.model.reading)
+    say(identifier_summary(config.subject.identifier, encoders, config.subject.class_noun))
     family.check_prompts([config.fill(prompt) for prompt in [*config.subject.prompts, *config.sample.prompts]])
     family.check_prompts([config.fill(config.prior.prompt)])
     return family
