@@ -135,7 +135,13 @@ class TrainConfig(_Section):
         None,
         description="recompute activations in backward: less memory, more time; default: as much as memory.vram asks",
     )
-    text_encoder: bool = Field(False, description="train the text encoder too; its embeddings are then not cached")
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="decay of an average of the weights, which is sampled and saved in their place, often 0.999; "
+        "4 bytes of RAM a weight; default: off",
+    )
     min_snr_gamma: float | None = Field(None, gt=0, description="min-SNR loss weighting, usually 5.0; default: off")
 
     @field_validator("resolution")
@@ -155,6 +161,21 @@ class TrainConfig(_Section):
     def _warmup_ends(self) -> "TrainConfig":
         if self.warmup > self.steps:
             raise ValueError(f"warmup ({self.warmup}) is longer than the run (steps = {self.steps})")
+        return self
+
+
+class TextEncoderConfig(_Section):
+    train: bool = Field(False, description="train the text encoders too; prompts are then not cached")
+    lr: float | None = Field(None, gt=0, description="learning rate of the text encoders; default: half of train.lr")
+    stop: Count | None = Field(
+        None, description="after so many steps they are trained no more, and make room; default: trained to the end"
+    )
+
+    @model_validator(mode="after")
+    def _nothing_is_said_of_what_is_not_trained(self) -> "TextEncoderConfig":
+        said = [key for key in ("lr", "stop") if getattr(self, key) is not None]
+        if said and not self.train:
+            raise ValueError(f"{said[0]} means nothing where train is false; set train = true, or leave it out")
         return self
 
 
@@ -255,6 +276,7 @@ class Config(_Section):
     subject: SubjectConfig
     prior: PriorConfig = PriorConfig()
     train: TrainConfig = TrainConfig()
+    text_encoder: TextEncoderConfig = TextEncoderConfig()
     cache: CacheConfig = CacheConfig()
     precision: PrecisionConfig = PrecisionConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -268,6 +290,15 @@ class Config(_Section):
         """How the weights are stored in training."""
         default = self.precision.compute if self.optimizer.kind.stores_weights else "fp32"
         return self.precision.weights or default
+
+    @property
+    def text_encoder_lr(self) -> float:
+        """The text encoders' learning rate, where they are trained: what is set, or half of the denoiser's.
+
+        What they learn of a few prompts reaches every other prompt, so they overfit sooner; half is what EveryDream 2,
+        a trainer of whole models, gives as its example (text_encoder_lr_scale in its optimizer.json: 1e-6 beside 2e-6).
+        """
+        return self.train.lr / 2 if self.text_encoder.lr is None else self.text_encoder.lr
 
     def fill(self, template: str) -> str:
         """A prompt template with this subject's identifier and class noun in it."""
@@ -291,6 +322,16 @@ class Config(_Section):
                 f"precision.weights: {self.weights} weights compute in that precision, precision.compute is "
                 f'"{self.precision.compute}"; leave precision.weights out, or set precision.compute = '
                 f'"{self.weights.partition("+")[0]}"'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _text_encoders_stop_on_the_way(self) -> "Config":
+        stop, steps = self.text_encoder.stop, self.train.steps
+        if stop is not None and stop >= steps:
+            raise ValueError(
+                f"text_encoder.stop: {stop} is not before the end of the run (train.steps = {steps}); leave it out to "
+                "train them to the end"
             )
         return self
 
@@ -414,6 +455,8 @@ def _shown(value: Any) -> str:
 def _nearest(key: str) -> str:
     """The known keys that an unknown one may have meant: by its whole spelling, else by its last word alone."""
     names = list(known_keys())
+    if turned := [name for name in names if sorted(name.split(".")) == sorted(key.split("."))]:
+        return f"did you mean {turned[0]}?"
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.7)
     if not near:
         leaves = [name.rpartition(".")[2] for name in names]

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from lowvram_db.cache import Cached, Store, catalogue_of, model_digest
+from lowvram_db.cache import Store, catalogue_of, model_digest
 from lowvram_db.concept import Concept, check_folders, describe, subject_photos
 from lowvram_db.concept.class_images import class_images
 from lowvram_db.concept.identifier import summary as identifier_summary
@@ -37,6 +37,7 @@ from lowvram_db.train import checkpoint
 from lowvram_db.train.batches import Batches
 from lowvram_db.train.loop import Trainer, optional, train
 from lowvram_db.train.resume import check_content, check_settings, choose, whole
+from lowvram_db.train.trained import trains_text
 
 
 def run_dreambooth(config: Config, resume: str = "auto") -> Run:
@@ -83,7 +84,7 @@ def _problems_named() -> Iterator[None]:
 
 
 def _run(config: Config, resume: str) -> Run:
-    run, device = Run.of(config), pick_device()
+    run, device, steps = Run.of(config), pick_device(), config.train.steps
     if device.type == "cpu" and (there := driver.version()):
         say(f"training on the CPU, though there is an NVIDIA driver ({there}): `lowvram-db doctor` tells why")
     config = that_runs(config, device)
@@ -96,7 +97,7 @@ def _run(config: Config, resume: str) -> Run:
         if start is not None:
             check_settings(checkpoint.read_state(start), config, start)
         if _finished(config, start, run, photos):
-            say(f"{run.folder}: already trained for {config.train.steps} steps")
+            say(f"{run.folder}: already trained for {steps} steps")
             write_single_file(config, run)
             return run
         start = whole(run, start)
@@ -109,9 +110,8 @@ def _run(config: Config, resume: str) -> Run:
                 if start is None:
                     check_prediction(config, family, store, photos, device, meter.begins)
                 concept = _concept(config, family, run, photos, store, device, plan.prior_batch, meter.begins)
-                release_memory()
-                cached = encode_all(config, family, store, concept, device, meter.begins)
-                _train(config, family, run, concept, cached, device, start, plan, meter)
+                while (done := _train(config, family, run, concept, store, device, start, plan, meter)) < steps:
+                    start = run.checkpoint(done)  # a further stage begins as a run that goes on does
                 release_memory()
                 sample = partial(sample_result, config, run, device, plan.sample_batch, meter.begins)
                 optional(sample, "pictures of the result")
@@ -204,24 +204,31 @@ def _train(
     family: Family,
     run: Run,
     concept: Concept,
-    cached: Cached,
+    store: Store,
     device: torch.device,
     start: Path | None,
     plan: Plan,
     meter: Meter,
-) -> None:
-    """Train to the last step and write model/."""
+) -> int:
+    """Encode, and train to the last step that trains the same weights; of the run's last one write model/. Returns how
+    many steps are done then."""
+    release_memory()
+    began_at = 0 if start is None else checkpoint.read_state(start).step
+    if start is not None and config.text_encoder.train and not trains_text(config, began_at):
+        family = family.with_tuned(checkpoint.frozen(start))
+    cached = encode_all(config, family, store, concept, device, meter.begins, began_at)
     batches = Batches(concept, cached, config.train.batch, config.train.seed)
-    trainer = Trainer(config, family, batches, device, plan.strategy)
+    trainer = Trainer(config, family, batches, device, plan.strategy, began_at)
     if start is not None:
         trainer.restore(start)
-        say(f"resumed {start} at step {trainer.step}")
-    began_at = trainer.step
+        say(f"going on from {start}, at step {trainer.step}")
     arithmetic = "fp32" if trainer.dtype == torch.float32 else config.precision.compute
     say(
         f"training {sum(parameter.numel() for parameter in trainer.parameters) / 1e6:.1f} M weights on {device}, "
         f"{arithmetic}, attention {trainer.attention}, optimizer {config.optimizer.name}"
     )
     train(trainer, run, partial(sample_trainer, trainer, plan.sample_batch), meter.begins)
-    meter.begins("saving")
-    save_model(trainer, run, began_at)
+    if trainer.step == config.train.steps:
+        meter.begins("saving")
+        save_model(trainer, run, began_at)
+    return trainer.step

@@ -14,6 +14,7 @@ from lowvram_db.families.base import NO_PROMPT, Family
 from lowvram_db.families.conditioning import Conditioning
 from lowvram_db.memory.device import encoder_dtype
 from lowvram_db.run import Run
+from lowvram_db.train.trained import trains_text
 
 _BUCKET_MULTIPLE = 64  # of the sides of buckets, pixels; too coarse for small pictures
 
@@ -29,9 +30,10 @@ def encode_all(
     concept: Concept,
     device: torch.device,
     begins: Callable[[str], None] = lambda phase: None,
+    step: int = 0,
 ) -> Cached:
-    """Everything the encoders have to say; conditioning is left out where the text encoders are going to change it."""
-    prompts = [] if config.train.text_encoder else concept.prompts
+    """Everything the encoders have to say; conditioning is left out where this step trains the text encoders."""
+    prompts = [] if trains_text(config, step) else concept.prompts
     if prompts and config.sample.every:
         prompts = [*prompts, *map(config.fill, config.sample.prompts), NO_PROMPT]
     encoded = partial(encode, config, family, store, device, prompts=prompts)

@@ -35,7 +35,7 @@ def save_model(trainer: Trainer, run: Run, began_at: int) -> None:
 
 def _written(trainer: Trainer, run: Run) -> dict[str, Path]:
     """Files of the last step's checkpoint that hold what the finished model's would."""
-    if trainer.config.weights != trainer.config.output.dtype:
+    if trainer.average or trainer.config.weights != trainer.config.output.dtype:
         return {}
     whole = (
         part
@@ -64,7 +64,8 @@ def sample_trainer(trainer: Trainer, at_once: int, path: Path) -> None:
         decoding=trainer.dtype,
         autocast=trainer.autocast,
     )
-    _write_grid(trainer.config, path, partial(sample_grid, drawer, text=trainer.text))
+    with trainer.as_sampled():
+        _write_grid(trainer.config, path, partial(sample_grid, drawer, text=trainer.text))
     del drawer
     release_memory()
 

@@ -40,24 +40,26 @@ def test_a_run_on_real_photos_from_start_to_picture(make_config, dog_photos):
 
 ENDS_IN_NOISE = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
 GENERATIONS = {
-    "SD 2": (write_sd2, {}, {}),
-    "SDXL": (write_sdxl, {}, {"crop": "buckets", "variants": 2, "flip": True}),
+    "SD 2": (write_sd2, {}, {}, {}),
+    "SDXL": (write_sdxl, {}, {"crop": "buckets", "variants": 2, "flip": True}, {}),
     "SDXL and its text encoders, v prediction that ends in noise": (
         write_sdxl,
         ENDS_IN_NOISE,
-        {"text_encoder": True, "min_snr_gamma": 5.0},
+        {"min_snr_gamma": 5.0},
+        {"train": True},
     ),
 }
 
 
 @pytest.mark.parametrize("name", GENERATIONS)
 def test_every_generation_trains_resumes_bit_for_bit_samples_and_is_loaded_by_diffusers(make_config, tmp_path, name):
-    write, schedule, train = GENERATIONS[name]
+    write, schedule, train, text = GENERATIONS[name]
     write(tmp_path / "model", **schedule)
     shared = {"model": {"name": str(tmp_path / "model")}, "cache": {"dir": str(tmp_path / "shared")}}
 
     def run(where, steps, **sections):
-        settings = {"train": {**train, "steps": steps}, "output": {"name": where}, **shared, **sections}
+        settings = {"train": {**train, "steps": steps}, "text_encoder": text, "output": {"name": where}}
+        settings |= shared | sections
         return run_dreambooth(make_config(**settings))
 
     straight = run("straight", 4, sample={"every": 2})
@@ -68,7 +70,7 @@ def test_every_generation_trains_resumes_bit_for_bit_samples_and_is_loaded_by_di
     assert straight.sample_grid(2).exists()
     assert straight.sample_grid(4).read_bytes() == resumed.sample_grid(4).read_bytes()
 
-    trained = {"unet"} | ({"text_encoder", "text_encoder_2"} if train.get("text_encoder") else set())
+    trained = {"unet"} | ({"text_encoder", "text_encoder_2"} if text else set())
     for path in wanted:
         before, after = load_file(tmp_path / "model" / path.relative_to(straight.model)), load_file(path)
         assert before.keys() == after.keys()
@@ -85,7 +87,9 @@ def test_every_weight_of_the_unet_is_trained(make_config, miniature):
     assert not same
 
 
-def test_no_other_weights_are_in_memory_when_a_denoiser_comes(make_config, monkeypatch):
+@pytest.mark.parametrize(("text_encoder", "denoisers"), [({}, 4), ({"train": True, "stop": 2}, 5)])
+def test_no_other_weights_are_in_memory_when_a_denoiser_comes(make_config, monkeypatch, text_encoder, denoisers):
+    """To look at, for class images, for training, again where the text encoders stop, for the pictures at the end."""
     load_denoiser, seen = StableDiffusion.load_denoiser, []
 
     def count_weights():
@@ -98,8 +102,8 @@ def test_no_other_weights_are_in_memory_when_a_denoiser_comes(make_config, monke
 
     monkeypatch.setattr(StableDiffusion, "load_denoiser", watched)
     before = count_weights()
-    run_dreambooth(make_config())
-    assert seen == [before] * 4, "to look at, for class images, for training, for the pictures of what was trained"
+    run_dreambooth(make_config(text_encoder=text_encoder))
+    assert seen == [before] * denoisers
 
 
 def test_without_prior_preservation_no_class_image_is_made(make_config):
@@ -194,14 +198,49 @@ def test_a_picture_that_fails_ends_no_training(make_config, monkeypatch, capfd):
     assert run.sample_grid(4).exists(), "the same command draws what was left out"
 
 
-@pytest.mark.parametrize("text_encoder", [False, True])
-def test_pictures_on_the_way_are_those_of_the_weights(make_config, text_encoder):
-    """The grid that training draws with cached embeddings is the one that the saved model draws on its own."""
-    train = {"steps": 2, "lr": 1e-3, "text_encoder": text_encoder}
-    during = run_dreambooth(make_config(train=train, sample={"every": 1}, output={"name": "during"}))
-    after = run_dreambooth(make_config(train=train | {"steps": 1}, output={"name": "after"}))
-    assert during.sample_grid(1).read_bytes() == after.sample_grid(1).read_bytes()
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"text_encoder": {"train": True}},
+        {"text_encoder": {"train": True, "stop": 1}},
+        {"train": {"ema": 0.5}},
+        {"train": {"ema": 0.5}, "text_encoder": {"train": True, "stop": 1}},
+        {"train": {"ema": 0.5}, "text_encoder": {"train": True}},
+    ],
+)
+def test_pictures_on_the_way_are_those_of_the_weights(make_config, sections):
+    """The grid that training draws is the one that the model saved at that step draws on its own; and what is trained
+    on goes on as if nothing had been drawn."""
+
+    def run(name, steps, every=0):
+        train = {"lr": 1e-3, "steps": steps, **sections.get("train", {})}
+        return run_dreambooth(
+            make_config(**{**sections, "train": train}, sample={"every": every}, output={"name": name})
+        )
+
+    during, shorter, longer = run("during", 3, every=1), run("shorter", 2), run("longer", 3)
+    assert during.sample_grid(2).read_bytes() == shorter.sample_grid(2).read_bytes()
     assert during.sample_grid(1).read_bytes() != during.sample_grid(2).read_bytes()
+    files = [
+        sorted(path.relative_to(run.model) for path in run.model.rglob("*.safetensors")) for run in (during, longer)
+    ]
+    assert files[0] == files[1]
+    assert all((during.model / file).read_bytes() == (longer.model / file).read_bytes() for file in files[0])
+
+
+@pytest.mark.parametrize("stop", [None, 2])
+def test_the_saved_model_is_the_average_and_the_checkpoint_has_both(make_config, stop):
+    settings = {"train": {"ema": 0.9, "lr": 1e-3}, "text_encoder": {"train": True, "stop": stop}}
+    run = run_dreambooth(make_config(**settings))
+    files = {path.stem: load_file(path) for path in run.checkpoint(4).glob("*.safetensors")}
+    average = files["ema"] | files.get("frozen", {})
+    saved = {f"unet.{name}": tensor for name, tensor in unet_of(run).items()}
+    text = load_file(run.model / "text_encoder" / "model.safetensors")
+    saved |= {f"text_encoder.{name}": tensor for name, tensor in text.items()}
+    assert saved.keys() == average.keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in average.items())
+    assert not all(torch.equal(saved[f"unet.{name}"], tensor) for name, tensor in files["unet"].items())
 
 
 def test_sampling_on_the_way_changes_nothing(make_config):
@@ -238,14 +277,14 @@ def test_the_last_step_is_written_once_where_checkpoint_and_model_are_the_same(
 
     if not links:
         monkeypatch.setattr("os.link", no_links)
-    settings = {"precision": {"compute": precision}, "train": {"text_encoder": True}, "checkpoint": {"every": 0}}
+    settings = {"precision": {"compute": precision}, "text_encoder": {"train": True}, "checkpoint": {"every": 0}}
     run = run_dreambooth(make_config(**settings, output={"dtype": precision}))
     for part, name in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
         kept, model = run.checkpoint(4) / f"{part}.safetensors", run.model / part / f"{name}.safetensors"
         assert kept.samefile(model) == links
         assert kept.read_bytes() == model.read_bytes()
     before = unet_of(run)
-    longer = make_config(**settings | {"train": {"steps": 5, "text_encoder": True}}, output={"dtype": precision})
+    longer = make_config(**settings, train={"steps": 5}, output={"dtype": precision})
     run_dreambooth(longer)
     assert list(checkpoint.steps(run.checkpoints)) == [5]
     aside = load_file(run.folder / "model-before-step-000005" / "unet" / "diffusion_pytorch_model.safetensors")
@@ -264,7 +303,7 @@ def test_a_run_whose_precision_would_be_emulated_says_so_once_and_ends(
     make_config, halves_are_native, capfd, text_encoder
 ):
     halves_are_native(False)
-    sections = {"precision": {"compute": "bf16"}, "train": {"text_encoder": text_encoder}, "sample": {"every": 2}}
+    sections = {"precision": {"compute": "bf16"}, "text_encoder": {"train": text_encoder}, "sample": {"every": 2}}
     run = run_dreambooth(make_config(**sections))
     said = capfd.readouterr().err
     assert said.count("bf16: emulated on this CPU, up to 100 times slower; computing in fp32") == 1

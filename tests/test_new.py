@@ -37,7 +37,7 @@ def test_every_offered_line_is_its_default(photos, tmp_path):
     assert offered.model_copy(update={section: getattr(plain, section) for section in changed}) == plain
     assert offered.weights == plain.weights == "bf16"
     assert offered.prior.model_copy(update={"images": None}) == plain.prior
-    unset = {"min_snr_gamma": None, "max_norm": None, "gradient_checkpointing": None}
+    unset = {"ema": None, "min_snr_gamma": None, "max_norm": None, "gradient_checkpointing": None}
     assert offered.train.model_copy(update=unset) == plain.train
     assert offered.cache.model_copy(update={"dir": None}) == plain.cache
     assert offered.checkpoint.model_copy(update={"every": None}) == plain.checkpoint

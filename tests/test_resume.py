@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lowvram_db.demo.miniature import write_pipeline, write_sdxl
 from lowvram_db.dreambooth import run_dreambooth
 from lowvram_db.errors import UserError
 from lowvram_db.run import Run
@@ -31,8 +32,9 @@ def processes():
 
 @pytest.fixture
 def config_of(make_config):
-    def make(name, optimizer, **train):
+    def make(name, optimizer, text_encoder=None, **train):
         return make_config(
+            text_encoder=text_encoder or {},
             prior={"count": 4, "batch": 1},
             train={"steps": STEPS, "schedule": "cosine", "warmup": 3, "lr": 1e-3} | train,
             optimizer={"name": optimizer},
@@ -157,15 +159,66 @@ def test_a_checkpoint_of_another_run_starts_a_branch(config_of):
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
-def test_the_text_encoder_resumes_too(config_of, processes):
-    straight = run_dreambooth(config_of("straight", "bnb-adam8", text_encoder=True))
-    config = config_of("killed", "bnb-adam8", text_encoder=True)
+def test_text_encoders_resume_too_and_where_they_stop(config_of, processes):
+    """Killed with -9 while they are trained, and soon after the checkpoint of their last step."""
+    text = {"train": True, "stop": 5}
+    straight = run_dreambooth(config_of("straight", "bnb-adam8", text))
+    config = config_of("killed", "bnb-adam8", text)
     killed = Run.of(config)
-    process = processes.Process(target=run_dreambooth, args=(config,))
-    process.start()
-    while not latest(killed.checkpoints):
-        time.sleep(0.005)
-        assert process.is_alive()
-    process.kill()
-    process.join()
+    for step in (1, 5):
+        process = processes.Process(target=run_dreambooth, args=(config,))
+        process.start()
+        while step_of(killed) < step:
+            time.sleep(0.005)
+            assert process.is_alive()
+        process.kill()
+        process.join()
     assert_same_result(straight, run_dreambooth(config))
+
+
+STAGES = {
+    "SD 1, bnb-adam8": (write_pipeline, {"optimizer": {"name": "bnb-adam8"}}),
+    "SD 1, adam8, average": (write_pipeline, {"train": {"ema": 0.9}}),
+    "SDXL, adam8 with residuals, average": (
+        write_sdxl,
+        {"train": {"ema": 0.9}, "precision": {"compute": "bf16", "weights": "bf16+residual"}},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_before_at_and_after_the_text_encoders_stop_resume_is_exact(make_config, tmp_path, monkeypatch, name):
+    write, sections = STAGES[name]
+    write(tmp_path / "model")
+
+    def config(name):
+        train = {"steps": 4, "schedule": "cosine", "warmup": 1, "lr": 1e-3, **sections.get("train", {})}
+        return make_config(
+            model={"name": str(tmp_path / "model")},
+            text_encoder={"train": True, "stop": 2},
+            checkpoint={"every": 1, "keep": 9},
+            cache={"dir": str(tmp_path / name)},
+            output={"name": name},
+            **{**sections, "train": train},
+        )
+
+    def files(run):
+        found = sorted([*run.model.rglob("*.safetensors"), *run.checkpoint(4).glob("*.safetensors")])
+        return {path.relative_to(run.folder): path.read_bytes() for path in [*found, run.sample_grid(4)]}
+
+    straight = run_dreambooth(config("straight"))
+    wanted = files(straight)
+    assert ("ema.safetensors" in {path.name for path in wanted}) == ("train" in sections)
+    for step in (1, 2, 3):
+        branch = run_dreambooth(config(f"branch-{step}"), resume=str(straight.checkpoint(step)))
+        assert files(branch) == wanted, step
+
+    def stop(*_):
+        raise SystemExit("between the last step of the text encoders and the next checkpoint")
+
+    monkeypatch.setattr("lowvram_db.train.loop.Trainer.restore", stop)
+    with pytest.raises(SystemExit):
+        run_dreambooth(config("stopped"))
+    monkeypatch.undo()
+    assert step_of(Run.of(config("stopped"))) == 2
+    assert files(run_dreambooth(config("stopped"))) == wanted

@@ -4,10 +4,13 @@ A key is a digest of exactly that, so an entry is either right or not found; not
 """
 
 import hashlib
+from collections.abc import Mapping
 
 from PIL import Image
+from torch import Tensor
 
 from lowvram_db.cache.framing import View
+from lowvram_db.files.writer import slices_of, values_of
 
 FORMAT_VERSION = 3  # of entries and files; another one's folder lies beside and is not looked into
 
@@ -20,6 +23,17 @@ def pixels_digest(photo: Image.Image) -> str:
 def encoder_digest(files: list[tuple[str, str]]) -> str:
     """SHA-256 of an encoder, from the names and SHA-256 digests of its files, in order."""
     return _digest("encoder", *(part for file in files for part in file))
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of weights that are in no file: their names, dtypes, shapes and bytes, wherever they are."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        weight = weights[name].detach()
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
+        for piece in slices_of(weight):
+            digest.update(values_of(piece.cpu().contiguous()))
+    return digest.hexdigest()
 
 
 def latent_key(pixels: str, view: View, encoder: str, dtype: str, tiled: bool = False) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 from lowvram_db.cache.catalogue import Catalogue, Seen
 from lowvram_db.cache.encoder import ImageEncoder
 from lowvram_db.cache.framing import Framing, Size, View
-from lowvram_db.cache.key import encoder_digest, latent_key, text_key
+from lowvram_db.cache.key import encoder_digest, latent_key, text_key, weights_digest
 from lowvram_db.cache.store import Store
 from lowvram_db.errors import UserError
 from lowvram_db.families.base import Family, Moments
@@ -125,7 +125,7 @@ def precompute(
 def _encode_prompts(
     family: Family, prompts: Iterable[str], store: Store, device: torch.device, dtype: torch.dtype
 ) -> dict[str, str]:
-    encoder = _digest(family.text_files, store.catalogue) if prompts else ""
+    encoder = _text_digest(family, store.catalogue) if prompts else ""
     keys = {prompt: text_key(prompt, encoder, _name(dtype)) for prompt in prompts}
     missing = [prompt for prompt, key in keys.items() if not store.holds(key)]
     for prompt, text in encoded(family, missing, device, dtype):
@@ -277,6 +277,12 @@ def _ahead(function: Callable[[Path], _Found], photos: Sequence[Path]) -> Iterat
 def model_digest(family: Family, catalogue: Catalogue) -> str:
     """What a model is by the content of its files, wherever they are."""
     return _digest(family.model_files, catalogue)
+
+
+def _text_digest(family: Family, catalogue: Catalogue) -> str:
+    """Of the text encoders with the weights that they have, trained ones instead of the files' among them."""
+    untrained = _digest(family.text_files, catalogue)
+    return encoder_digest([(untrained, weights_digest(family.tuned))]) if family.tuned else untrained
 
 
 def _digest(files: Iterable[Path], catalogue: Catalogue) -> str:

@@ -11,12 +11,13 @@ networks never have to sit in memory together. Tensors cross this border in the 
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +105,21 @@ class Family(Architecture):
     text_files: list[Path]  # files whose bytes decide what encode_prompts gives
     model_files: list[Path]  # files whose bytes decide what the model is: all configs and weights, and the tokenizers
     remarks: list[str]  # what to know before training it
+    # Weights that the text encoders have instead of those in text_files, by the names of network and tensor.
+    tuned: Mapping[str, Tensor] = MappingProxyType({})
+
+    def with_tuned(self, weights: Mapping[str, Tensor]) -> Self:
+        """The same model, whose text encoders have these weights from now on, wherever it loads, encodes or saves."""
+        other = copy.copy(self)
+        other.tuned = weights
+        return other
+
+    @torch.no_grad()
+    def tune(self, part: str, text_encoder: nn.Module) -> None:
+        """Give a text encoder that was read from its files the weights it has instead."""
+        for name, weight in text_encoder.named_parameters():
+            if (tuned := self.tuned.get(f"{part}.{name}")) is not None:
+                weight.copy_(tuned)
 
     @abstractmethod
     def encode_images(self, vae: Any, pixels: Tensor) -> Moments:

@@ -197,9 +197,10 @@ class StableDiffusion(StableDiffusionConfigs, Family):
         return {part: self._load_text_encoder(part, dtype) for part in self.text_networks}
 
     def _load_text_encoder(self, part: str, dtype: torch.dtype) -> nn.Module:
-        return read_weights(
-            partial(self._build_text_encoder, part), self._weights[part], lambda weight: weight.to(dtype)
-        )
+        build = partial(self._build_text_encoder, part)
+        encoder: Any = read_weights(build, self._weights[part], lambda weight: weight.to(dtype))
+        self.tune(part, encoder)
+        return encoder
 
     def check_prompts(self, prompts: list[str]) -> None:
         for tokenizer in self._tokenizers.values():

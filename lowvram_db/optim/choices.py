@@ -1,6 +1,7 @@
 """The optimizers a run can choose, built the same way and checked once that they really work."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,8 +45,7 @@ def that_runs(config: Config, device: torch.device) -> Config:
 
 def build(
     settings: OptimizerConfig,
-    parameters: Iterable[tuple[str, nn.Parameter]],
-    lr: float,
+    groups: list[dict[str, Any]],
     *,
     weights: Weights = "fp32",
     seed: int = 0,
@@ -54,17 +54,16 @@ def build(
     kernels: Choice | Implementation = "auto",
     device: torch.device | None = None,
 ) -> torch.optim.Optimizer:
-    """The optimizer of the settings over float32 parameters with their names.
+    """The optimizer of the settings over groups of float32 parameters.
 
+    groups: as torch has them, "params" with their names, and each with its own "lr".
     weights, device, seed (of the rounding), micro_batches, max_norm, kernels: for those that step in backward, which
     bring the parameters there and store them so. Whoever calls another one gathers its gradients, and clips them.
     """
-    named = list(parameters)
     betas = (settings.beta1, settings.beta2)
     if settings.name == "adam8":
         return Adam8(
-            named,
-            lr=lr,
+            groups,
             betas=betas,
             eps=settings.eps,
             weight_decay=settings.weight_decay,
@@ -77,8 +76,7 @@ def build(
         )
     if settings.name == "adafactor":
         return Adafactor(
-            named,
-            lr=lr,
+            groups,
             weight_decay=settings.weight_decay,
             weights=weights,
             seed=seed,
@@ -86,18 +84,15 @@ def build(
             kernels=kernels,
             device=device,
         )
-    plain = [parameter for _, parameter in named]
+    plain = [{**group, "params": [parameter for _, parameter in group["params"]]} for group in groups]
     if settings.name == "adamw":
         # Fused: few launches, and on the device it is read there whether a gradient overflowed.
-        return torch.optim.AdamW(
-            plain, lr=lr, betas=betas, eps=settings.eps, weight_decay=settings.weight_decay, fused=True
-        )
+        return torch.optim.AdamW(plain, betas=betas, eps=settings.eps, weight_decay=settings.weight_decay, fused=True)
     import bitsandbytes
 
     # Keywords only: bitsandbytes has removed positional parameters before, and what followed was bound wrongly.
     return bitsandbytes.optim.AdamW8bit(
         params=plain,
-        lr=lr,
         betas=betas,
         eps=settings.eps,
         weight_decay=settings.weight_decay,

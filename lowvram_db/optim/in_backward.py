@@ -235,19 +235,25 @@ class InBackward(torch.optim.Optimizer, ABC):
         """The state of a 4-d parameter for the other order of its elements, channels last or not."""
 
     @torch.no_grad()
+    def exact(self, p: Tensor) -> Tensor:
+        """The most exact value that the state of a parameter knows, float32 where that is more than it holds itself. It
+        may be the parameter's own memory, or the state's."""
+        state = self.state[p]
+        if "residual" not in state:
+            return state.get("master", p.detach())
+        exact = torch.empty_like(p, dtype=torch.float32)
+        flat(exact).copy_(bits.join_bf16(flat(p.detach()), state["residual"]))
+        return exact
+
+    @torch.no_grad()
     def finish(self) -> None:
-        """Let every parameter be the most exact value its state knows, float32 where that is more than it holds itself,
-        and let the state go."""
+        """Let every parameter be its exact value, and let the state go."""
         for state in self.state.values():  # all of it before a weight grows
             for moment in self.moments:
                 state.pop(moment, None)
         for p, state in self.state.items():
-            if "master" in state:
-                p.data = state["master"].clone()
-            elif "residual" in state:
-                exact = torch.empty_like(p, dtype=torch.float32)
-                flat(exact).copy_(bits.join_bf16(flat(p.detach()), state["residual"]))
-                p.data = exact
+            exact = self.exact(p)
+            p.data = exact.clone() if "master" in state else exact
             state.clear()
 
     @torch.no_grad()

@@ -52,5 +52,8 @@ class StepsInBackward(Protocol):
         """How many tensors a step left as they were, for a gradient was not finite: by what `skipped` held after it.
         Raises FloatingPointError where that goes on."""
 
+    def exact(self, p: Any) -> Any:
+        """What is known of a parameter at best, in whichever precision that has."""
+
     def finish(self) -> None:
         """Let the weights be what is known of them at best, in whichever precision that has; let the state go."""

@@ -26,6 +26,7 @@ from lowvram_db.optim.kinds import KINDS
 from lowvram_db.plan import predict
 from lowvram_db.plan.result import Phase, Plan, Rung
 from lowvram_db.train.strategy import Strategy, ladder, without_budget
+from lowvram_db.train.trained import stage_end
 
 
 def choose(config: Config, family: Blank, budget: int | None, explain: bool = False) -> Plan:
@@ -35,14 +36,14 @@ def choose(config: Config, family: Blank, budget: int | None, explain: bool = Fa
     limit = None if budget is None else int(budget / (1 + MARGIN))
     with _another_process() as beside:
         others = beside(_others, config, family, limit)
-        training, rungs, on_the_way = _training(config, family, limit, explain)
+        training, rungs, on_the_way, average = _training(config, family, limit, explain)
         drawn, encoding, sampling, batch, at_the_end = others()
     phases = [*drawn, *encoding, *training, *sampling]
     fits = None if limit is None else all(phase.peak_bytes <= limit for phase in phases)
     chosen = next(rung.strategy for rung in rungs if rung.chosen)
-    steps = [phase for phase in training if phase.name.endswith("step")]
-    ram = predict.host_memory(steps, [*drawn, *encoding, *sampling])
-    plan = Plan(fits, budget, chosen, batch, min(on_the_way, at_the_end), phases, rungs, *ram)
+    steps = [phase for phase in training if phase.flops]
+    ram = predict.host_memory(steps, [*drawn, *encoding, *sampling], average, config.sample.every > 0)
+    plan = Plan(fits, budget, chosen, batch, min(on_the_way, at_the_end), phases, rungs, *ram, average)
     if fits is False:
         plan.advice = list(_advice(config, family, budget))
     if problem := emulation(config.precision.compute, torch.device("cuda" if torch.cuda.is_available() else "cpu")):
@@ -57,8 +58,11 @@ def check_resolution(config: Config, family: Blank) -> None:
         raise UserError(f"train.resolution: {config.train.resolution} is less than {side}, this model's least")
 
 
-def _training(config: Config, family: Blank, limit: int | None, explain: bool) -> tuple[list[Phase], list[Rung], int]:
-    """The phases of the chosen rung, all rungs looked at, and how many pictures are made at once on the way."""
+def _training(
+    config: Config, family: Blank, limit: int | None, explain: bool
+) -> tuple[list[Phase], list[Rung], int, int]:
+    """The phases of the chosen rung, all rungs looked at, how many pictures are made at once on the way, and the bytes
+    of the weights' average."""
     strategies = ladder(config, family.checkpoint_steps)
     most = max(strategy.checkpointed for strategy in strategies)
     rungs: dict[Strategy, Rung] = {}
@@ -90,7 +94,18 @@ def _training(config: Config, family: Blank, limit: int | None, explain: bool) -
         if config.sample.every:
             sampling, pictures = _as_many(pictures, traced.sampling, limit)
             phases = [*phases, sampling]
-        return [*phases, traced.saving()], _relative(seen), pictures
+        phases, average = [*phases, traced.saving()], traced.average_bytes
+    later = _later_steps(config, family, chosen.strategy)
+    return [*phases[:2], *later, *phases[2:]], _relative(seen), pictures, average
+
+
+def _later_steps(config: Config, family: Blank, strategy: Strategy) -> list[Phase]:
+    """Those that train less than the first: the largest need is that of the first, and the way is the same."""
+    step = stage_end(config, 0)
+    if step == config.train.steps:
+        return []
+    with predict.rehearsal(config, family, step) as traced:
+        return traced.steps(strategy)
 
 
 def _look(traced: predict.Rehearsal, strategy: Strategy, limit: int | None) -> tuple[Rung, list[Phase]]:
@@ -218,8 +233,8 @@ def _smaller_ways(config: Config) -> Iterator[_Change]:
         yield {"optimizer": {"name": "adam8"}, "precision": _all_in(config, compute)}
     elif config.weights in ("fp32", "bf16+residual"):
         yield {"precision": _all_in(config, "bf16" if compute == "fp32" else compute)}
-    if config.train.text_encoder:
-        yield {"train": {"text_encoder": False}}
+    if config.text_encoder.train:
+        yield {"text_encoder": {"train": False, "lr": None, "stop": None}}
     if config.prior.enabled and config.prior.batch > 1:
         yield {"prior": {"batch": 1}}
 
@@ -234,7 +249,9 @@ def _words(config: Config, change: _Change) -> str:
     now = config.model_dump()
     settings = [(section, key, value) for section, values in change.items() for key, value in values.items()]
     return " and ".join(
-        f"{section}.{key} = {json.dumps(value)}" for section, key, value in settings if now[section][key] != value
+        f"{section}.{key} left out" if value is None else f"{section}.{key} = {json.dumps(value)}"
+        for section, key, value in settings
+        if now[section][key] != value
     )
 
 

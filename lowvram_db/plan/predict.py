@@ -32,7 +32,7 @@ from lowvram_db.train.batches import Batch
 from lowvram_db.train.interrupt import stop_on_request
 from lowvram_db.train.learner import Learner, Surroundings
 from lowvram_db.train.strategy import Strategy
-from lowvram_db.train.trained import load_networks
+from lowvram_db.train.trained import load_networks, steps_of
 
 CPU = torch.device("cpu")  # fake tensors of a GPU cannot go backward where torch has no CUDA
 
@@ -119,19 +119,22 @@ def training(config: Config, family: Blank, strategy: Strategy, limit: int | Non
 
 
 @contextmanager
-def rehearsal(config: Config, family: Blank) -> Iterator["Rehearsal"]:
-    """Training, traced under one strategy after the other."""
+def rehearsal(config: Config, family: Blank, step: int = 0) -> Iterator["Rehearsal"]:
+    """Training of what a step trains, traced under one strategy after the other."""
     with tracing(autocasts(config), config.optimizer.name, twin=config.kernels == "torch") as trace:
-        yield Rehearsal(config, family, trace)
+        yield Rehearsal(config, family, trace, step)
 
 
 class Rehearsal:
     """One learner for all strategies: most of the time a trace takes is spent on making it."""
 
-    def __init__(self, config: Config, family: Blank, trace: Trace):
+    def __init__(self, config: Config, family: Blank, trace: Trace, step: int):
         self._config, self._family, self._trace = config, family, trace
-        self._learner = blank_learner(config, family, Strategy(0, family.checkpoint_steps), trace)
+        self._names = steps_of(config, step)
+        self._learner = blank_learner(config, family, Strategy(0, family.checkpoint_steps), trace, step)
         self._batch = blank_batch(config, family)
+        # Of the average of what is trained, in float32 and in the computer's memory.
+        self.average_bytes = 4 * sum(p.numel() for p in self._learner.parameters) if config.train.ema else 0
 
     def steps(self, strategy: Strategy, limit: int | None = None) -> list[Phase]:
         """First and steady step, as if there had been none before. Raises OverLimit."""
@@ -140,12 +143,12 @@ class Rehearsal:
         learner.use(strategy)
         held, trace.limit = trace.live, _inside(limit)
         try:
-            first = _step(learner, self._batch, trace, "first step")
+            first = _step(learner, self._batch, trace, self._names[0])
             if trace.live > held:
-                return [first, _step(learner, self._batch, trace, "steady step")]
+                return [first, _step(learner, self._batch, trace, self._names[1])]
         finally:
             trace.limit = None
-        return [first, replace(first, name="steady step")]  # the first has left nothing behind: all are like it
+        return [first, replace(first, name=self._names[1])]  # the first has left nothing behind: all are like it
 
     def sampling(self, pictures: int) -> Phase:
         """So many pictures at once, on the way."""
@@ -164,12 +167,19 @@ class Rehearsal:
             optimizer.zero_grad(set_to_none=True)
 
 
-def host_memory(training: list[Phase], others: list[Phase]) -> tuple[int, int]:
+def host_memory(training: list[Phase], others: list[Phase], average: int, samples: bool) -> tuple[int, int]:
     """Bytes of RAM that a run on a GPU takes, with and without a checkpoint's copy. The networks of a phase pass
-    through it on their way to the card, the trained ones as they are stored there."""
+    through it on their way to the card, the trained ones as they are stored there.
+
+    average: bytes of the average of what is trained, which is there for as long as that. samples: whether it is sampled
+    on the way, for which the weights wait beside it.
+    """
+    weights = max(phase.components["weights"] for phase in training)
     saved = max(phase.components["weights"] + phase.components["optimizer"] for phase in training)
     loaded = max(phase.components["weights"] for phase in [*training, *others])
-    return RAM_WITH_CUDA + max(saved, loaded), RAM_WITH_CUDA + loaded
+    waiting = weights if average and samples else 0
+    least = max(loaded, average + waiting)
+    return RAM_WITH_CUDA + max(least, average + saved + average + waiting), RAM_WITH_CUDA + least
 
 
 def autocasts(config: Config) -> bool:
@@ -187,9 +197,9 @@ def _step(learner: Learner, batch: Batch, trace: Trace, name: str) -> Phase:
     return _phase(name, trace, start, flops=trace.flops - before)
 
 
-def blank_learner(config: Config, family: Blank, strategy: Strategy, trace: Trace) -> Learner:
+def blank_learner(config: Config, family: Blank, strategy: Strategy, trace: Trace, step: int = 0) -> Learner:
     surroundings = Surroundings(CPU, DTYPES[config.precision.compute], _timesteps, family.cached_text, are_real=False)
-    networks = load_networks(config, family)
+    networks = load_networks(config, family, step)
     if config.optimizer.kind.keeps_layout:  # as memory.device.lay_out has them on a GPU; Module.to refuses fake tensors
         for weight in _tensors(networks.values()):
             if weight.dim() == 4:

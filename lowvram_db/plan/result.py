@@ -58,6 +58,7 @@ class Plan:
     rungs: list[Rung]
     ram_bytes: int = 0  # host memory of a run on a GPU, with a checkpoint's copy
     least_ram_bytes: int = 0  # of one that waits while a checkpoint is written
+    average_bytes: int = 0  # of both, for the average of the weights
     advice: list[str] = field(default_factory=list)
     emulation: str = ""
 
@@ -88,6 +89,7 @@ class Plan:
             "sample_batch",
             "ram_bytes",
             "least_ram_bytes",
+            "average_bytes",
             "advice",
             "emulation",
         )

@@ -68,7 +68,9 @@ def summary(plan: Plan) -> str:
 
 def ram(plan: Plan) -> str:
     """One line: the computer's memory that a run on a GPU takes."""
-    return f"RAM with a GPU: about {gib(plan.ram_bytes)}, {gib(plan.least_ram_bytes)} without the copy of a checkpoint"
+    average = f"; {gib(plan.average_bytes)} of that for the weights' average" if plan.average_bytes else ""
+    without = f"{gib(plan.least_ram_bytes)} without the copy of a checkpoint"
+    return f"RAM with a GPU: about {gib(plan.ram_bytes)}, {without}{average}"
 
 
 def _ladder(plan: Plan) -> Table:

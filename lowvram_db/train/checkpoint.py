@@ -26,9 +26,11 @@ from lowvram_db.optim.in_backward import InBackward
 from lowvram_db.optim.storage import shapes
 
 _OPTIMIZER = "optimizer.safetensors"
+_AVERAGE = "ema.safetensors"  # where one is kept
+_FROZEN = "frozen.safetensors"  # where something was trained that is not any more
 _FILES = ("state.json", _OPTIMIZER)  # beside those of the trained networks
 _METADATA = {"format": "pt"}  # which transformers wants to see in a file of weights
-_FORMAT = 5  # and another one whenever what is stored changes its meaning, as adam8's codes may
+_FORMAT = 6  # and another one whenever what is stored changes its meaning, as adam8's codes may
 
 
 @dataclass(frozen=True)
@@ -90,17 +92,27 @@ def _step_of(checkpoint: Path) -> int | None:
         return None
 
 
-def contents(state: State, trained: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> Contents:
+def contents(
+    state: State,
+    trained: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    average: Mapping[str, Tensor],
+    frozen: Mapping[str, Tensor],
+) -> Contents:
     """What a checkpoint holds: live tensors, and `state` with the optimizer's plain numbers.
 
-    trained: by the names of network and tensor; each network's stand in a file of its own.
+    trained: what the next step trains, by the names of network and tensor; each network's stand in a file of its own.
+    The optimizer's parameters begin with it. average: of the same, if there is one. frozen: what earlier steps trained.
     """
-    tensors, numbers = _flatten(optimizer.state_dict()["state"])
+    held = optimizer.state_dict()["state"].items()
+    tensors, numbers = _flatten({place: state for place, state in held if place < len(trained)})
     files: Files = {}
     for name, tensor in trained.items():
         file, own_name = _place(name)
         files.setdefault(file, {})[own_name] = tensor.detach()
-    return Contents(replace(state, optimizer=numbers), {**files, _OPTIMIZER: tensors})
+    files[_OPTIMIZER] = tensors
+    files |= {file: dict(of) for file, of in ((_AVERAGE, average), (_FROZEN, frozen)) if of}
+    return Contents(replace(state, optimizer=numbers), files)
 
 
 def _place(name: str) -> tuple[str, str]:
@@ -157,10 +169,29 @@ def _checksum(file: Path) -> int:
     return checksum
 
 
-def restore(folder: Path, state: State, trained: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+def frozen(folder: Path) -> dict[str, Tensor]:
+    """What a checkpoint holds of what is not trained any more. Raises UserError for a file that cannot be read."""
+    try:
+        with Reader(folder / _FROZEN) as file:
+            return {name: file[name].clone() for name in file.names}
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{folder}: damaged ({error})") from error
+
+
+def restore(
+    folder: Path,
+    state: State,
+    trained: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    average: Mapping[str, Tensor],
+) -> None:
     """Copy a checkpoint's tensors into the live ones and the optimizer, one after the other. Raises UserError for a
     file that does not fit."""
     try:
+        if average:
+            with Reader(folder / _AVERAGE) as file:
+                for name, mean in average.items():
+                    mean.copy_(file[name])
         for name, tensors in groupby(trained, lambda name: _place(name)[0]):
             with Reader(folder / name) as file, torch.no_grad():
                 for tensor in tensors:

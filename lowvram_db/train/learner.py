@@ -27,7 +27,7 @@ from lowvram_db.optim.storage import DTYPES
 from lowvram_db.train import objective
 from lowvram_db.train.batches import Batch
 from lowvram_db.train.strategy import Strategy
-from lowvram_db.train.trained import trained
+from lowvram_db.train.trained import groups, trained
 
 
 class Inputs(NamedTuple):
@@ -88,8 +88,7 @@ class Learner:
         self.use(strategy)
         self.optimizer = build(
             config.optimizer,
-            self.trained.items(),
-            config.train.lr,
+            groups(config, family, self.trained),
             weights=config.weights,
             seed=config.train.seed,
             micro_batches=config.train.accumulate,

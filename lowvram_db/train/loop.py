@@ -5,12 +5,13 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowvram_db.cache import model_digest
 from lowvram_db.config import CheckpointConfig, Config
@@ -30,13 +31,14 @@ from lowvram_db.progress import Bar, say
 from lowvram_db.run import Run
 from lowvram_db.train import checkpoint, objective, resume
 from lowvram_db.train.batches import Batches
+from lowvram_db.train.ema import Average
 from lowvram_db.train.interrupt import stop_on_request
 from lowvram_db.train.learner import Learner, Surroundings
 from lowvram_db.train.metrics import Metrics
 from lowvram_db.train.outcome import Numbers, Outcome
 from lowvram_db.train.saving import Saver
 from lowvram_db.train.strategy import Strategy, ladder, without_budget
-from lowvram_db.train.trained import load_networks
+from lowvram_db.train.trained import denoisers, load_networks, stage_end, steps_of, trains_text
 
 
 class Trainer(Learner):
@@ -49,9 +51,12 @@ class Trainer(Learner):
         batches: Batches,
         device: torch.device,
         strategy: Strategy | None = None,
+        step: int = 0,
     ):
-        """Load the denoiser (and the text encoders, if they are trained). strategy: to begin with."""
-        networks = load_networks(config, family)
+        """Load the denoiser (and the text encoders, if they are trained). strategy: to begin with. step: how many have
+        been done, of a checkpoint that is going to be restored; where the text encoders were trained before it and are
+        no more, the family is the one that has what came of it."""
+        networks = load_networks(config, family, step)
         try:
             kernels = implementation(config.kernels, device)
         except RuntimeError as error:
@@ -67,6 +72,8 @@ class Trainer(Learner):
         super().__init__(config, family, networks, surroundings, strategy or without_budget(self._ladder), kernels)
         self.family: Family = family
         self.attention = use_attention(self.denoiser, config.attention, device, self.dtype)
+        self.average = Average(self.trained, self._exact, config.train.ema) if config.train.ema else None
+        self.until = stage_end(config, step)  # the last step that trains these weights
 
     def train_step(self) -> Outcome:
         """One optimizer step on the batches that belong to its number; where the memory does not suffice, in a smaller
@@ -74,11 +81,13 @@ class Trainer(Learner):
         to find first. Raises DoesNotFit where there is no smaller way."""
         self.between_steps = False
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
+            group["lr"] = self.learning_rate(group["initial_lr"])
         loss = self._backward_that_fits()
         self.update(loss.total)
         self.scaler.update()
         self.step, self.micro_batch = self.step + 1, 0
+        if self.average:
+            self.average.update(self.step)
         self.between_steps = True
         return Outcome(loss, self.optimizer.skipped if isinstance(self.optimizer, StepsInBackward) else None)
 
@@ -150,14 +159,24 @@ class Trainer(Learner):
             known = self.family.encode_prompts(encoders, prompts) if encoders else self.surroundings.text(prompts)
             return self._brought(known)
 
-    def learning_rate(self) -> float:
+    def learning_rate(self, full: float) -> float:
+        """Of the step in hand, where the whole of it would be `full`."""
         train = self.config.train
-        return learning_rate(self.step, schedule=train.schedule, lr=train.lr, warmup=train.warmup, steps=train.steps)
+        return learning_rate(self.step, schedule=train.schedule, lr=full, warmup=train.warmup, steps=train.steps)
+
+    def as_sampled(self) -> AbstractContextManager[None]:
+        """For as long, the networks hold what is sampled: the average, if there is one."""
+        return self.average.in_place() if self.average else nullcontext()
 
     def finish(self) -> None:
-        """Let the weights be what is known of them at best. There is no training after that."""
+        """Let the weights be their average, or what is known of them at best. There is no training after that."""
         if isinstance(self.optimizer, StepsInBackward):
             self.optimizer.finish()
+        if self.average:
+            self.average.replace()
+
+    def _exact(self, weight: nn.Parameter) -> Tensor:
+        return self.optimizer.exact(weight) if isinstance(self.optimizer, StepsInBackward) else weight.detach()
 
     @cached_property
     def content(self) -> dict[str, list[str]]:
@@ -166,16 +185,25 @@ class Trainer(Learner):
         return {"model": [model], **self.batches.content}
 
     def contents(self) -> checkpoint.Contents:
-        """A checkpoint of the step just done, made of the tensors that are being trained."""
+        """A checkpoint of the step just done, made of the tensors that are being trained. What the next step trains no
+        more is in it as finish() would leave it."""
         state = checkpoint.State(self.step, self.config, self.content, self.scaler.state_dict(), {}, {})
-        return checkpoint.contents(state, self.trained, self.optimizer)
+        going_on = self.trained
+        if not trains_text(self.config, self.step):
+            going_on = denoisers(self.family, self.trained)
+        average = self.average.weights if self.average else {}
+        frozen = dict(self.family.tuned)
+        for name in self.trained.keys() - going_on.keys():
+            frozen[name] = average[name] if average else self._exact(self.trained[name]).cpu()
+        averages = {name: average[name] for name in going_on} if average else {}
+        return checkpoint.contents(state, going_on, self.optimizer, averages, frozen)
 
     def restore(self, folder: Path) -> None:
         """Take up a checkpoint. Raises UserError where config or data are not the ones it was trained with."""
         state = checkpoint.read_state(folder)
         resume.check_settings(state, self.config, folder)
         resume.check_content(state, self.content, folder)
-        checkpoint.restore(folder, state, self.trained, self.optimizer)
+        checkpoint.restore(folder, state, self.trained, self.optimizer, self.average.weights if self.average else {})
         self.scaler.load_state_dict(state.scaler)
         self.step = state.step
 
@@ -183,8 +211,8 @@ class Trainer(Learner):
 def train(
     trainer: Trainer, run: Run, sample: Callable[[Path], None], begins: Callable[[str], None] = lambda phase: None
 ) -> None:
-    """Train to the last step, saving and sampling on the way; `sample` draws the grid into a path. `begins` is told of
-    every phase of the plan that begins.
+    """Train to the last step that trains these weights, saving and sampling on the way; `sample` draws the grid into a
+    path. `begins` is told of every phase of the plan that begins.
 
     Raises Interrupted, after saving, when the user asks to stop; UserError as train_step does. Whatever else fails
     between two steps, the last one is saved before.
@@ -218,8 +246,9 @@ def _train(
         stop_on_request() as stop_requested,
         _Journal(trainer, metrics, bar) as journal,
     ):
-        begins("first step")
-        while trainer.step < steps:
+        first_step, steady_step = steps_of(config, trainer.step)
+        begins(first_step)
+        while trainer.step < trainer.until:
             journal.begin()
             scale = trainer.scaler.get_scale() if check else 0.0
             outcome = trainer.train_step()
@@ -231,16 +260,16 @@ def _train(
             journal.note(outcome)
 
             if first:
-                begins("steady step")
+                begins(steady_step)
                 first = False
-            last, stopping = trainer.step == steps, stop_requested()
+            last, stopping = trainer.step == trainer.until, stop_requested()
             saving = last or stopping or _checkpoint_due(config.checkpoint, trainer.step, time.monotonic() - saved_at)
-            sampling = not last and _due(trainer.step, config.sample.every)
+            sampling = trainer.step < steps and _due(trainer.step, config.sample.every)
             journal.settle(0 if saving or sampling else trainer.lag)
             if saving:
                 saver.save(trainer.contents(), beside=not (last or stopping))
                 saved_at = time.monotonic()
-            if stopping and not last:
+            if stopping and trainer.step < steps:
                 raise Interrupted(
                     f"stopped after step {trainer.step} of {steps}; saved {run.checkpoint(trainer.step)}; "
                     "the same command goes on from there"
@@ -248,7 +277,7 @@ def _train(
             if sampling:
                 begins("sampling on the way")
                 optional(partial(sample, run.sample_grid(trainer.step)), f"step {trainer.step}: pictures")
-                begins("steady step")
+                begins(steady_step)
 
 
 class _Journal:
@@ -261,7 +290,7 @@ class _Journal:
 
     def begin(self) -> None:
         """A step begins. What lies between steps that are settled, as saving does, counts for none of them."""
-        self._lr = self._trainer.learning_rate()
+        self._lr = self._trainer.learning_rate(self._trainer.config.train.lr)
         if not self._unread:
             self._settled = time.perf_counter()
 

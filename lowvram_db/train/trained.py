@@ -8,20 +8,53 @@ from lowvram_db.config import Config
 from lowvram_db.families.base import Architecture
 from lowvram_db.optim.storage import narrowing
 
+Trained = dict[str, nn.Parameter]  # by the names of network and tensor, as "unet.conv_in.weight"
 
-def load_networks(config: Config, family: Architecture) -> dict[str, Any]:
-    """The networks that hold what is trained, anew, by their names in the model folder: on the CPU, in float32 but for
-    what the optimizer stores in fewer bits."""
+
+def trains_text(config: Config, step: int) -> bool:
+    """Whether a step trains the text encoders; what one says that is not trained is cached."""
+    settings = config.text_encoder
+    return settings.train and (settings.stop is None or step < settings.stop)
+
+
+def stage_end(config: Config, step: int) -> int:
+    """The first step after this one before which something else is trained than in this one, else the run's last."""
+    stop = config.text_encoder.stop
+    return stop if stop is not None and step < stop else config.train.steps
+
+
+def steps_of(config: Config, step: int) -> tuple[str, str]:
+    """What the first and every further step of a stage is called in a plan."""
+    frozen = ", frozen text" if config.text_encoder.train and not trains_text(config, step) else ""
+    return f"first step{frozen}", f"steady step{frozen}"
+
+
+def load_networks(config: Config, family: Architecture, step: int) -> dict[str, Any]:
+    """The networks that hold what a step trains, anew, the denoiser first, by their names in the model folder: on the
+    CPU, in float32 but for what the optimizer stores in fewer bits."""
     networks: dict[str, Any] = {family.denoiser_part: family.load_denoiser(narrowing(config.weights))}
-    if config.train.text_encoder:
+    if trains_text(config, step):
         networks |= family.load_text_encoders()
     return networks
 
 
-def trained(family: Architecture, networks: dict[str, Any]) -> dict[str, nn.Parameter]:
-    """What is trained of them, by the names of network and tensor, as "unet.conv_in.weight"."""
+def trained(family: Architecture, networks: dict[str, Any]) -> Trained:
+    """What is trained of them."""
     return {
         f"{part}.{name}": parameter
         for part, network in networks.items()
         for name, parameter in family.trainable(part, network).items()
     }
+
+
+def denoisers(family: Architecture, everything: Trained) -> Trained:
+    """What is trained of the denoiser alone: the first of everything."""
+    return {name: weight for name, weight in everything.items() if name.startswith(f"{family.denoiser_part}.")}
+
+
+def groups(config: Config, family: Architecture, everything: Trained) -> list[dict[str, Any]]:
+    """Of what is trained, as an optimizer takes it, with the learning rate that schedule and warm-up start from."""
+    own = denoisers(family, everything)
+    others = {name: weight for name, weight in everything.items() if name not in own}
+    rates = (own, config.train.lr), (others, config.text_encoder_lr)
+    return [{"params": list(group.items()), "lr": lr, "initial_lr": lr} for group, lr in rates if group]

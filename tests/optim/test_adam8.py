@@ -229,7 +229,9 @@ def test_finish_gives_float32_back():
     exact = [parameter.detach().clone() for parameter in network.parameters()]
     optimizer = Adam8(network.named_parameters(), weights="bf16+residual")
     assert {parameter.dtype for parameter in network.parameters()} == {torch.bfloat16}
+    known = [optimizer.exact(parameter).clone() for parameter in network.parameters()]
     optimizer.finish()
+    assert all(torch.equal(*pair) for pair in zip(known, network.parameters(), strict=True))
     assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
     for before, after in zip(exact, network.parameters(), strict=True):
         torch.testing.assert_close(after.detach(), before, rtol=2**-16, atol=0)

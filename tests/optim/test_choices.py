@@ -15,8 +15,8 @@ def parameters():
     return [torch.nn.Parameter(torch.randn(128, 64)), torch.nn.Parameter(torch.randn(64))]
 
 
-def named(parameters):
-    return [(f"p{place}", parameter) for place, parameter in enumerate(parameters)]
+def grouped(parameters, lr):
+    return [{"params": [(f"p{place}", parameter) for place, parameter in enumerate(parameters)], "lr": lr}]
 
 
 def one_step(optimizer, parameters):
@@ -28,7 +28,7 @@ def one_step(optimizer, parameters):
 @pytest.mark.parametrize("name", ["adamw", "bnb-adam8", "adam8"])
 def test_settings_reach_the_optimizer(parameters, name):
     settings = OptimizerConfig(name=name, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.05)
-    group = build(settings, named(parameters), 3e-4).param_groups[0]
+    group = build(settings, grouped(parameters, 3e-4)).param_groups[0]
     assert (group["lr"], tuple(group["betas"]), group["eps"], group["weight_decay"]) == (3e-4, (0.8, 0.9), 1e-6, 0.05)
 
 
@@ -38,7 +38,7 @@ def test_the_first_step_is_adamws(parameters, name, tolerance):
     off at once what its rounding would go on to do."""
     before = [parameter.detach().clone() for parameter in parameters]
     settings = OptimizerConfig(name=name)
-    optimizer = build(settings, named(parameters), 1e-3)
+    optimizer = build(settings, grouped(parameters, 1e-3))
     check = FirstStepCheck(settings, parameters)
     one_step(optimizer, parameters)
     check.verify(optimizer)
@@ -48,7 +48,7 @@ def test_the_first_step_is_adamws(parameters, name, tolerance):
 
 
 def test_bitsandbytes_state_is_8_bit(parameters):
-    optimizer = build(OptimizerConfig(name="bnb-adam8"), named(parameters), 1e-3)
+    optimizer = build(OptimizerConfig(name="bnb-adam8"), grouped(parameters, 1e-3))
     one_step(optimizer, parameters)
     large, small = (optimizer.state[parameter] for parameter in parameters)
     assert (large["state1"].dtype, large["state2"].dtype) == (torch.uint8, torch.uint8)
@@ -57,7 +57,7 @@ def test_bitsandbytes_state_is_8_bit(parameters):
 
 def test_weights_that_do_not_move_are_noticed(parameters):
     settings = OptimizerConfig(name="adamw")
-    optimizer, check = build(settings, named(parameters), 1e-30), FirstStepCheck(settings, parameters)
+    optimizer, check = build(settings, grouped(parameters, 1e-30)), FirstStepCheck(settings, parameters)
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
         optimizer.param_groups[0]["weight_decay"] = 0.0

@@ -16,10 +16,9 @@ def test_every_name_has_its_kind():
 
 @pytest.mark.parametrize("name", KINDS)
 def test_an_optimizer_offers_what_its_kind_says(name):
-    parameters = [("weight", nn.Parameter(nn.Linear(64, 64).weight.detach()))]
-    optimizer = build(
-        OptimizerConfig(name=name), parameters, 1e-3, weights="bf16" if KINDS[name].stores_weights else "fp32"
-    )
+    group = {"params": [("weight", nn.Parameter(nn.Linear(64, 64).weight.detach()))], "lr": 1e-3}
+    weights = "bf16" if KINDS[name].stores_weights else "fp32"
+    optimizer = build(OptimizerConfig(name=name), [group], weights=weights)
     assert isinstance(optimizer, StepsInBackward) == KINDS[name].steps_in_backward
     assert all(type(optimizer).__module__.startswith(package) for package in KINDS[name].packages)
 

@@ -124,7 +124,10 @@ def test_advice_that_is_followed_helps(planned, blank):
         ({"optimizer": {"name": "adafactor"}}, []),
         ({"optimizer": {"beta1": 0.8}}, []),
         ({"train": {"accumulate": 2}}, []),
-        ({"train": {"text_encoder": True, "batch": 2}}, ["train.batch = 1", "train.text_encoder = false"]),
+        (
+            {"train": {"batch": 2}, "text_encoder": {"train": True}},
+            ["train.batch = 1", "text_encoder.train = false"],
+        ),
     ],
 )
 def test_advice_is_written_as_the_config_takes_it_and_names_nothing_that_is_so_already(
@@ -190,11 +193,11 @@ def test_phases_are_all_there_in_order(planned, blank):
         "class images, denoising", "class images, decoding", "text encoding", "latent encoding",
         "first step", "steady step", "sampling on the way", "saving", "sampling, denoising", "sampling, decoding",
     ]  # fmt: skip
-    config = planned(train={"resolution": 64, "text_encoder": True}, prior={"enabled": False})
+    config = planned(train={"resolution": 64}, text_encoder={"train": True, "stop": 9}, prior={"enabled": False})
     names = [phase.name for phase in choose(config, blank, None).phases]
     assert names == [
-        "text encoding", "latent encoding", "first step", "steady step", "saving",
-        "sampling, denoising", "sampling, decoding",
+        "text encoding", "latent encoding", "first step", "steady step", "first step, frozen text",
+        "steady step, frozen text", "saving", "sampling, denoising", "sampling, decoding",
     ]  # fmt: skip
 
 

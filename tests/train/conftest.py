@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from lowvram_db.concept import describe, subject_photos
 from lowvram_db.config import Config
 from lowvram_db.families import open_model
 from lowvram_db.train.batches import Batches
+from lowvram_db.train.checkpoint import frozen, read_state
 from lowvram_db.train.loop import Trainer
+from lowvram_db.train.trained import trains_text
 
 CPU = torch.device("cpu")
 
@@ -17,11 +20,15 @@ CPU = torch.device("cpu")
 def make_trainer(tmp_path) -> Callable[..., Trainer]:
     """A trainer at step 0; the subject's own photos stand in for class images, which saves generating them."""
 
-    def make(config: Config, device: torch.device = CPU) -> Trainer:
+    def make(config: Config, device: torch.device = CPU, start: Path | None = None) -> Trainer:
+        """start: a checkpoint to go on from."""
         family = open_model(config.model.name)
+        step = read_state(start).step if start else 0
+        if config.text_encoder.train and not trains_text(config, step):
+            family = family.with_tuned(frozen(start))
         photos = subject_photos(config)
         concept = describe(config, photos, photos[::-1] if config.prior.enabled else [])
-        prompts = [] if config.train.text_encoder else concept.prompts
+        prompts = [] if trains_text(config, step) else concept.prompts
         cached = precompute(
             family,
             Store(tmp_path / "cache"),
@@ -31,6 +38,10 @@ def make_trainer(tmp_path) -> Callable[..., Trainer]:
             class_photos=concept.class_photos,
             prompts=prompts,
         )
-        return Trainer(config, family, Batches(concept, cached, config.train.batch, config.train.seed), device)
+        batches = Batches(concept, cached, config.train.batch, config.train.seed)
+        trainer = Trainer(config, family, batches, device, step=step)
+        if start:
+            trainer.restore(start)
+        return trainer
 
     return make

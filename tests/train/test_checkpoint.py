@@ -23,7 +23,8 @@ def same(trainer, other):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_resumed_equals_straight(make_config, make_trainer, tmp_path, optimizer, text_encoder, compute):
     config = make_config(
-        train={"steps": 4, "text_encoder": text_encoder, "schedule": "cosine", "warmup": 1, "lr": 1e-3},
+        train={"steps": 4, "schedule": "cosine", "warmup": 1, "lr": 1e-3},
+        text_encoder={"train": text_encoder},
         precision={"compute": compute},
         optimizer={"name": optimizer},
     )
@@ -175,4 +176,4 @@ def test_another_optimizers_state_is_refused(saved, make_config, make_trainer):
     other = make_trainer(make_config(optimizer={"name": "adamw"}))
     state = checkpoint.read_state(run.checkpoint(1))
     with pytest.raises(UserError, match=r"step-000001: state of parameter 0 .*start a new run"):
-        checkpoint.restore(run.checkpoint(1), state, other.trained, other.optimizer)
+        checkpoint.restore(run.checkpoint(1), state, other.trained, other.optimizer, {})

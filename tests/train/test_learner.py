@@ -11,23 +11,26 @@ from torch.nn.functional import mse_loss
 
 from lowvram_db.demo.miniature import write_pipeline, write_sd2, write_sdxl
 from lowvram_db.kernels import bits
-from lowvram_db.train import objective
+from lowvram_db.train import checkpoint, objective
 
 ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
 SIZES = [(1366, 768), (1000, 1366), (601, 601)]  # none of which bfloat16 has numbers for
 
 
 def pieces(model):
-    """The UNet, and what it is told of prompts and (height, width) sizes: all by the pipeline's own functions."""
+    """The UNet, and what it is told of prompts and (height, width) sizes: all by the pipeline's own functions. And the
+    text encoders behind them, by their names."""
     kind = json.loads((model / "model_index.json").read_text())["_class_name"]
     if kind == "StableDiffusionPipeline":
         pipeline = StableDiffusionPipeline.from_pretrained(model)
-        return pipeline.unet, lambda prompts, _: {
-            "encoder_hidden_states": pipeline.encode_prompt(prompts, "cpu", 1, False)[0]
-        }
+
+        def told(prompts, _):
+            return {"encoder_hidden_states": pipeline.encode_prompt(prompts, "cpu", 1, False)[0]}
+
+        return pipeline.unet, told, {"text_encoder": pipeline.text_encoder}
     pipeline = StableDiffusionXLPipeline.from_pretrained(model)
 
-    def told(prompts, sizes):
+    def told_sizes(prompts, sizes):
         text, _, pooled, _ = pipeline.encode_prompt(prompts, device="cpu", do_classifier_free_guidance=False)
         width = pipeline.text_encoder_2.config.projection_dim
         ids = [pipeline._get_add_time_ids(*row, dtype=torch.float32, text_encoder_projection_dim=width)
@@ -37,7 +40,7 @@ def pieces(model):
             "added_cond_kwargs": {"text_embeds": pooled, "time_ids": torch.cat(ids)},
         }
 
-    return pipeline.unet, told
+    return pipeline.unet, told_sizes, {"text_encoder": pipeline.text_encoder, "text_encoder_2": pipeline.text_encoder_2}
 
 
 def plain(unet, told, scheduler, batch, step, sizes, min_snr_gamma, prior_weight):
@@ -50,9 +53,8 @@ def plain(unet, told, scheduler, batch, step, sizes, min_snr_gamma, prior_weight
     )
     timesteps = objective.timesteps(rows, 1000, 0, step)
     latents = batch.moments.mean + batch.moments.logvar.mul(0.5).exp() * posterior
-    with torch.no_grad():
-        told = told(batch.prompts, sizes)
-    prediction = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, **told).sample
+    noisy = scheduler.add_noise(latents, noise, timesteps)
+    prediction = unet(noisy, timesteps, **told(batch.prompts, sizes)).sample
     v = scheduler.config.prediction_type == "v_prediction"
     target = scheduler.get_velocity(latents, noise, timesteps) if v else noise
     losses = mse_loss(prediction, target, reduction="none").mean((1, 2, 3))
@@ -105,7 +107,7 @@ def test_loss_and_gradients_equal_a_plain_diffusers_loop(
             optimizer={"name": "adamw"},
         )
     )
-    theirs = *pieces(tmp_path / "model"), DDPMScheduler.from_pretrained(tmp_path / "model", subfolder="scheduler")
+    theirs = *pieces(tmp_path / "model")[:2], DDPMScheduler.from_pretrained(tmp_path / "model", subfolder="scheduler")
     for step in range(2):
         batch = trainer.batches[step]
         sizes = [crops(view.photo, view.size) for view in batch.views]
@@ -115,6 +117,57 @@ def test_loss_and_gradients_equal_a_plain_diffusers_loop(
         for name, parameter in trainer.denoiser.named_parameters():
             torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-5, atol=1e-6)
         trainer.optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("model", ["SD 1, epsilon", "SD 2, v prediction", "SDXL"])
+def test_text_encoders_learn_as_in_a_plain_loop_at_their_own_rate_until_they_stop(
+    make_config, make_trainer, tmp_path, model
+):
+    """Two groups of torch's AdamW under LambdaLR; encoders that have stopped still encode every batch there."""
+    write, schedule = MODELS[model]
+    write(tmp_path / "model", **schedule)
+    trainer = make_trainer(
+        config := make_config(
+            model={"name": str(tmp_path / "model")},
+            prior={"weight": 0.7},
+            train={"steps": 5, "lr": 1e-3, "schedule": "linear", "warmup": 2, "gradient_checkpointing": False},
+            text_encoder={"train": True, "lr": 3e-3, "stop": 3},
+            optimizer={"name": "adamw"},
+        )
+    )
+    unet, told, encoders = pieces(tmp_path / "model")
+    texts = [weight for encoder in encoders.values() for weight in encoder.parameters()]
+    adamw = torch.optim.AdamW([{"params": unet.parameters(), "lr": 1e-3}, {"params": texts, "lr": 3e-3}])
+    rates = torch.optim.lr_scheduler.LambdaLR(adamw, [0.5, 1, 1, 2 / 3, 1 / 3, 0].__getitem__)
+    scheduler = DDPMScheduler.from_pretrained(tmp_path / "model", subfolder="scheduler")
+    for step in range(5):
+        if step == 3:
+            checkpoint.save(tmp_path / "step-000003", trainer.contents())
+            trainer = make_trainer(config, start=tmp_path / "step-000003")
+            assert set(trainer.modules) == {"unet"}
+            for weight in texts:
+                weight.requires_grad_(False)
+        batch = trainer.batches[step]
+        sizes = [crops(view.photo, view.size) for view in batch.views]
+        wanted, _ = plain(unet, told, scheduler, batch, step, sizes, None, 0.7)
+        assert trainer.train_step().read().total == pytest.approx(wanted, rel=1e-5), step
+        adamw.step()
+        adamw.zero_grad()
+        rates.step()
+    trainer.family.save(tmp_path / "saved", torch.float32, **trainer.modules)
+    for before, after, theirs in zip(
+        networks(tmp_path / "model"), networks(tmp_path / "saved"), [unet, *encoders.values()], strict=True
+    ):
+        moved, wanted = (
+            torch.cat([(p - q).detach().flatten() for p, q in zip(x.parameters(), before.parameters(), strict=True)])
+            for x in (after, theirs)
+        )
+        assert (moved - wanted).norm() < 0.01 * wanted.norm()
+
+
+def networks(model):
+    unet, _, encoders = pieces(model)
+    return [unet, *encoders.values()]
 
 
 @pytest.mark.parametrize("compute", ["bf16", "fp16"])

@@ -164,9 +164,9 @@ def test_weights_in_half_precision_train_in_float32_where_that_would_be_emulated
 ):
     """Losses and gradients are those of a float32 network that begins with the weights as they are stored."""
     halves_are_native(False)
-    compute, train = weights.partition("+")[0], {"text_encoder": True}
-    trainer = make_trainer(make_config(train=train, precision={"compute": compute, "weights": weights}))
-    exact = make_trainer(make_config(train=train, optimizer={"name": "adamw"}))
+    compute, text = weights.partition("+")[0], {"train": True}
+    trainer = make_trainer(make_config(text_encoder=text, precision={"compute": compute, "weights": weights}))
+    exact = make_trainer(make_config(text_encoder=text, optimizer={"name": "adamw"}))
     gradients = {}
     with torch.no_grad():
         for place, (stored, whole) in enumerate(zip(trainer.parameters, exact.parameters, strict=True)):
@@ -234,7 +234,7 @@ def test_gradients_that_stay_no_numbers_end_the_run_by_name(make_config, make_tr
 
 
 def test_text_encoder_training_moves_it(make_config, make_trainer):
-    trainer = make_trainer(make_config(train={"text_encoder": True}))
+    trainer = make_trainer(make_config(text_encoder={"train": True}))
     assert not trainer.batches.cached.prompts
     encoder = trainer.text_encoders["text_encoder"]
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
@@ -286,8 +286,8 @@ SUBJECT_PROMPT, CLASS_PROMPT = "a photo of a pkblz ball", "a photo of a ball"
 def retrain(trainer, concept, steps=200):
     """Go on with the same weights on another concept, with a fresh optimizer."""
     batches = Batches(concept, trainer.batches.cached, 1, seed=trainer.step)
-    named = trainer.denoiser.named_parameters()
-    trainer.batches, trainer.optimizer = batches, build(trainer.config.optimizer, named, 1e-3)
+    group = {"params": list(trainer.denoiser.named_parameters()), "lr": 1e-3, "initial_lr": 1e-3}
+    trainer.batches, trainer.optimizer = batches, build(trainer.config.optimizer, [group])
     for _ in range(steps):
         trainer.train_step()
 

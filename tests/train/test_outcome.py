@@ -31,7 +31,7 @@ class Counting(TorchDispatchMode):
 @pytest.mark.parametrize("text_encoder", [False, True])
 def test_no_number_is_read_from_the_device_in_a_step(make_config, make_trainer, optimizer, compute, text_encoder):
     config = make_config(
-        optimizer={"name": optimizer}, precision={"compute": compute}, train={"text_encoder": text_encoder}
+        optimizer={"name": optimizer}, precision={"compute": compute}, text_encoder={"train": text_encoder}
     )
     trainer = make_trainer(config)
     trainer.train_step()
@@ -94,6 +94,6 @@ def test_a_step_that_fails_leaves_the_one_before_in_the_log(make_config, make_tr
 
 
 def test_checkpointing_asks_for_no_generators_state(make_config, make_trainer, monkeypatch):
-    trainer = make_trainer(make_config(train={"text_encoder": True, "gradient_checkpointing": True}))
+    trainer = make_trainer(make_config(text_encoder={"train": True}, train={"gradient_checkpointing": True}))
     monkeypatch.setattr(torch, "get_rng_state", lambda: pytest.fail("a generator's state was asked for"))
     trainer.train_step()
