@@ -10,7 +10,7 @@ import torch
 
 from lowvram_db.cache import Store, catalogue_of, model_digest
 from lowvram_db.concept import Concept, check_folders, describe, subject_photos
-from lowvram_db.concept.class_images import class_images
+from lowvram_db.concept.class_images import class_images, shared_folder
 from lowvram_db.concept.identifier import summary as identifier_summary
 from lowvram_db.config import Config
 from lowvram_db.encoding import cache_folder, encode_all, encode_text
@@ -62,8 +62,8 @@ def build_cache(config: Config) -> Path:
         cap(budget, device)
         photos = _photos(config, run)
         with run.locked(), Store(cache_folder(config, run)) as store:
-            family = _open_family(config)
-            concept = _concept(config, family, run, photos, store, device, at_once)
+            family = _open_family(config, photos)
+            concept = _concept(config, family, photos, store, device, at_once)
             release_memory()
             encode_all(config, family, store, concept, device)
     return store.folder
@@ -104,12 +104,12 @@ def _run(config: Config, resume: str) -> Run:
         check_trainable(config.model.name, config.model.revision, config.model.reading)
         with Store(cache_folder(config, run)) as store:
             plan = _plan(config, device)  # from the config files alone: nothing large is downloaded before it fits
-            family = _open_family(config)
+            family = _open_family(config, photos)
             run.save_config(config)
             with Watch(device), Meter(plan, run, device) as meter:
                 if start is None:
                     check_prediction(config, family, store, photos, device, meter.begins)
-                concept = _concept(config, family, run, photos, store, device, plan.prior_batch, meter.begins)
+                concept = _concept(config, family, photos, store, device, plan.prior_batch, meter.begins)
                 while (done := _train(config, family, run, concept, store, device, start, plan, meter)) < steps:
                     start = run.checkpoint(done)  # a further stage begins as a run that goes on does
                 release_memory()
@@ -144,16 +144,17 @@ def _photos(config: Config, run: Run) -> list[Path]:
     return subject_photos(config, catalogue_of(cache_folder(config, run)).is_good)
 
 
-def _open_family(config: Config) -> Family:
-    """The model, found fit for all prompts of the run."""
+def _open_family(config: Config, photos: list[Path]) -> Family:
+    """The model, found fit for all prompts and captions of the run."""
     family = _open(config)
     for remark in family.remarks:
         say(remark)
     place = Path(config.model.name).expanduser()
     encoders = read_tokens(str(place if place.is_file() else family.folder), config.model.reading)
     say(identifier_summary(config.subject.identifier, encoders, config.subject.class_noun))
-    family.check_prompts([config.fill(prompt) for prompt in [*config.subject.prompts, *config.sample.prompts]])
-    family.check_prompts([config.fill(config.prior.prompt)])
+    prompts = [*config.subject.templates, *config.sample.prompts, *config.prior.templates, config.prior.prompt]
+    family.check_prompts([config.fill(prompt) for prompt in prompts])
+    describe(config, photos, []).check(family)
     return family
 
 
@@ -180,7 +181,6 @@ def _finished(config: Config, start: Path | None, run: Run, photos: list[Path]) 
 def _concept(
     config: Config,
     family: Family,
-    run: Run,
     photos: list[Path],
     store: Store,
     device: torch.device,
@@ -190,13 +190,15 @@ def _concept(
     """Photos, and class images where prior preservation wants them."""
     if not config.prior.enabled:
         return describe(config, photos, [])
-    folder = Path(config.prior.images).expanduser() if config.prior.images else run.class_images
     base = model_digest(family, store.catalogue)
+    folder = Path(config.prior.images).expanduser() if config.prior.images else shared_folder(config, base)
     text = partial(encode_text, config, family, store, device)
     made = class_images(
         config, family, folder, base, text, device, at_once, store.catalogue.is_good, stages("class images", begins)
     )
-    return describe(config, photos, made)
+    concept = describe(config, photos, made)
+    concept.check(family)
+    return concept
 
 
 def _train(

@@ -21,8 +21,7 @@ DECODER = f"2, Pillow {PIL.__version__}"  # what a file's pixels depend on besid
 
 # Windows' own files in folders of pictures, and what phones and programs write about a picture beside it.
 _NOT_MEANT = {"thumbs.db", "ehthumbs.db", "desktop.ini"}
-_SIDECARS = {".json", ".xmp", ".aae"}
-_CAPTIONS = {".txt", ".caption"}
+_SIDECARS = {".json", ".xmp", ".aae", ".jsonl", ".txt", ".caption"}  # captions among them
 _ONLY_KNOWN = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow has no decoder of its own for
 _MOST_NAMES = 3
 
@@ -87,21 +86,18 @@ def folders_below(folder: Path) -> list[Path]:
 def _look_into(folder: Path) -> tuple[list[Path], list[str]]:
     """The photos in a folder, and what is passed over, by kind."""
     readable = _readable_suffixes()
-    photos, texts, foreign, broken = [], [], [], []
+    photos, foreign, broken = [], [], []
     with _refusing(folder):
         for file in _shown(folder):
             if _is_picture(file, readable):
                 photos.append(file)
             elif file.is_symlink() and not file.exists():
                 broken.append(file)
-            elif file.is_file() and file.suffix.lower() in _CAPTIONS:
-                texts.append(file)
             elif file.is_file() and file.name.lower() not in _NOT_MEANT and file.suffix.lower() not in _SIDECARS:
                 foreign.append(file)
     passed_over = [
         (foreign, "in formats that Pillow cannot read", "; convert photos among them to JPEG or PNG"),
         (broken, "linked to what is not there", ""),
-        (texts, "of text", "; captions are not used"),
     ]
     return photos, [f"{len(files)} {what} ({_some(files)}){mend}" for files, what, mend in passed_over if files]
 

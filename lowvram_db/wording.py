@@ -3,6 +3,8 @@
 import string
 import unicodedata
 
+NO_PROMPT = ""  # what guidance steers away from, and what a caption that is left out leaves
+
 # Words that stand in nearly every prompt: a subject that is called so would be in all of them.
 _STOP_WORDS = {
     "a", "an", "and", "are", "as", "at", "be", "but", "by", "for", "from", "has", "he", "her", "his", "i", "in", "is",

@@ -1,5 +1,6 @@
 """Which photo, under which prompt, stands in which row of which step: a function of (seed, step) alone."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -8,7 +9,8 @@ from typing import NamedTuple
 from lowvram_db.cache.framing import Size, View
 from lowvram_db.cache.precompute import Cached
 from lowvram_db.concept import Concept
-from lowvram_db.families.base import Moments
+from lowvram_db.concept.prompts import DRAWS
+from lowvram_db.families.base import NO_PROMPT, Moments
 from lowvram_db.kernels import bits
 from lowvram_db.train.objective import Stream
 
@@ -37,6 +39,7 @@ class Batches:
         return {
             "photos": sorted(self.cached.photos[photo].digest for photo in self.concept.instance_photos),
             "class images": sorted(self.cached.class_photos[photo].digest for photo in self.concept.class_photos),
+            "captions": sorted(self._captions),
         }
 
     def __getitem__(self, step: int) -> Batch:
@@ -50,6 +53,14 @@ class Batches:
             prompts=[prompt for *_, prompt in rows],
             instances=self.size,
         )
+
+    @property
+    def _captions(self) -> Iterator[str]:
+        """What is said of a picture beside it, with the picture's digest."""
+        for photo, captions in self.concept.captions.items():
+            yield from (f"{self.cached.photos[photo].digest} {caption}" for caption in captions)
+        for photo, prompt in self.concept.class_prompts.items():
+            yield f"{self.cached.class_photos[photo].digest} {prompt}"
 
     @cached_property
     def _instance_photos(self) -> list[Path]:
@@ -80,16 +91,22 @@ class Batches:
 
     def _instance(self, step: int, row: int, size: Size, visit: int) -> tuple[str, View, str]:
         """Key, view and prompt of one row of the subject."""
-        photo = self.cached.photos[self._pick(self._buckets[size], visit * self.size + row, Stream.INSTANCE_ORDER)]
-        variant, prompts = self._draw(len(photo.keys), step, row, Stream.VARIANT), self.concept.instance_prompts
-        prompt = prompts[self._draw(len(prompts), step, row, Stream.PROMPT)]
-        return photo.keys[variant], photo.views[variant], prompt
+        path = self._pick(self._buckets[size], visit * self.size + row, Stream.INSTANCE_ORDER)
+        photo = self.cached.photos[path]
+        variant = self._draw(len(photo.keys), step, row, Stream.VARIANT)
+        return photo.keys[variant], photo.views[variant], self._prompt(path, step, row)
+
+    def _prompt(self, photo: Path, step: int, row: int) -> str:
+        dropout = self.concept.caption_dropout
+        if dropout and self._draw(DRAWS, step, row, Stream.DROPOUT) < dropout * DRAWS:
+            return NO_PROMPT
+        choice = self.concept.choices[photo]
+        return choice.at(self._draw(DRAWS if len(choice.weights) > 1 else 1, step, row, Stream.PROMPT))
 
     def _prior(self, step: int, row: int, size: Size) -> tuple[str, View, str]:
-        photo = self.cached.class_photos[
-            self._pick(self.concept.class_photos, step * self.size + row, Stream.CLASS_ORDER)
-        ]
-        return photo.keys[size], photo.views[size], self.concept.class_prompt
+        path = self._pick(self.concept.class_photos, step * self.size + row, Stream.CLASS_ORDER)
+        photo = self.cached.class_photos[path]
+        return photo.keys[size], photo.views[size], self.concept.class_prompts.get(path, self.concept.class_prompt)
 
     def _pick(self, photos: list[Path], number: int, stream: Stream) -> Path:
         """The photo of the row with this number; each epoch shows every photo once, in an order of its own."""
