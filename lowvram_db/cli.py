@@ -86,6 +86,7 @@ def train(
     overrides: Overrides = None,
     vram: Vram = None,
     resume: Annotated[str, typer.Option(metavar="auto|never|PATH", help="Where to go on from.")] = "auto",
+    strict: Annotated[bool, typer.Option("--strict", help="Do not begin with photos that have something odd.")] = False,
     debug: Debug = False,
 ) -> None:
     """Teach a model one subject from a few photos, or go on where a run stopped."""
@@ -95,7 +96,7 @@ def train(
     from lowvram_db.dreambooth import run_dreambooth
 
     hide_loading_bars()
-    run = run_dreambooth(settings, resume)
+    run = run_dreambooth(settings, resume, strict)
     print(f"model: {run.model}")
     if (pictures := run.sample_grid(settings.train.steps)).exists():
         print(f"pictures: {pictures}")

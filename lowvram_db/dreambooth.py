@@ -12,6 +12,7 @@ from lowvram_db.cache import Store, catalogue_of, model_digest
 from lowvram_db.concept import Concept, check_folders, describe, subject_photos
 from lowvram_db.concept.class_images import class_images, shared_folder
 from lowvram_db.concept.identifier import summary as identifier_summary
+from lowvram_db.concept.look import look, tell
 from lowvram_db.config import Config
 from lowvram_db.encoding import cache_folder, encode_all, encode_text
 from lowvram_db.errors import LESS_MEMORY, DoesNotFit, Interrupted, UserError
@@ -40,14 +41,15 @@ from lowvram_db.train.resume import check_content, check_settings, choose, whole
 from lowvram_db.train.trained import trains_text
 
 
-def run_dreambooth(config: Config, resume: str = "auto") -> Run:
+def run_dreambooth(config: Config, resume: str = "auto", strict: bool = False) -> Run:
     """Train, or go on with, the run of this config; returns its folder with model/ and samples/ in it.
 
-    resume: "auto", "never" or the path of a checkpoint. Raises UserError for anything the user can mend, DoesNotFit
+    resume: "auto", "never" or the path of a checkpoint. strict: whether what is odd about the photos ends it before it
+    begins. Raises UserError for anything the user can mend, DoesNotFit
     when the GPU's memory is full, and Interrupted after Ctrl-C; finished work is always kept.
     """
     with _problems_named():
-        return _run(config, resume)
+        return _run(config, resume, strict)
 
 
 def build_cache(config: Config) -> Path:
@@ -83,7 +85,7 @@ def _problems_named() -> Iterator[None]:
         raise DoesNotFit(f"memory is full ({full}); {LESS_MEMORY}") from error
 
 
-def _run(config: Config, resume: str) -> Run:
+def _run(config: Config, resume: str, strict: bool) -> Run:
     run, device, steps = Run.of(config), pick_device(), config.train.steps
     if device.type == "cpu" and (there := driver.version()):
         say(f"training on the CPU, though there is an NVIDIA driver ({there}): `lowvram-db doctor` tells why")
@@ -101,6 +103,8 @@ def _run(config: Config, resume: str) -> Run:
             write_single_file(config, run)
             return run
         start = whole(run, start)
+        if start is None:
+            tell(look(photos, config.train.resolution), strict)
         check_trainable(config.model.name, config.model.revision, config.model.reading)
         with Store(cache_folder(config, run)) as store:
             plan = _plan(config, device)  # from the config files alone: nothing large is downloaded before it fits

@@ -116,6 +116,19 @@ def test_another_run_takes_the_class_images_that_one_has_made(make_config, minia
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "class_images").rglob("*")} == before
 
 
+def test_odd_photos_are_said_before_a_run_and_end_it_where_that_is_wanted(make_config, tmp_path, capfd):
+    (tmp_path / "few").mkdir()
+    for name, side in (("a", 96), ("b", 32)):
+        Image.effect_noise((side, side), 99).save(tmp_path / "few" / f"{name}.png")
+    config = make_config(subject={"photos": str(tmp_path / "few")}, prior={"enabled": False}, train={"steps": 1})
+    with pytest.raises(UserError, match=r"--strict: subject\.photos: 2 is few.* \(2 warnings\)"):
+        run_dreambooth(config, strict=True)
+    said = capfd.readouterr().err
+    assert "b.png           32 x 32 is small: enlarged 2.0 times to 64" in said and "training" not in said
+    assert run_dreambooth(config).model.exists()
+    assert "is few" in capfd.readouterr().err
+
+
 def test_without_prior_preservation_no_class_image_is_made(make_config):
     run = run_dreambooth(make_config(prior={"enabled": False}))
     assert not (run.folder.parent / "class_images").exists()
