@@ -53,6 +53,7 @@ Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
 Place = Annotated[Text, AfterValidator(_is_a_place)]  # a path, or what may be one
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+_PEOPLE = {"person", "man", "woman", "boy", "girl", "child", "baby", "human"}
 DEFAULT_IDENTIFIER = "ohwx"  # one token of CLIP's vocabulary, and rare
 
 
@@ -89,6 +90,12 @@ class SubjectConfig(_Section):
     def templates(self) -> dict[str, float]:
         """Those of the training prompts, each with its share of the draws."""
         return weighted(self.prompts)
+
+    @property
+    def is_person(self) -> bool:
+        """As far as the words tell."""
+        sets = [self.prompts] if isinstance(self.prompts, str) else self.prompts
+        return "person" in sets or self.class_noun.strip().lower() in _PEOPLE
 
     @property
     def plain_template(self) -> str:
@@ -143,9 +150,12 @@ class PriorConfig(_Section):
 
 class TrainConfig(_Section):
     resolution: int = Field(512, ge=8, le=2**14, description="pixels a side; photos are resized and cropped to it")
-    crop: Literal["square", "buckets"] = Field(
-        "square", description="square | buckets (photos keep about their shape, at the square's area)"
+    crop: Literal["square", "buckets", "subject"] = Field(
+        "square",
+        description="square | buckets (photos keep about their shape, at the square's area) | subject (square; of "
+        "people around their upper third); a crop box beside a photo goes before it",
     )
+    mask_weight: Fraction = Field(0.1, description="in the loss, of what a photo's mask does not show as the subject")
     variants: Count = Field(1, description="crops of each photo that are cached and drawn from; 1: the middle alone")
     flip: bool = Field(
         False, description="every other variant is mirrored; not for writing or what has a left and right"

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowvram_db.concept import generated
-from lowvram_db.concept.captions import Sidecar, filled, names_subject, read_sidecars
+from lowvram_db.concept.captions import Box, Sidecar, filled, names_subject, read_sidecars
 from lowvram_db.concept.prompts import Choice
 from lowvram_db.config import Config
 from lowvram_db.errors import UserError
-from lowvram_db.photos import find_photos, load_photo
+from lowvram_db.photos import find_photos, load_photo, mask_of
 from lowvram_db.wording import NO_PROMPT
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ class Concept:
     captions: Mapping[Path, list[str]] = field(default_factory=dict)  # of photos that have some
     class_prompts: Mapping[Path, str] = field(default_factory=dict)  # of class images that know their own
     caption_dropout: float = 0.0  # share of the subject's rows that are shown without any words
+    masks: Mapping[Path, Path] = field(default_factory=dict)  # of photos that have one
+    mask_weight: float = 0.0  # in the loss, of what is not the subject there
 
     @property
     def prompts(self) -> list[str]:
@@ -50,7 +52,12 @@ class Concept:
         return {photo: own.get(photo, common) for photo in self.instance_photos}
 
     def check(self, family: Family) -> None:
-        """Raise UserError for captions that are longer than the model reads, naming their pictures."""
+        """Raise UserError for masks that show nothing, and for captions that are longer than the model reads, naming
+        their pictures."""
+        from lowvram_db.concept.masks import load_mask  # torch, which takes seconds
+
+        for mask in self.masks.values():
+            load_mask(mask)
         for photo, captions in [*self.captions.items(), *((p, [prompt]) for p, prompt in self.class_prompts.items())]:
             try:
                 family.check_prompts(captions)
@@ -112,7 +119,14 @@ def describe(config: Config, instance_photos: list[Path], class_photos: list[Pat
         captions=captions,
         class_prompts=_class_prompts(config, class_photos),
         caption_dropout=subject.caption_dropout,
+        masks={photo: mask for photo in instance_photos if (mask := mask_of(photo))},
+        mask_weight=config.train.mask_weight,
     )
+
+
+def crop_boxes(photos: list[Path]) -> dict[Path, Box]:
+    """Of the photos that have one beside them: what is to be seen of each, upright. Raises UserError as describe."""
+    return {photo: sidecar.crop for photo, sidecar in _sidecars(photos).items() if sidecar.crop}
 
 
 def _class_prompts(config: Config, photos: list[Path]) -> dict[Path, str]:

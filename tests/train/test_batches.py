@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from lowvram_db.cache import Cached, ClassFrame, Frame, View
 from lowvram_db.concept import Concept
@@ -64,7 +65,7 @@ def test_rows_are_subject_first_then_class():
 
 
 def test_content_is_that_of_the_pictures():
-    assert make(1, 2, 1).content == {"photos": ["i0"], "class images": ["c1", "c2"], "captions": []}
+    assert make(1, 2, 1).content == {"photos": ["i0"], "class images": ["c1", "c2"], "captions": [], "masks": []}
 
 
 def test_content_is_that_of_captions_too_by_the_pictures_that_they_are_of():
@@ -192,3 +193,22 @@ def test_variants_are_drawn_about_equally_and_by_address():
     assert len(counts) == 8
     assert min(counts.values()) > 400 / 8 * 0.6
     assert drawn[250] == rows_of(make(2, 0, 1, variants=4), 250)[0]
+
+
+def test_masks_stand_in_the_rows_of_their_photos_and_count_as_content(tmp_path):
+    """Of two photos one has a mask, whose left half is white; class images have none."""
+    mask = Image.new("L", (18, 18), 0)
+    mask.paste(255, (0, 0, 9, 18))
+    mask.save(tmp_path / "m.png")
+    batches = make(2, 2, 2, masks={Path("i0"): tmp_path / "m.png"}, mask_weight=0.5)
+    store = batches.cached.store
+    store.stack = lambda keys: {
+        name: tensor.expand(-1, 1, 4, 4) for name, tensor in MemoryStore.stack(store, keys).items()
+    }
+    for step in range(4):
+        batch = batches[step]
+        assert batch.masks.shape == (4, 1, 4, 4) and torch.equal(batch.masks[2:], torch.ones(2, 1, 4, 4))
+        for number, seen in zip(batch.moments.mean[:2, 0, 0, 0].tolist(), batch.masks[:2, 0], strict=True):
+            half = torch.tensor([4 / 3, 4 / 3, 2 / 3, 2 / 3]).expand(4, 4)
+            torch.testing.assert_close(seen, half if number == 0 else torch.ones(4, 4))
+    assert len(batches.content["masks"]) == 1 and make(2, 2, 2)[0].masks is None
