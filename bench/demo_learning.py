@@ -46,7 +46,7 @@ def measure(name: str, model: str, seed: int, overrides: list[str]) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(model)
     pipeline.set_progress_bar_config(disable=True)
     config = load(CONFIG, overrides)
-    figures = learned(pipeline, load_critic(), SUBJECT, config.fill(config.subject.prompts[0]), each=8)
+    figures = learned(pipeline, load_critic(), SUBJECT, config.fill(config.subject.plain_template), each=8)
     for metric, value in dataclasses.asdict(figures).items():
         row = {"model": name, "seed": seed, "overrides": " ".join(overrides), "metric": metric, "value": f"{value:.4f}"}
         add_row("demo_learning", row)

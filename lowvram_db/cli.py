@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from lowvram_db.config import DEFAULT_IDENTIFIER, Config, load
+from lowvram_db.config import Config, load
 from lowvram_db.errors import DoesNotFit, Interrupted, UserError
 from lowvram_db.formats.reading import Reading
 from lowvram_db.memory import segments
@@ -30,6 +30,9 @@ app = typer.Typer(
 
 cache_app = typer.Typer(no_args_is_help=True, help="What the encoders made: build it, look at it, check it.")
 app.add_typer(cache_app, name="cache")
+
+identifier_app = typer.Typer(no_args_is_help=True, help="Words that can name a subject: find some, look at one.")
+app.add_typer(identifier_app, name="identifier")
 
 
 class Precision(StrEnum):
@@ -55,6 +58,8 @@ TextEncoder = Annotated[str | None, typer.Option(metavar="FILE|FOLDER", help="Th
 SecondTextEncoder = Annotated[
     str | None, typer.Option("--text-encoder-2", metavar="FILE|FOLDER", help="The same of SDXL's second one.")
 ]
+ModelOnDisk = Annotated[str, typer.Argument(metavar="MODEL", help="A model's folder, file or hub id.")]
+ClassNoun = Annotated[str | None, typer.Option("--class", metavar="NOUN", help="What kind of thing the subject is.")]
 Ema = Annotated[bool, typer.Option("--ema", help="Take the averaged weights of a single file that has both.")]
 
 
@@ -67,8 +72,8 @@ def new(
         str, typer.Option(help="Hub id, folder or single file of a Stable Diffusion 1.x, 2.x or XL model.")
     ],
     identifier: Annotated[
-        str, typer.Option(help="A rare word that will come to mean the subject.")
-    ] = DEFAULT_IDENTIFIER,
+        str | None, typer.Option(help="A rare word that will come to mean the subject; default: one is found.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Write a short, commented config to start from."""
@@ -85,6 +90,7 @@ def train(
     overrides: Overrides = None,
     vram: Vram = None,
     resume: Annotated[str, typer.Option(metavar="auto|never|PATH", help="Where to go on from.")] = "auto",
+    strict: Annotated[bool, typer.Option("--strict", help="Do not begin with photos that have something odd.")] = False,
     debug: Debug = False,
 ) -> None:
     """Teach a model one subject from a few photos, or go on where a run stopped."""
@@ -94,7 +100,7 @@ def train(
     from lowvram_db.dreambooth import run_dreambooth
 
     hide_loading_bars()
-    run = run_dreambooth(settings, resume)
+    run = run_dreambooth(settings, resume, strict)
     print(f"model: {run.model}")
     if (pictures := run.sample_grid(settings.train.steps)).exists():
         print(f"pictures: {pictures}")
@@ -241,6 +247,36 @@ def verify(folder: CacheFolder, debug: Debug = False) -> None:
     if wrong:
         raise UserError(f"{folder}: damaged ({len(wrong)} found); the next run that uses it makes anew what it needs")
     print(f"{report}\nall whole")
+
+
+@identifier_app.command()
+def suggest(
+    model: ModelOnDisk,
+    count: Annotated[int, typer.Option("-n", min=1, help="How many.")] = 10,
+    class_noun: ClassNoun = None,
+    tokenizer: Tokenizer = None,
+    debug: Debug = False,
+) -> None:
+    """Name rare words of one token that mean least to a model; reads its embedding tables, no other weight."""
+    from lowvram_db.concept.identifier import report_suggestions
+
+    for line in report_suggestions(model, _reading(None, tokenizer, None, False), count, class_noun):
+        print(line)
+
+
+@identifier_app.command()
+def check(
+    model: ModelOnDisk,
+    word: Annotated[str, typer.Argument(help="The word to look at.")],
+    class_noun: ClassNoun = None,
+    tokenizer: Tokenizer = None,
+    debug: Debug = False,
+) -> None:
+    """Tell how a model reads a word, how rare its pieces are, and what they mean to it already."""
+    from lowvram_db.concept.identifier import report_word
+
+    for line in report_word(model, _reading(None, tokenizer, None, False), word, class_noun):
+        print(line)
 
 
 @app.command()

@@ -2,19 +2,29 @@
 
 import difflib
 import re
-import string
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from lowvram_db import folder_name, toml_text
 from lowvram_db.errors import UserError
 from lowvram_db.formats.reading import Reading
 from lowvram_db.memory.size import parse_size
 from lowvram_db.optim.kinds import KINDS, Kind, Name
+from lowvram_db.prompt_sets import Templates, as_templates, weighted
+from lowvram_db.wording import identifier_problem, template_fields
 
 
 class _Section(BaseModel):
@@ -43,6 +53,7 @@ Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
 Place = Annotated[Text, AfterValidator(_is_a_place)]  # a path, or what may be one
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+_PEOPLE = {"person", "man", "woman", "boy", "girl", "child", "baby", "human"}
 DEFAULT_IDENTIFIER = "ohwx"  # one token of CLIP's vocabulary, and rare
 
 
@@ -70,14 +81,39 @@ class SubjectConfig(_Section):
     photos: Place = Field(description="folder of 3-6 photos of the one subject")
     identifier: Text = Field(description="a rare word that will come to mean this subject")
     class_noun: Text = Field(alias="class", description="what kind of thing it is")
-    prompts: list[Text] = Field(
-        ["a photo of a {identifier} {class}"], min_length=1, description="training prompts; each step draws one"
+    prompts: Annotated[Templates, PlainValidator(as_templates)] = Field(
+        ["a photo of a {identifier} {class}"],
+        description="training prompts, of which each step draws one: a list, a set (object | living | person | style), "
+        "or a table of both with their weights; a photo with captions beside it is shown under those",
     )
+    caption_dropout: Fraction = Field(0.0, description="share of the photos' rows that are shown without any words")
+
+    @property
+    def templates(self) -> dict[str, float]:
+        """Those of the training prompts, each with its share of the draws."""
+        return weighted(self.prompts)
+
+    @property
+    def is_person(self) -> bool:
+        """As far as the words tell."""
+        sets = [self.prompts] if isinstance(self.prompts, str) else self.prompts
+        return "person" in sets or self.class_noun.strip().lower() in _PEOPLE
+
+    @property
+    def plain_template(self) -> str:
+        """The first of them."""
+        return next(iter(self.templates))
+
+    @model_validator(mode="after")
+    def _the_identifier_can_be_told_apart(self) -> "SubjectConfig":
+        if problem := identifier_problem(self.identifier, self.class_noun):
+            raise ValueError(f"identifier {self.identifier!r} {problem}")
+        return self
 
     @field_validator("prompts")
     @classmethod
-    def _every_prompt_names_the_subject(cls, prompts: list[str]) -> list[str]:
-        for prompt in prompts:
+    def _every_prompt_names_the_subject(cls, prompts: Templates) -> Templates:
+        for prompt in weighted(prompts):
             if "identifier" not in template_fields(prompt):
                 raise ValueError(f"{prompt!r} lacks {{identifier}}: it would teach the subject to the plain prompt")
         return prompts
@@ -87,27 +123,41 @@ class PriorConfig(_Section):
     enabled: bool = Field(True, description="prior preservation: train on class images too, so the class is kept")
     weight: float = Field(1.0, ge=0, description="lambda, the weight of the prior loss")
     count: Count = Field(200, description="class images; the missing ones are made with the base model")
-    prompt: Text = Field("a photo of a {class}", description="prompt of the class images")
+    prompt: Text = Field("a photo of a {class}", description="prompt of the class images that know no other")
+    prompts: Annotated[Templates, PlainValidator(as_templates)] | None = Field(
+        None,
+        description="several prompts to make class images by: a list, a set (object | living | person | style), or a "
+        "table of both with their weights; default: prompt alone",
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="every class image that is made follows from it and its number")
     images: Annotated[str, AfterValidator(_is_a_place)] | None = Field(
-        None, description="folder of class images; default: class_images/ in the run's folder"
+        None, description="folder of class images; default: one in output.dir that all runs with such images share"
     )
     batch: Count = Field(4, lt=2**16, description="class images made at once")
     steps: Count = Field(30, description="sampling steps a class image")
     guidance: float = Field(7.5, ge=0, description="guidance scale of the class images")
 
-    @field_validator("prompt")
-    @classmethod
-    def _the_class_prompt_knows_no_subject(cls, prompt: str) -> str:
-        if template_fields(prompt) - {"class"}:
-            raise ValueError("only {class} may stand in the prior prompt: it must not name the subject")
-        return prompt
+    @property
+    def templates(self) -> dict[str, float]:
+        """Those by which class images are made, each with its share of them."""
+        return weighted(self.prompts or [self.prompt], of_the_class=True)
+
+    @model_validator(mode="after")
+    def _class_prompts_know_no_subject(self) -> "PriorConfig":
+        for key, templates in (("prompt", [self.prompt]), ("prompts", self.templates)):
+            if any(template_fields(template) - {"class"} for template in templates):
+                raise ValueError(f"{key}: only {{class}} may stand in a prior prompt: it must not name the subject")
+        return self
 
 
 class TrainConfig(_Section):
     resolution: int = Field(512, ge=8, le=2**14, description="pixels a side; photos are resized and cropped to it")
-    crop: Literal["square", "buckets"] = Field(
-        "square", description="square | buckets (photos keep about their shape, at the square's area)"
+    crop: Literal["square", "buckets", "subject"] = Field(
+        "square",
+        description="square | buckets (photos keep about their shape, at the square's area) | subject (square; of "
+        "people around their upper third); a crop box beside a photo goes before it",
     )
+    mask_weight: Fraction = Field(0.1, description="in the loss, of what a photo's mask does not show as the subject")
     variants: Count = Field(1, description="crops of each photo that are cached and drawn from; 1: the middle alone")
     flip: bool = Field(
         False, description="every other variant is mirrored; not for writing or what has a left and right"
@@ -348,8 +398,7 @@ class Config(_Section):
     @model_validator(mode="after")
     def _templates_can_be_filled(self) -> "Config":
         for key, templates in (
-            ("subject.prompts", self.subject.prompts),
-            ("prior.prompt", [self.prior.prompt]),
+            ("subject.prompts", self.subject.templates),
             ("sample.prompts", self.sample.prompts),
         ):
             for template in templates:
@@ -357,14 +406,6 @@ class Config(_Section):
                 if unknown:
                     raise ValueError(f"{key}: {{{min(unknown)}}} is unknown; use {{identifier}} and {{class}}")
         return self
-
-
-def template_fields(template: str) -> set[str]:
-    """Names in braces in a prompt template. Raises ValueError where the braces do not pair."""
-    try:
-        return {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
-    except ValueError as error:
-        raise ValueError(f"{template!r}: {error}") from error
 
 
 def load(path: Path, overrides: list[str] | None = None) -> Config:
@@ -480,7 +521,8 @@ def _nearest(key: str) -> str:
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Dotted keys whose values differ, with (old, new)."""
     before, after = _flat(old.model_dump()), _flat(new.model_dump())
-    return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
+    keys = dict.fromkeys([*before, *after])
+    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,12 +10,15 @@ import torch
 
 from lowvram_db.cache import Store, catalogue_of, model_digest
 from lowvram_db.concept import Concept, check_folders, describe, subject_photos
-from lowvram_db.concept.class_images import class_images
+from lowvram_db.concept.class_images import class_images, shared_folder
+from lowvram_db.concept.identifier import summary as identifier_summary
+from lowvram_db.concept.look import look, tell
 from lowvram_db.config import Config
 from lowvram_db.encoding import cache_folder, encode_all, encode_text
 from lowvram_db.errors import LESS_MEMORY, DoesNotFit, Interrupted, UserError
 from lowvram_db.families import check_trainable, open_model
 from lowvram_db.families.base import Family
+from lowvram_db.formats.tokens import read_tokens
 from lowvram_db.memory import driver
 from lowvram_db.memory.budget import budget_for, cap, crowd
 from lowvram_db.memory.device import compute_dtype, pick_device, release_memory, say_emulation
@@ -38,14 +41,15 @@ from lowvram_db.train.resume import check_content, check_settings, choose, whole
 from lowvram_db.train.trained import trains_text
 
 
-def run_dreambooth(config: Config, resume: str = "auto") -> Run:
+def run_dreambooth(config: Config, resume: str = "auto", strict: bool = False) -> Run:
     """Train, or go on with, the run of this config; returns its folder with model/ and samples/ in it.
 
-    resume: "auto", "never" or the path of a checkpoint. Raises UserError for anything the user can mend, DoesNotFit
+    resume: "auto", "never" or the path of a checkpoint. strict: whether what is odd about the photos ends it before it
+    begins. Raises UserError for anything the user can mend, DoesNotFit
     when the GPU's memory is full, and Interrupted after Ctrl-C; finished work is always kept.
     """
     with _problems_named():
-        return _run(config, resume)
+        return _run(config, resume, strict)
 
 
 def build_cache(config: Config) -> Path:
@@ -61,8 +65,8 @@ def build_cache(config: Config) -> Path:
         cap(budget, device)
         photos = _photos(config, run)
         with run.locked(), Store(cache_folder(config, run)) as store:
-            family = _open_family(config)
-            concept = _concept(config, family, run, photos, store, device, at_once)
+            family = _open_family(config, photos)
+            concept = _concept(config, family, photos, store, device, at_once)
             release_memory()
             encode_all(config, family, store, concept, device)
     return store.folder
@@ -82,7 +86,7 @@ def _problems_named() -> Iterator[None]:
         raise DoesNotFit(f"memory is full ({full}); {LESS_MEMORY}") from error
 
 
-def _run(config: Config, resume: str) -> Run:
+def _run(config: Config, resume: str, strict: bool) -> Run:
     run, device, steps = Run.of(config), pick_device(), config.train.steps
     if device.type == "cpu" and (there := driver.version()):
         say(f"training on the CPU, though there is an NVIDIA driver ({there}): `lowvram-db doctor` tells why")
@@ -99,15 +103,17 @@ def _run(config: Config, resume: str) -> Run:
             write_single_file(config, run)
             return run
         start = whole(run, start)
+        if start is None:
+            tell(look(photos, config.train.resolution), strict)
         check_trainable(config.model.name, config.model.revision, config.model.reading)
         with Store(cache_folder(config, run)) as store:
             plan = _plan(config, device)  # from the config files alone: nothing large is downloaded before it fits
-            family = _open_family(config)
+            family = _open_family(config, photos)
             run.save_config(config)
             with Watch(device), Meter(plan, run, device) as meter:
                 if start is None:
                     check_prediction(config, family, store, photos, device, meter.begins)
-                concept = _concept(config, family, run, photos, store, device, plan.prior_batch, meter.begins)
+                concept = _concept(config, family, photos, store, device, plan.prior_batch, meter.begins)
                 while (done := _train(config, family, run, concept, store, device, start, plan, meter)) < steps:
                     start = run.checkpoint(done)  # a further stage begins as a run that goes on does
                 release_memory()
@@ -142,13 +148,17 @@ def _photos(config: Config, run: Run) -> list[Path]:
     return subject_photos(config, catalogue_of(cache_folder(config, run)).is_good)
 
 
-def _open_family(config: Config) -> Family:
-    """The model, found fit for all prompts of the run."""
+def _open_family(config: Config, photos: list[Path]) -> Family:
+    """The model, found fit for all prompts and captions of the run."""
     family = _open(config)
     for remark in family.remarks:
         say(remark)
-    family.check_prompts([config.fill(prompt) for prompt in [*config.subject.prompts, *config.sample.prompts]])
-    family.check_prompts([config.fill(config.prior.prompt)])
+    place = Path(config.model.name).expanduser()
+    encoders = read_tokens(str(place if place.is_file() else family.folder), config.model.reading)
+    say(identifier_summary(config.subject.identifier, encoders, config.subject.class_noun))
+    prompts = [*config.subject.templates, *config.sample.prompts, *config.prior.templates, config.prior.prompt]
+    family.check_prompts([config.fill(prompt) for prompt in prompts])
+    describe(config, photos, []).check(family)
     return family
 
 
@@ -175,7 +185,6 @@ def _finished(config: Config, start: Path | None, run: Run, photos: list[Path]) 
 def _concept(
     config: Config,
     family: Family,
-    run: Run,
     photos: list[Path],
     store: Store,
     device: torch.device,
@@ -185,13 +194,15 @@ def _concept(
     """Photos, and class images where prior preservation wants them."""
     if not config.prior.enabled:
         return describe(config, photos, [])
-    folder = Path(config.prior.images).expanduser() if config.prior.images else run.class_images
     base = model_digest(family, store.catalogue)
+    folder = Path(config.prior.images).expanduser() if config.prior.images else shared_folder(config, base)
     text = partial(encode_text, config, family, store, device)
     made = class_images(
         config, family, folder, base, text, device, at_once, store.catalogue.is_good, stages("class images", begins)
     )
-    return describe(config, photos, made)
+    concept = describe(config, photos, made)
+    concept.check(family)
+    return concept
 
 
 def _train(

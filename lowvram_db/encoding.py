@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lowvram_db.cache import Cached, Framing, Store, precompute
-from lowvram_db.concept import Concept
+from lowvram_db.concept import Concept, crop_boxes
 from lowvram_db.config import Config
 from lowvram_db.families.base import NO_PROMPT, Family
 from lowvram_db.families.conditioning import Conditioning
@@ -16,6 +16,7 @@ from lowvram_db.memory.device import encoder_dtype
 from lowvram_db.run import Run
 from lowvram_db.train.trained import trains_text
 
+_UPPER_THIRD = 1 / 3  # of a photo's height: where the faces of people are
 _BUCKET_MULTIPLE = 64  # of the sides of buckets, pixels; too coarse for small pictures
 
 
@@ -52,6 +53,8 @@ def encode(config: Config, family: Family, store: Store, device: torch.device, *
     """what: photos, class photos and prompts."""
     train = config.train
     multiple = _BUCKET_MULTIPLE if train.resolution >= 4 * _BUCKET_MULTIPLE else family.side_multiple
-    framing = Framing(train.resolution, train.crop, train.variants, train.flip, train.seed, multiple)
+    centre = _UPPER_THIRD if train.crop == "subject" and config.subject.is_person else 0.5
+    framing = Framing(train.resolution, train.crop, train.variants, train.flip, train.seed, multiple, centre)
     dtype = encoder_dtype(config.cache.precision, config.precision.compute, device)
-    return precompute(family, store, device, framing=framing, dtype=dtype, **what)
+    crops = crop_boxes(what["photos"])
+    return precompute(family, store, device, framing=framing, dtype=dtype, crops=crops, **what)

@@ -1,5 +1,6 @@
 """Write a short, commented TOML to start from; its comments come from the settings themselves."""
 
+import contextlib
 import json
 import os
 import shlex
@@ -11,10 +12,12 @@ import tomli_w
 
 from lowvram_db import folder_name
 from lowvram_db.atomic import replacing_file
-from lowvram_db.config import known_keys, parse
+from lowvram_db.concept.identifier import suggest, summary
+from lowvram_db.config import DEFAULT_IDENTIFIER, known_keys, parse
 from lowvram_db.errors import UserError
 from lowvram_db.formats.inspect import inspect
 from lowvram_db.formats.known import known_configs
+from lowvram_db.formats.tokens import Tokens, read_tokens
 from lowvram_db.photos import find_photos, load_photo
 from lowvram_db.progress import say
 
@@ -45,19 +48,26 @@ _EXAMPLES: dict[str, Any] = {
 }  # keys without a default
 
 
-def write_config(path: Path, photos: str, class_noun: str, model: str, identifier: str) -> None:
+def write_config(path: Path, photos: str, class_noun: str, model: str, identifier: str | None = None) -> None:
     """Write `path` and check that it loads. Raises UserError where it exists already, its name cannot be a run's, or a
-    photo is bad."""
+    photo is bad.
+
+    identifier: default: the word of the model's vocabulary that means least.
+    """
     name = path.name.removesuffix(".toml")
     if problem := folder_name.problem(name):
         raise UserError(f"NAME: {name!r} {problem}; choose another name")
     if path.exists():
         raise UserError(f"{path}: exists already; choose another name or edit it")
-    values: dict[str, Any] = dict(zip(_WRITTEN, [model, photos, identifier, class_noun], strict=True))
+    encoders = _at_hand(model)
+    word = identifier or _rare_word(encoders, class_noun)
+    values: dict[str, Any] = dict(zip(_WRITTEN, [model, photos, word, class_noun], strict=True))
     text = _toml(path, values | _what_suits(model))
     parse(text, path)
     for photo in find_photos(Path(photos).expanduser(), "--photos"):
         load_photo(photo)
+    if encoders:
+        say(summary(word, encoders, class_noun))
     with replacing_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -66,6 +76,19 @@ def train_command(path: Path) -> str:
     """The command that trains from `path`, as a shell takes it."""
     words = ["lowvram-db", "train", f"./{path}" if str(path).startswith("-") else str(path)]
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def _at_hand(model: str) -> list[Tokens]:
+    """What the text encoders of a model on this machine read; none of another, nor of one that cannot be trained."""
+    if Path(model).expanduser().exists():
+        with contextlib.suppress(UserError):
+            return read_tokens(model)
+    return []
+
+
+def _rare_word(encoders: list[Tokens], class_noun: str) -> str:
+    found = suggest(encoders, 1, class_noun) if encoders else []
+    return found[0].word if found else DEFAULT_IDENTIFIER
 
 
 def _what_suits(model: str) -> dict[str, Any]:

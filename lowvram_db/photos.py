@@ -21,8 +21,8 @@ DECODER = f"2, Pillow {PIL.__version__}"  # what a file's pixels depend on besid
 
 # Windows' own files in folders of pictures, and what phones and programs write about a picture beside it.
 _NOT_MEANT = {"thumbs.db", "ehthumbs.db", "desktop.ini"}
-_SIDECARS = {".json", ".xmp", ".aae"}
-_CAPTIONS = {".txt", ".caption"}
+_SIDECARS = {".json", ".xmp", ".aae", ".jsonl", ".txt", ".caption"}  # captions among them
+_MASK = ".mask.png"  # the end of the name of a photo's mask
 _ONLY_KNOWN = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow has no decoder of its own for
 _MOST_NAMES = 3
 
@@ -72,6 +72,15 @@ def list_photos(folder: Path) -> list[Path]:
     return photos
 
 
+def mask_of(photo: Path) -> Path | None:
+    """The mask of a photo, if it has one."""
+    return next((mask for name in _mask_names(photo) if (mask := photo.with_name(name)).is_file()), None)
+
+
+def _mask_names(photo: Path) -> tuple[str, str]:
+    return photo.stem + _MASK, photo.name + _MASK
+
+
 def folders_below(folder: Path) -> list[Path]:
     """The folders in a folder that hold pictures themselves, by name. Raises UserError when it cannot be read."""
     readable = _readable_suffixes()
@@ -87,21 +96,23 @@ def folders_below(folder: Path) -> list[Path]:
 def _look_into(folder: Path) -> tuple[list[Path], list[str]]:
     """The photos in a folder, and what is passed over, by kind."""
     readable = _readable_suffixes()
-    photos, texts, foreign, broken = [], [], [], []
+    photos, foreign, broken, masks = [], [], [], []
     with _refusing(folder):
         for file in _shown(folder):
-            if _is_picture(file, readable):
+            if file.name.endswith(_MASK):
+                masks.append(file)
+            elif _is_picture(file, readable):
                 photos.append(file)
             elif file.is_symlink() and not file.exists():
                 broken.append(file)
-            elif file.is_file() and file.suffix.lower() in _CAPTIONS:
-                texts.append(file)
             elif file.is_file() and file.name.lower() not in _NOT_MEANT and file.suffix.lower() not in _SIDECARS:
                 foreign.append(file)
+    masked = {name for photo in photos for name in _mask_names(photo)}
+    masks = [mask for mask in masks if mask.name not in masked]
     passed_over = [
         (foreign, "in formats that Pillow cannot read", "; convert photos among them to JPEG or PNG"),
         (broken, "linked to what is not there", ""),
-        (texts, "of text", "; captions are not used"),
+        (masks, "masks of no photo that is there", ""),
     ]
     return photos, [f"{len(files)} {what} ({_some(files)}){mend}" for files, what, mend in passed_over if files]
 

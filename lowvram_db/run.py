@@ -23,7 +23,6 @@ class Run:
         self.config = folder / "config.toml"
         self.plan = folder / "plan.json"
         self.cache = folder / "cache"
-        self.class_images = folder / "class_images"
         self.checkpoints = folder / "checkpoints"
         self.samples = folder / "samples"
         self.model = folder / "model"

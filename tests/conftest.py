@@ -124,6 +124,15 @@ def dog_photos() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def clip_vocabulary() -> Path:
+    """CLIP's tokenizer as transformers' hub repository has it, which lies beside the project where it is developed."""
+    folder = SHARED_DATA / "clip-tokenizer"
+    if not folder.is_dir():
+        pytest.skip(f"CLIP's tokenizer is not at {folder}")
+    return folder
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     """A file system of the size asked for, where the machine lets us make one."""

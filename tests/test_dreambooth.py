@@ -30,7 +30,7 @@ def unet_of(run):
 
 def test_a_run_on_real_photos_from_start_to_picture(make_config, dog_photos):
     run = run_dreambooth(make_config(subject={"photos": str(dog_photos), "class": "dog"}))
-    assert len(list(run.class_images.glob("*.png"))) == 3
+    assert len(list(run.folder.parent.glob("class_images/dog-*/*.png"))) == 3
     assert checkpoint.latest(run.checkpoints) == run.checkpoint(4)
     assert load(run.config).subject.class_noun == "dog"
     assert Image.open(run.sample_grid(4)).height > 3 * 64
@@ -106,9 +106,32 @@ def test_no_other_weights_are_in_memory_when_a_denoiser_comes(make_config, monke
     assert seen == [before] * denoisers
 
 
+def test_another_run_takes_the_class_images_that_one_has_made(make_config, miniature, tmp_path):
+    """Also with another seed, from a copy of the model elsewhere: nothing in the folder changes."""
+    build_cache(make_config())
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "class_images").rglob("*")}
+    assert len(before) == 4
+    copy = shutil.copytree(miniature, tmp_path / "copy")
+    build_cache(make_config(model={"name": str(copy)}, train={"seed": 9}, output={"name": "other"}))
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "class_images").rglob("*")} == before
+
+
+def test_odd_photos_are_said_before_a_run_and_end_it_where_that_is_wanted(make_config, tmp_path, capfd):
+    (tmp_path / "few").mkdir()
+    for name, side in (("a", 96), ("b", 32)):
+        Image.effect_noise((side, side), 99).save(tmp_path / "few" / f"{name}.png")
+    config = make_config(subject={"photos": str(tmp_path / "few")}, prior={"enabled": False}, train={"steps": 1})
+    with pytest.raises(UserError, match=r"--strict: subject\.photos: 2 is few.* \(2 warnings\)"):
+        run_dreambooth(config, strict=True)
+    said = capfd.readouterr().err
+    assert "b.png           32 x 32 is small: enlarged 2.0 times to 64" in said and "training" not in said
+    assert run_dreambooth(config).model.exists()
+    assert "is few" in capfd.readouterr().err
+
+
 def test_without_prior_preservation_no_class_image_is_made(make_config):
     run = run_dreambooth(make_config(prior={"enabled": False}))
-    assert not run.class_images.exists()
+    assert not (run.folder.parent / "class_images").exists()
     assert run.model.exists()
 
 

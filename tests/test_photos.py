@@ -205,8 +205,9 @@ def test_more_pixels_than_pillow_allows_are_taken_as_long_as_memory_lasts(tmp_pa
 
 
 def test_find_photos_sorts_and_names_once_what_it_passes_over(tmp_path, capsys):
-    said_nothing_of = [".hidden.png", "Thumbs.db", "desktop.ini", ".DS_Store", "a.JPG.json"]
-    named = ["notes.txt", "a.caption", "IMG_2.HEIC", "IMG_1.heic", "film.mov", "book.pdf"]
+    said_nothing_of = [".hidden.png", "Thumbs.db", "desktop.ini", ".DS_Store", "a.JPG.json", "a.txt", "b.caption"]
+    said_nothing_of.append("metadata.jsonl")
+    named = ["IMG_2.HEIC", "IMG_1.heic", "film.mov", "book.pdf"]
     for name in ("b.png", "a.JPG", *said_nothing_of, *named):
         (tmp_path / name).touch()
     (tmp_path / "folder.png").mkdir()
@@ -217,8 +218,7 @@ def test_find_photos_sorts_and_names_once_what_it_passes_over(tmp_path, capsys):
         f"{tmp_path}: passed over: "
         "4 in formats that Pillow cannot read (IMG_1.heic, IMG_2.HEIC, book.pdf, ...); "
         "convert photos among them to JPEG or PNG; "
-        "1 linked to what is not there (gone.jpg); "
-        "2 of text (a.caption, notes.txt); captions are not used\n"
+        "1 linked to what is not there (gone.jpg)\n"
     )
 
 

@@ -8,7 +8,7 @@ cut a little closer, elsewhere and mirrored, so that augmentation survives the c
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from lowvram_db.kernels import bits
 
 Size = tuple[int, int]  # width, height in pixels
+Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
 AUGMENT = 6  # the stream of the draws below; see train.objective.Stream
 _MAX_RATIO = 3.0  # of a bucket's sides
@@ -34,7 +35,7 @@ class View:
     mirrored: bool = False
 
     @classmethod
-    def of(cls, photo: Size, size: Size, zoom: float = 1.0, x: float = 0.5, y: float = 0.5) -> "View":
+    def of(cls, photo: tuple[float, float], size: Size, zoom: float = 1.0, x: float = 0.5, y: float = 0.5) -> "View":
         """The largest rectangle of the shape of `size`, 1/zoom as large; x, y in [0, 1] place it, .5 in the middle."""
         (width, height), shape = photo, size[0] / size[1]
         if width / height > shape:
@@ -44,7 +45,15 @@ class View:
         width_cut, height_cut = width_cut / zoom, height_cut / zoom
         left, top = (width - width_cut) * x, (height - height_cut) * y
         # A rounding beyond the edge would be refused.
-        return cls(photo, size, (left, top, min(left + width_cut, width), min(top + height_cut, height)))
+        return cls(cast(Size, photo), size, (left, top, min(left + width_cut, width), min(top + height_cut, height)))
+
+    @classmethod
+    def within(cls, photo: Size, box: Box, size: Size, zoom: float = 1.0, x: float = 0.5, y: float = 0.5) -> "View":
+        """As of, of a box of the photo: left, top, right and bottom in its pixels."""
+        left, top, right, bottom = box
+        inner = cls.of((right - left, bottom - top), size, zoom, x, y).box
+        moved = (inner[0] + left, inner[1] + top, min(inner[2] + left, right), min(inner[3] + top, bottom))
+        return cls(photo, size, moved)
 
     @property
     def corner(self) -> Size:
@@ -76,16 +85,17 @@ class Framing:
     """The settings of a data set's views."""
 
     resolution: int  # pixels a side of the square, whose area every bucket has at most
-    crop: Literal["square", "buckets"] = "square"
+    crop: Literal["square", "buckets", "subject"] = "square"
     variants: int = 1  # views of each photo; the first is the plain one, from the middle
     flip: bool = False  # every other variant is mirrored
     seed: int = 0  # the variants follow from it and from the photo
     multiple: int = 64  # of the sides of a bucket, pixels
+    centre: float = 0.5  # of a plain view, as a share of the photo's height from the top, as far as the photo reaches
 
     @cached_property
     def buckets(self) -> list[Size]:
         """The sizes to choose from: for every short side the longest that keeps within the square's area."""
-        if self.crop == "square" or self.resolution < self.multiple:
+        if self.crop != "buckets" or self.resolution < self.multiple:
             return [(self.resolution, self.resolution)]
         found = []
         for short in range(self.multiple, self.resolution + 1, self.multiple):
@@ -94,18 +104,28 @@ class Framing:
                 found += [(long, short), (short, long)]
         return sorted(set(found))
 
-    def size(self, photo: Size) -> Size:
+    def size(self, photo: tuple[float, float]) -> Size:
         """The bucket whose ratio is nearest to the photo's, as factors go."""
         ratio = math.log(photo[0] / photo[1])
         return min(self.buckets, key=lambda size: abs(math.log(size[0] / size[1]) - ratio))
 
-    def views(self, photo: Size, pixels: str) -> list[View]:
-        """All variants of a photo of that size, `pixels` the digest of its content."""
-        size = self.size(photo)
-        return [View.of(photo, size), *(self._variant(photo, size, pixels, v) for v in range(1, self.variants))]
+    def views(self, photo: Size, pixels: str, box: Box | None = None) -> list[View]:
+        """All variants of a photo of that size, `pixels` the digest of its content; of its box, where it has one."""
+        whole = (0.0, 0.0, float(photo[0]), float(photo[1])) if box is None else box
+        size = self.size((whole[2] - whole[0], whole[3] - whole[1]))
+        plain = View.within(photo, whole, size, y=0.5 if box else self._height(photo, size))
+        return [plain, *(self._variant(photo, whole, size, pixels, v) for v in range(1, self.variants))]
 
-    def _variant(self, photo: Size, size: Size, pixels: str, variant: int) -> View:
+    def _height(self, photo: Size, size: Size) -> float:
+        """Where a plain view lies between the top, 0, and the bottom, 1."""
+        _, _, _, seen = View.of(photo, size, y=0.0).box
+        free = photo[1] - seen
+        if self.centre == 0.5 or free <= 0:
+            return 0.5
+        return min(1.0, max(0.0, (self.centre * photo[1] - seen / 2) / free))
+
+    def _variant(self, photo: Size, box: Box, size: Size, pixels: str, variant: int) -> View:
         words = bits.philox(self.seed, torch.zeros(1, dtype=torch.int64), int(pixels[:8], 16), variant, AUGMENT)
         zoom, x, y = (int(word) / 2**32 for word in words[:3])
-        view = View.of(photo, size, 1.0 + (_MAX_ZOOM - 1.0) * zoom, x, y)
+        view = View.within(photo, box, size, 1.0 + (_MAX_ZOOM - 1.0) * zoom, x, y)
         return replace(view, mirrored=self.flip and variant % 2 == 1)

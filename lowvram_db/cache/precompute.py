@@ -3,10 +3,11 @@
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from lowvram_db.cache.catalogue import Catalogue, Seen
 from lowvram_db.cache.encoder import ImageEncoder
-from lowvram_db.cache.framing import Framing, Size, View
+from lowvram_db.cache.framing import Box, Framing, Size, View
 from lowvram_db.cache.key import encoder_digest, latent_key, text_key, weights_digest
 from lowvram_db.cache.store import Store
 from lowvram_db.errors import UserError
@@ -85,13 +86,14 @@ def precompute(
     photos: Sequence[Path],
     class_photos: Sequence[Path] = (),
     prompts: Sequence[str] = (),
+    crops: Mapping[Path, Box] = MappingProxyType({}),
     dtype: torch.dtype = torch.float32,
 ) -> Cached:
     """Bring moments of every photo and conditioning of every prompt into the store, as far as they are not there.
 
     dtype: of the encoders' weights and arithmetic; float16 and bfloat16 take half the memory, and what overflows is
     encoded again in float32. What is stored is float32 always. `class_photos` are stored from the middle alone, at each
-    size that `photos` have, so that both can share a batch.
+    size that `photos` have, so that both can share a batch. crops: the boxes of photos of which no more is to be seen.
 
     Neither encoder is alive any more when this returns. Raises UserError for a photo that cannot be read or a disk that
     is full, and KeyboardInterrupt after Ctrl-C; what was encoded until then stays stored.
@@ -101,9 +103,11 @@ def precompute(
         with Bar("encoding photos", total=len(photos) + len(class_photos), unit="photo") as bar:
             encoding = _PhotoEncoding(family, store, device, dtype, bar)
             with encoding.encoder:
-                subject = encoding.bring(photos, lambda photo: framing.views(photo.size, photo.digest))
+                subject = encoding.bring(
+                    photos, lambda path, photo: framing.views(photo.size, photo.digest, _box(path, photo, crops))
+                )
                 sizes = sorted({found.views[0].size for found in subject.values()})
-                others = encoding.bring(class_photos, lambda photo: [View.of(photo.size, size) for size in sizes])
+                others = encoding.bring(class_photos, lambda _, photo: [View.of(photo.size, size) for size in sizes])
                 encoding.finish()
     finally:
         store.flush()
@@ -120,6 +124,16 @@ def precompute(
         },
         text_keys,
     )
+
+
+def _box(path: Path, photo: Seen, crops: Mapping[Path, Box]) -> Box | None:
+    box = crops.get(path)
+    if box and (box[2] > photo.size[0] or box[3] > photo.size[1]):
+        raise UserError(
+            f"{path}: its crop ends at {box[2]:g}, {box[3]:g}, and the upright photo is {photo.size[0]} x "
+            f"{photo.size[1]}; mend it in the .jsonl beside it"
+        )
+    return box
 
 
 def _encode_prompts(
@@ -162,19 +176,19 @@ class _PhotoEncoding:
         self._queued: set[str] = set()
         self._refreshed = time.monotonic()
 
-    def bring(self, photos: Sequence[Path], views_of: Callable[[Seen], list[View]]) -> dict[Path, _Found]:
+    def bring(self, photos: Sequence[Path], views_of: Callable[[Path, Seen], list[View]]) -> dict[Path, _Found]:
         """Have these views of every photo encoded, soon (see finish); returns what was found of each photo."""
         found: dict[Path, _Found] = {}
         for photo in photos:
             seen = self._known(photo)
-            if seen and all(self._stored(seen, view) for view in views_of(seen)):
-                found[photo] = _Found(seen, views_of(seen), [])
+            if seen and all(self._stored(seen, view) for view in views_of(photo, seen)):
+                found[photo] = _Found(seen, views_of(photo, seen), [])
                 self._bar.advance()
         unknown = [photo for photo in photos if photo not in found]
 
         def decode(photo: Path) -> _Found:
             seen, image = self._store.catalogue.decode(photo)
-            views = views_of(seen)
+            views = views_of(photo, seen)
             return _Found(seen, views, [view.pixels(image) for view in views])
 
         for photo, decoded in zip(unknown, _ahead(decode, unknown), strict=True):

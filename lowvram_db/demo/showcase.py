@@ -25,7 +25,7 @@ _ENLARGED = 2
 def before_after(trained: Run, other: Run) -> Path:
     """Draw the grid of two finished runs on one base model and return its path."""
     config, other_config = load(trained.config), load(other.config)
-    instance, plain = (config.fill(template) for template in (config.subject.prompts[0], config.prior.prompt))
+    instance, plain = (config.fill(template) for template in (config.subject.plain_template, config.prior.prompt))
     places = [SUBJECT.photographed[0], *ELSEWHERE]
     prompts = [*(f"{instance} {place}" for place in places), plain]
     models = {

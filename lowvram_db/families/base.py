@@ -23,11 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from lowvram_db.families.conditioning import Conditioning
+from lowvram_db.wording import NO_PROMPT as NO_PROMPT
 
 if TYPE_CHECKING:
     from lowvram_db.cache.framing import View
-
-NO_PROMPT = ""  # what guidance steers away from
 
 
 class Moments(NamedTuple):

@@ -25,5 +25,10 @@ def brought(conditioning: Conditioning, device: torch.device, dtype: torch.dtype
     return {name: x.to(dtype) if x.is_floating_point() else x for name, x in there.items()}
 
 
+def rows_at(conditioning: Conditioning, rows: list[int]) -> Conditioning:
+    """Those rows, in that order."""
+    return {name: tensor[rows] for name, tensor in conditioning.items()}
+
+
 def rows_of(conditioning: Conditioning, rows: slice) -> Conditioning:
     return {name: tensor[rows] for name, tensor in conditioning.items()}

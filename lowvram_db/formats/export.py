@@ -100,4 +100,6 @@ def _subject(run: Run, config: Config) -> Subject:
     sample = config.sample
     sheet = run.sample_grid(config.train.steps)
     rows, columns = len(sample.prompts), len(sample.guidance) * sample.seeds
-    return Subject(config.fill(config.subject.prompts[0]), first_picture(sheet, config.train.resolution, rows, columns))
+    return Subject(
+        config.fill(config.subject.plain_template), first_picture(sheet, config.train.resolution, rows, columns)
+    )

@@ -69,10 +69,11 @@ def inspect(path: Path, whole: bool = False) -> Report:
         return _folder(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file or folder")
-    return _file(_described(path), whole)
+    return _file(described(path), whole)
 
 
-def _described(path: Path) -> Described:
+def described(path: Path) -> Described:
+    """What a model's file has. Raises UserError where it is damaged, or none."""
     if not is_pickle(path):
         return Header(path)
     from lowvram_db.formats.tensors import tensors_of  # torch, which takes seconds

@@ -38,6 +38,7 @@ class Inputs(NamedTuple):
     timesteps: Tensor  # int64 [B]
     address: Tensor  # int64 [2]: seed and step of all draws
     weights: Tensor  # float32 [B], of each row's loss
+    masks: Tensor | None  # float32 [B, 1, h, w], what each latent counts; None: all of them alike
     conditioning: Conditioning  # without the text where its encoders are trained, which make it in the forward pass
 
 
@@ -172,14 +173,15 @@ class Learner:
         told = collated([self.family.view_conditioning(view) for view in batch.views])
         if not self.text_encoders:
             told |= self.surroundings.text(batch.prompts)
-        return Inputs(mean, logvar, timesteps, address, weights, self._brought(told))
+        masks = None if batch.masks is None else sent(batch.masks, self.device)
+        return Inputs(mean, logvar, timesteps, address, weights, masks, self._brought(told))
 
     def _brought(self, conditioning: Conditioning) -> Conditioning:
         return brought(conditioning, self.device, self.activations)
 
     def forward(self, inputs: Inputs, prompts: list[str], part: slice) -> tuple[Tensor, Tensor]:
         """What the rows in `part` add to the loss, and the loss of each, with the draws that belong to the step."""
-        mean, logvar, timesteps, address, weights, told = inputs
+        mean, logvar, timesteps, address, weights, masks, told = inputs
         noisy = noisy_latents(mean, logvar, timesteps, self.table, address, self.triton)[part]
         told = rows_of(told, part)
         with self.autocast():
@@ -191,7 +193,9 @@ class Learner:
         if before or after:
             prediction = pad(prediction, (0, 0, 0, 0, 0, 0, before, after))
             weights = pad(weights[part], (before, after))
-        total, rows = noise_loss(prediction, mean, logvar, timesteps, self.table, address, weights, triton=self.triton)
+        total, rows = noise_loss(
+            prediction, mean, logvar, timesteps, self.table, address, weights, masks, triton=self.triton
+        )
         return total, rows[part]
 
     def update(self, loss: Tensor) -> None:

@@ -29,6 +29,7 @@ class Stream(IntEnum):
     AUGMENT = framing.AUGMENT
     VARIANT = 7
     BUCKET = 8
+    DROPOUT = 9
 
 
 def timesteps(rows: int, train_timesteps: int, seed: int, step: int) -> Tensor:

@@ -107,3 +107,32 @@ def test_variants_differ_by_number_by_photo_and_by_seed():
 
 def test_without_flip_nothing_is_mirrored():
     assert not any(view.mirrored for view in Framing(64, variants=9).views((96, 96), DIGEST))
+
+
+@given(
+    photo=st.tuples(st.integers(100, 4000), st.integers(100, 4000)),
+    edges=st.tuples(*[st.floats(0, 1)] * 4),
+    crop=st.sampled_from(["square", "buckets", "subject"]),
+    variants=st.integers(1, 3),
+)
+def test_nothing_outside_of_a_crop_box_is_seen(photo, edges, crop, variants):
+    (left, right), (top, bottom) = sorted(edges[:2]), sorted(edges[2:])
+    box = (left * (photo[0] - 20), top * (photo[1] - 20), right * (photo[0] - 20) + 20, bottom * (photo[1] - 20) + 20)
+    framing = Framing(512, crop, variants, centre=1 / 3)
+    for view in framing.views(photo, "0" * 64, box):
+        assert box[0] <= view.box[0] < view.box[2] <= box[2] and box[1] <= view.box[1] < view.box[3] <= box[3]
+        assert view.photo == photo and view.size in framing.buckets
+
+
+@pytest.mark.parametrize(
+    "photo, box",
+    [
+        ((400, 1200), (0, 200, 400, 600)),  # around a third of 1200
+        ((400, 500), (0, 0, 400, 400)),  # as far up as the photo reaches
+        ((600, 400), (100, 0, 500, 400)),  # in the middle across
+    ],
+)
+def test_people_are_seen_around_the_upper_third(photo, box):
+    assert Framing(64, "subject", centre=1 / 3).views(photo, "")[0].box == pytest.approx(box)
+    middle = Framing(64, "subject").views(photo, "")
+    assert middle == Framing(64).views(photo, "") == [View.of(photo, (64, 64))]

@@ -1,5 +1,6 @@
 import shutil
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -8,8 +9,11 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
+from lowvram_db import folder_name
 from lowvram_db.concept import class_images as room
-from lowvram_db.concept.class_images import class_images
+from lowvram_db.concept import describe
+from lowvram_db.concept.class_images import class_images, shared_folder
+from lowvram_db.concept.generated import recipe_of
 from lowvram_db.errors import UserError
 from lowvram_db.families.conditioning import collated
 from lowvram_db.families.sd import StableDiffusion
@@ -108,6 +112,42 @@ def test_pictures_of_another_recipe_are_not_mixed_in(make):
     make()
     with pytest.raises(UserError, match=r"made with other settings: steps \(2 -> 3\); delete them, or name another"):
         make(steps=3)
+
+
+def test_every_picture_knows_its_own_prompt(make, make_config, tmp_path):
+    prompts = {"a {class}": 3, "two of {class}": 1}
+    images = make(count=40, prompts=prompts, steps=1, batch=20)
+    told = Counter(recipe_of(path).prompt for path in images)
+    assert told.keys() == {"a ball", "two of ball"} and told["a ball"] > told["two of ball"]
+    few = make(folder=tmp_path / "few", count=5, prompts=prompts, steps=1)
+    assert [recipe_of(path) for path in few] == [recipe_of(path) for path in images[:5]]
+    concept = describe(make_config(), [], images)
+    assert [concept.class_prompts[path] for path in images] == [recipe_of(path).prompt for path in images]
+
+
+SETTINGS = {
+    "as it was": ({}, True),
+    "other training": ({"train": {"seed": 5, "lr": 1e-3}, "output": {"name": "other"}, "model": {"name": "/x"}}, True),
+    "other words for the same": ({"prior": {"prompts": ["a photo of a ball"]}}, True),
+    "the seed": ({"prior": {"seed": 1}}, False),
+    "the prompt": ({"prior": {"prompt": "a {class}"}}, False),
+    "weights": ({"prior": {"prompts": {"a photo of a {class}": 2, "a {class}": 1}}}, False),
+    "the resolution": ({"train": {"resolution": 128}}, False),
+    "the sampler": ({"prior": {"guidance": 1.0}}, False),
+}
+
+
+@pytest.mark.parametrize("sections, same", SETTINGS.values(), ids=SETTINGS)
+def test_runs_share_a_folder_where_they_would_make_the_same(make_config, sections, same):
+    there = shared_folder(make_config(), "digest")
+    assert (shared_folder(make_config(**sections), "digest") == there) == same
+    assert shared_folder(make_config(), "another") != there
+
+
+@pytest.mark.parametrize("noun", ["a/b: c?", "犬" * 90, "con", " "])
+def test_any_noun_makes_a_folder(make_config, noun):
+    name = shared_folder(make_config(subject={"class": f"x{noun}"}), "digest").name
+    assert folder_name.problem(name) is None
 
 
 def test_a_picture_of_another_model_is_another_recipe(make):

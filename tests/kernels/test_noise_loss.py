@@ -43,18 +43,20 @@ def draw(shape, seed, step, stream):
 
 @pytest.mark.parametrize("triton", [False, True])
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
-@pytest.mark.parametrize("gamma", [None, 5.0])
-def test_loss_and_gradient_are_those_of_float64_autograd(kind, gamma, triton):
+@pytest.mark.parametrize("gamma, masked", [(None, False), (5.0, False), (5.0, True)])
+def test_loss_and_gradient_are_those_of_float64_autograd(kind, gamma, masked, triton):
     prediction, noised, at = case(rows=3)
+    mask = 2 * torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(1)).to(DEVICE) if masked else None
     coefficients, weights = table(kind, gamma).to(DEVICE), torch.tensor([0.5, 0.5, 0.7], device=DEVICE)
     prediction.requires_grad_()
-    total, rows = noise_loss(prediction, *noised, coefficients, at, weights, triton=triton)
+    total, rows = noise_loss(prediction, *noised, coefficients, at, weights, mask, triton)
     (3 * total).backward()
 
     mean, logvar, timesteps = noised
     latents = mean + (0.5 * logvar).exp() * draw(mean.shape, 0, 5, 0)
     _, _, c, d, importance = coefficients[timesteps].double().view(-1, 5, 1, 1, 1).unbind(1)
     exact = prediction.detach().double().requires_grad_()
+    importance = importance if mask is None else importance * mask.double()
     wanted = (importance * (exact - c * latents - d * draw(mean.shape, 0, 5, 1)).square()).flatten(1).mean(1)
     (3 * (wanted * weights).sum()).backward()
     torch.testing.assert_close(rows.double(), wanted.detach(), rtol=1e-5, atol=1e-7)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from lowvram_db.config import Config, _apply
 from lowvram_db.errors import UserError
 from lowvram_db.families import open_blank
-from lowvram_db.families.known import known_configs
+from lowvram_db.formats.known import known_configs
 from lowvram_db.memory.overheads import CONTEXT, CUBLAS_WORKSPACES, MARGIN
 from lowvram_db.memory.trace import OverLimit
 from lowvram_db.plan import predict

@@ -100,6 +100,8 @@ def test_a_folder_without_weights_is_enough(plan, toml, miniature, tmp_path):
         ("sdxl-12gb", 11.75),
         ("sdxl-16gb", 16),
         ("sdxl-vpred", 16),
+        ("person-sd15-8gb", 8),
+        ("person-sdxl-16gb", 16),
     ],
 )
 def test_presets_fit_their_cards(plan, preset, card):

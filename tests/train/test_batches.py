@@ -2,10 +2,10 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from lowvram_db.cache import Cached, ClassFrame, Frame, View
 from lowvram_db.concept import Concept
@@ -23,7 +23,7 @@ class MemoryStore:
 SQUARE = (8, 8)
 
 
-def make(photos, classes, size, prompts=("p",), seed=0, sizes=(SQUARE,), variants=1):
+def make(photos, classes, size, prompts=("p",), seed=0, sizes=(SQUARE,), variants=1, **said):
     """Photos i0, i1, ... of alternating sizes, class images numbered on from there."""
     instance = [Path(f"i{number}") for number in range(photos)]
     prior = [Path(f"c{number}") for number in range(photos, photos + classes)]
@@ -35,7 +35,7 @@ def make(photos, classes, size, prompts=("p",), seed=0, sizes=(SQUARE,), variant
     views = {shape: View.of((9, 9), shape) for shape in used}
     class_photos = {path: ClassFrame(str(path), views, keys[path]) for path in prior}
     return Batches(
-        Concept(instance, list(prompts), prior, "class"),
+        Concept(instance, list(prompts), prior, "class", **said),
         Cached(MemoryStore(), frames, class_photos, {"class": "c"}),
         size,
         seed,
@@ -65,7 +65,12 @@ def test_rows_are_subject_first_then_class():
 
 
 def test_content_is_that_of_the_pictures():
-    assert make(1, 2, 1).content == {"photos": ["i0"], "class images": ["c1", "c2"]}
+    assert make(1, 2, 1).content == {"photos": ["i0"], "class images": ["c1", "c2"], "captions": [], "masks": []}
+
+
+def test_content_is_that_of_captions_too_by_the_pictures_that_they_are_of():
+    own = {"captions": {Path("i0"): ["x", "y"]}, "class_prompts": {Path("c1"): "z"}}
+    assert make(1, 1, 1, **own).content["captions"] == ["c1 z", "i0 x", "i0 y"]
 
 
 @given(names=st.permutations(range(5)), sizes=st.sampled_from([(SQUARE,), (SQUARE, (4, 16))]))
@@ -100,12 +105,39 @@ def test_order_changes_with_the_epoch_and_the_seed():
     assert order(make(6, 0, 1, seed=1), 0) != order(make(6, 0, 1, seed=2), 0)
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_every_prompt_is_drawn_about_equally(count):
-    batches = make(4, 0, 1, prompts=[f"p{number}" for number in range(count)])
-    drawn = Counter(batches[step].prompts[0] for step in range(600))
-    assert len(drawn) == count
-    assert min(drawn.values()) > 600 / count * 0.8
+WORDS = st.lists(st.text(min_size=1, max_size=4), min_size=1, max_size=5, unique=True)
+_DRAWN = 300  # steps
+
+
+@settings(max_examples=25)
+@given(data=st.data(), seed=st.integers(0, 2**62), size=st.integers(1, 3), dropout=st.sampled_from([0.0, 0.3]))
+def test_every_drawn_prompt_is_in_the_cache_as_often_as_its_weight_says(data, seed, size, dropout):
+    """And a run that goes on draws the same: a batch knows nothing but its number."""
+    prompts, own, of_class = data.draw(WORDS), data.draw(WORDS), data.draw(st.text(max_size=3))
+    weights = data.draw(st.lists(st.sampled_from([0.0, 0.5, 1.0, 7.0]), min_size=len(prompts), max_size=len(prompts)))
+    weights[0] += 0.25
+    said = {
+        "weights": weights,
+        "captions": {Path("i1"): own},
+        "class_prompts": {Path("c2"): of_class},
+        "caption_dropout": dropout,
+    }
+    batches = make(2, 2, size, prompts, seed, **said)
+    drawn = [batches[step].prompts for step in range(_DRAWN)]
+    assert {prompt for row in drawn for prompt in row} <= set(batches.concept.prompts)
+    assert {prompt for row in drawn for prompt in row[size:]} <= {"class", of_class}
+    again = make(2, 2, size, prompts, seed, **said)
+    assert [again[step].prompts for step in range(_DRAWN // 2, _DRAWN)] == drawn[_DRAWN // 2 :]
+
+    wanted = Counter({"": dropout})
+    for text, weight in zip(prompts, weights, strict=True):
+        wanted[text] += (1 - dropout) / 2 * weight / sum(weights)
+    for text in own:
+        wanted[text] += (1 - dropout) / 2 / len(own)
+    counts, rows = Counter(prompt for row in drawn for prompt in row[:size]), _DRAWN * size
+    for text, share in wanted.items():  # each photo is in half of the rows
+        assert abs(counts[text] - rows * share) <= 7 * (rows * share * (1 - share)) ** 0.5 + 1, (text, share)
+        assert share or not counts[text]
 
 
 def rows_of(batches, step):
@@ -161,3 +193,22 @@ def test_variants_are_drawn_about_equally_and_by_address():
     assert len(counts) == 8
     assert min(counts.values()) > 400 / 8 * 0.6
     assert drawn[250] == rows_of(make(2, 0, 1, variants=4), 250)[0]
+
+
+def test_masks_stand_in_the_rows_of_their_photos_and_count_as_content(tmp_path):
+    """Of two photos one has a mask, whose left half is white; class images have none."""
+    mask = Image.new("L", (18, 18), 0)
+    mask.paste(255, (0, 0, 9, 18))
+    mask.save(tmp_path / "m.png")
+    batches = make(2, 2, 2, masks={Path("i0"): tmp_path / "m.png"}, mask_weight=0.5)
+    store = batches.cached.store
+    store.stack = lambda keys: {
+        name: tensor.expand(-1, 1, 4, 4) for name, tensor in MemoryStore.stack(store, keys).items()
+    }
+    for step in range(4):
+        batch = batches[step]
+        assert batch.masks.shape == (4, 1, 4, 4) and torch.equal(batch.masks[2:], torch.ones(2, 1, 4, 4))
+        for number, seen in zip(batch.moments.mean[:2, 0, 0, 0].tolist(), batch.masks[:2, 0], strict=True):
+            half = torch.tensor([4 / 3, 4 / 3, 2 / 3, 2 / 3]).expand(4, 4)
+            torch.testing.assert_close(seen, half if number == 0 else torch.ones(4, 4))
+    assert len(batches.content["masks"]) == 1 and make(2, 2, 2)[0].masks is None

@@ -215,3 +215,17 @@ def test_sizes_arrive_as_they_are_in_half_precision(
     trainer.backward(batch)
     wanted = [side for view in batch.views for pair in crops(view.photo, view.size) for side in pair]
     assert trainer.activations != torch.float32 and seen[0] == wanted
+
+
+def test_a_mask_weighs_the_loss_of_its_rows_also_in_parts(make_config, make_trainer):
+    trainer = make_trainer(make_config(train={"batch": 1}))
+    batch = trainer.batches[0]
+    masks = torch.ones(2, 1, *batch.moments.mean.shape[2:])
+    masks[0] = 3
+    with torch.no_grad():
+        plain = trainer.forward(trainer.inputs(batch), batch.prompts, slice(0, 2))[1]
+        inputs = trainer.inputs(batch._replace(masks=masks))
+        whole = trainer.forward(inputs, batch.prompts, slice(0, 2))[1]
+        parts = [trainer.forward(inputs, batch.prompts, slice(row, row + 1))[1] for row in range(2)]
+    torch.testing.assert_close(whole, plain * torch.tensor([3.0, 1.0]))
+    torch.testing.assert_close(torch.cat(parts), whole)

@@ -1,0 +1,36 @@
+"""What a user may write for a subject: the word that names it, and the templates of its prompts."""
+
+import string
+import unicodedata
+
+NO_PROMPT = ""  # what guidance steers away from, and what a caption that is left out leaves
+
+# Words that stand in nearly every prompt: a subject that is called so would be in all of them.
+_STOP_WORDS = {
+    "a", "an", "and", "are", "as", "at", "be", "but", "by", "for", "from", "has", "he", "her", "his", "i", "in", "is",
+    "it", "its", "my", "no", "not", "of", "on", "or", "our", "she", "so", "that", "the", "their", "them", "they",
+    "this", "to", "was", "we", "were", "which", "with", "you", "your", "photo", "picture", "image",
+}  # fmt: skip
+_JOINERS = "\u200c\u200d"  # within emoji sequences, and in scripts that need them
+_INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # Unicode's categories
+
+
+def identifier_problem(word: str, class_noun: str | None = None) -> str | None:
+    """What is wrong with a word as the name of a subject, with the mend; None where nothing is."""
+    for letter in word:
+        if unicodedata.category(letter) in _INVISIBLE and letter not in _JOINERS:
+            return f"has an invisible character in it (U+{ord(letter):04X}); type it anew"
+    plain = word.strip().casefold()
+    if class_noun is not None and plain == class_noun.strip().casefold():
+        return "is the class noun itself; choose a rare word, which `lowvram-db identifier suggest MODEL` names"
+    if plain in _STOP_WORDS:
+        return "stands in nearly every prompt; choose a rare word, which `lowvram-db identifier suggest MODEL` names"
+    return None
+
+
+def template_fields(template: str) -> set[str]:
+    """Names in braces in a prompt template. Raises ValueError where the braces do not pair."""
+    try:
+        return {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
+    except ValueError as error:
+        raise ValueError(f"{template!r}: {error}") from error

@@ -1,0 +1,76 @@
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance, ImageFilter
+
+from lowvram_db.concept.look import detail, look, perceptual_hash, tell
+from lowvram_db.errors import UserError
+
+
+def picture(number, size=(300, 260)):
+    """Coarse shapes and fine grain, of each number others."""
+    generator = np.random.default_rng(number)
+    coarse = Image.fromarray(generator.integers(0, 256, (6, 7, 3), dtype=np.uint8)).resize(
+        size, Image.Resampling.BICUBIC
+    )
+    grain = generator.normal(0, 12, (size[1], size[0], 3))
+    return Image.fromarray((np.asarray(coarse) + grain).clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture
+def found(tmp_path):
+    def found(resolution=256, **pictures):
+        for name, image in pictures.items():
+            image.save(tmp_path / f"{name}.png")
+        photos = [tmp_path / f"{name}.png" for name in pictures]
+        return [(finding.where, finding.what) for finding in look(photos, resolution)]
+
+    return found
+
+
+GOOD = {f"g{number}": picture(number) for number in range(3)}
+
+
+def test_nothing_is_said_of_good_photos(found):
+    assert found(**GOOD) == []
+
+
+CASES = {
+    "small": (picture(7, (150, 128)), "150 x 128 is small: enlarged 2.0 times to 256"),
+    "long": (picture(7, (1200, 300)), "1200 x 300 is long: 75% of it are cut off by a square"),
+    "blurred": (picture(7).filter(ImageFilter.GaussianBlur(6)), "is blurred: the subject will be, too"),
+    "scaled": (GOOD["g1"].resize((600, 520)), "is nearly the same as g1.png, and counts twice"),
+    "brighter": (ImageEnhance.Brightness(GOOD["g1"]).enhance(1.15), "is nearly the same as g1.png, and counts twice"),
+}
+
+
+@pytest.mark.parametrize("image, words", CASES.values(), ids=CASES)
+def test_what_a_photo_has_is_said(found, image, words):
+    assert found(**GOOD, other=image) == [("other.png", words)]
+
+
+def test_few_photos_and_turned_ones_are_said(tmp_path, capfd):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    GOOD["g0"].save(tmp_path / "a.png", exif=exif)
+    findings = look([tmp_path / "a.png"], 256)
+    assert [finding.is_warning for finding in findings] == [True, False]
+    tell(findings)
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0].startswith("  subject.photos  1 is few") and "a.png           is turned upright" in lines[1]
+    tell(findings[1:], strict=True)
+    with pytest.raises(UserError, match=r"--strict: subject\.photos: 1 is few.*; mend it, or train without --strict"):
+        tell(findings, strict=True)
+
+
+def test_real_photos_of_one_dog_are_sharp_and_no_two_are_the_same(dog_photos):
+    assert look(sorted(dog_photos.glob("*.jpg")), 512) == []
+
+
+def test_hash_and_detail_are_of_the_picture_and_not_of_its_size():
+    one = picture(3, (512, 512))
+    assert (perceptual_hash(one) ^ perceptual_hash(one.resize((128, 128)))).bit_count() <= 2
+    assert (perceptual_hash(one) ^ perceptual_hash(picture(4, (512, 512)))).bit_count() > 12
+    assert (
+        detail(one) > detail(one.filter(ImageFilter.GaussianBlur(2))) > detail(one.filter(ImageFilter.GaussianBlur(8)))
+    )
+    assert detail(Image.new("RGB", (300, 300), "red")) == 1
