@@ -206,7 +206,7 @@ def _train(
     meter: Meter,
 ) -> None:
     """Train to the last step and write model/."""
-    batches = Batches(concept, cached, config.train.batch, config.train.seed)
+    batches = Batches(concept, cached, config.train.batch, config.train.seed, config.train.hold_out)
     trainer = Trainer(config, family, batches, device, plan.strategy)
     if start is not None:
         trainer.restore(start)

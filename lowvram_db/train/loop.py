@@ -32,11 +32,12 @@ from lowvram_db.train import checkpoint, objective, resume
 from lowvram_db.train.batches import Batches
 from lowvram_db.train.interrupt import stop_on_request
 from lowvram_db.train.learner import Learner, Surroundings
-from lowvram_db.train.metrics import Metrics
+from lowvram_db.train.metrics import Metrics, logged
 from lowvram_db.train.outcome import Numbers, Outcome
 from lowvram_db.train.saving import Saver
 from lowvram_db.train.strategy import Strategy, ladder, without_budget
 from lowvram_db.train.trained import load_networks
+from lowvram_db.train.validation import Validation
 
 
 class Trainer(Learner):
@@ -212,13 +213,20 @@ def _train(
 ) -> None:
     config, steps, first, saved_at = trainer.config, trainer.config.train.steps, True, time.monotonic()
     check = FirstStepCheck(config.optimizer, trainer.parameters) if trainer.step == 0 else None
+    validation = Validation(trainer, logged(run.metrics, 0))
     with (
         Metrics(run.metrics, run.tensorboard, done=trainer.step) as metrics,
         Bar("training", total=steps, done=trainer.step, unit="step") as bar,
         stop_on_request() as stop_requested,
         _Journal(trainer, metrics, bar) as journal,
     ):
+
+        def validate() -> None:
+            optional(lambda: metrics.log(trainer.step, **validation.measure()), f"step {trainer.step}: validation")
+
         begins("first step")
+        if trainer.step == 0 and validation.due(0):
+            validate()
         while trainer.step < steps:
             journal.begin()
             scale = trainer.scaler.get_scale() if check else 0.0
@@ -236,7 +244,10 @@ def _train(
             last, stopping = trainer.step == steps, stop_requested()
             saving = last or stopping or _checkpoint_due(config.checkpoint, trainer.step, time.monotonic() - saved_at)
             sampling = not last and _due(trainer.step, config.sample.every)
-            journal.settle(0 if saving or sampling else trainer.lag)
+            validating = validation.due(trainer.step)
+            journal.settle(0 if saving or sampling or validating else trainer.lag)
+            if validating:
+                validate()
             if saving:
                 saver.save(trainer.contents(), beside=not (last or stopping))
                 saved_at = time.monotonic()

@@ -31,6 +31,7 @@ def make_trainer(tmp_path) -> Callable[..., Trainer]:
             class_photos=concept.class_photos,
             prompts=prompts,
         )
-        return Trainer(config, family, Batches(concept, cached, config.train.batch, config.train.seed), device)
+        batches = Batches(concept, cached, config.train.batch, config.train.seed, config.train.hold_out)
+        return Trainer(config, family, batches, device)
 
     return make
