@@ -193,6 +193,29 @@ def sample(
     print(f"pictures: {out}")
 
 
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/NAME.")],
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Prompts with {identifier} and {class}, one a line.")
+    ] = None,
+    backbone: Annotated[
+        str, typer.Option(metavar="auto|dinov2|clip|imagenet|FOLDER", help="The network that judges.")
+    ] = "auto",
+    seeds: Annotated[int, typer.Option(min=1, help="Pictures a prompt; intervals are over these.")] = 4,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+    overrides: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Score every checkpoint of a run (likeness, prompts, class, copies) and name the step to keep."""
+    from lowvram_db.evaluate.evaluation import evaluate as judge
+    from lowvram_db.evaluate.show import lines
+
+    hide_loading_bars()
+    result = judge(run, prompts, backbone, seeds, overrides or [])
+    print(json.dumps(result, indent=1) if as_json else "\n".join(lines(result)))
+
+
 @cache_app.command()
 def build(
     config: Annotated[Path, typer.Argument(help="A run's TOML file.")],
