@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -97,9 +98,14 @@ class Clip(Backbone):
 
 def _loaded(kind: Any, folder: Path, device: torch.device) -> Any:
     try:
-        return kind.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval().to(device)
-    except (OSError, ValueError, RuntimeError) as error:
+        network, found = kind.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be read as a {kind.__name__} ({_line(error)}); replace it") from error
+    if missing := sorted(found["missing_keys"]):  # which transformers would leave at random
+        raise UserError(f"{folder}: lacks {len(missing)} weights of a {kind.__name__} ({missing[0]}); replace it")
+    return network.eval().to(device)
 
 
 def _line(error: BaseException) -> str:
