@@ -52,18 +52,7 @@ def evaluate(
     overrides: of the run's settings, as `subject.photos=...` where they have moved. Raises UserError for what is no run
     or has nothing to judge, and for a backbone that is not there.
     """
-    run = Run(folder)
-    if not run.config.is_file():
-        raise UserError(f"{folder}: is not the folder of a run, which has a config.toml in it")
-    if not 1 <= seeds <= MOST_SEEDS:
-        raise UserError(f"--seeds {seeds}: from 1 to {MOST_SEEDS}")
-    own = read_prompts(prompts) if prompts else None
-    config = load(run.config, list(overrides))
-    catalogue = catalogue_of(cache_folder(config, run))
-    try:
-        plan = _plan(config, run, own, backbone, seeds, catalogue)
-    finally:
-        catalogue.save()
+    run, plan = planned(folder, prompts, backbone, seeds, overrides)
     return _known(run, plan.key) or _judged(run, plan)
 
 
@@ -77,7 +66,7 @@ class _Photos:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """All that an evaluation follows from."""
 
     base: Candidate
@@ -93,6 +82,7 @@ class _Plan:
 
     @property
     def settings(self) -> dict[str, Any]:
+        """For people."""
         settings = {"prompts": self.subject, "class_prompt": self.plain, "seeds": self.seeds}
         return {**settings, **{name: value for name, value in asdict(self.how).items() if name != "compute"}}
 
@@ -104,7 +94,25 @@ class _Plan:
         return [subject, plain]
 
 
-def _plan(config: Config, run: Run, own: list[str] | None, backbone: str, seeds: int, catalogue: Catalogue) -> _Plan:
+def planned(
+    folder: Path, prompts: Path | None = None, backbone: str = "auto", seeds: int = 4, overrides: Sequence[str] = ()
+) -> tuple[Run, Plan]:
+    """The run, and what evaluate does with it; as there."""
+    run = Run(folder)
+    if not run.config.is_file():
+        raise UserError(f"{folder}: is not the folder of a run, which has a config.toml in it")
+    if not 1 <= seeds <= MOST_SEEDS:
+        raise UserError(f"--seeds {seeds}: from 1 to {MOST_SEEDS}")
+    own = read_prompts(prompts) if prompts else None
+    config = load(run.config, list(overrides))
+    catalogue = catalogue_of(cache_folder(config, run))
+    try:
+        return run, _plan(config, run, own, backbone, seeds, catalogue)
+    finally:
+        catalogue.save()
+
+
+def _plan(config: Config, run: Run, own: list[str] | None, backbone: str, seeds: int, catalogue: Catalogue) -> Plan:
     base = base_of(config, catalogue)
     judged = candidates(config, run, base, catalogue)
     found = find(backbone, base.digest == model_digest(open_model(str(_DEMO_BASE)), catalogue))
@@ -120,7 +128,7 @@ def _plan(config: Config, run: Run, own: list[str] | None, backbone: str, seeds:
     follows_from += [subject, plain, seeds, _PLAIN, asdict(how)]
     key = hashlib.sha256(json.dumps(follows_from).encode()).hexdigest()
     without = [" ".join(_without(template, config).split()) for template in templates]
-    return _Plan(base, judged, found, photos, subject, without, plain, seeds, how, key)
+    return Plan(base, judged, found, photos, subject, without, plain, seeds, how, key)
 
 
 def _without(template: str, config: Config) -> str:
@@ -154,7 +162,7 @@ def _known(run: Run, key: str) -> dict[str, Any] | None:
         return None
 
 
-def _judged(run: Run, plan: _Plan) -> dict[str, Any]:
+def _judged(run: Run, plan: Plan) -> dict[str, Any]:
     device, models = pick_device(), [plan.base, *plan.candidates]
     wanted = [one for part in plan.wanted for row in part for one in row]
     with _picture_folder(run) as folder:
@@ -202,7 +210,7 @@ def _seen_photos(judge: Backbone, photos: _Photos) -> Photos:
     return Photos.of(embedded, apart, judge.appearance(photos.trained))
 
 
-def _seen(judge: Backbone, model: Candidate, plan: _Plan, folder: Path) -> Drawn:
+def _seen(judge: Backbone, model: Candidate, plan: Plan, folder: Path) -> Drawn:
     def look(rows: list[list[Wanted]], by: Callable[[list[Image.Image]], Tensor]) -> Tensor:
         pictures = load_pictures([model.picture(one, plan.how, folder) for row in rows for one in row])
         return by(pictures).unflatten(0, (len(rows), plan.seeds))
@@ -217,7 +225,7 @@ def _seen(judge: Backbone, model: Candidate, plan: _Plan, folder: Path) -> Drawn
     )
 
 
-def _result(plan: _Plan, models: list[Candidate], base: Drawn, drawn: list[Drawn], photos: Photos) -> dict[str, Any]:
+def _result(plan: Plan, models: list[Candidate], base: Drawn, drawn: list[Drawn], photos: Photos) -> dict[str, Any]:
     before = scores.scores(base, base, photos)
     after = {model.step: scores.scores(one, base, photos) for model, one in zip(models, drawn, strict=True)}
     gained = {step: recommend.gains(own, before, photos.similarity) for step, own in after.items()}

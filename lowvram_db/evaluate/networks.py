@@ -144,17 +144,17 @@ class DemoCritic(Backbone):
         self._critic = load_critic()
 
     def embed(self, pictures: Sequence[Image.Image]) -> Tensor:
-        return self._critic.judge(_small(pictures))[3]
+        return self._critic.judge(small(pictures))[3]
 
     def appearance(self, pictures: Sequence[Image.Image]) -> Tensor:
-        pixels = _small(pictures).flatten(1)
+        pixels = small(pictures).flatten(1)
         return normalize(pixels - pixels.mean(1, keepdim=True), dim=1)
 
     def agreement(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         """The share of class and setting that the critic finds, of those that a prompt names."""
         from lowvram_db.demo.world import NOUNS, SETTINGS
 
-        noun, _, setting, _ = self._critic.judge(_small(pictures))
+        noun, _, setting, _ = self._critic.judge(small(pictures))
         found = [{NOUNS[n], SETTINGS[s]} for n, s in zip(noun.tolist(), setting.tolist(), strict=True)]
         named = [{word for word in (*NOUNS, *SETTINGS) if f" {word} " in f" {prompt} "} for prompt in prompts]
         shares = [len(a & b) / len(b) if b else 1.0 for a, b in zip(found, named, strict=True)]
@@ -164,11 +164,12 @@ class DemoCritic(Backbone):
         """The settings of the world that no photo was taken in."""
         from lowvram_db.demo.world import SETTINGS
 
-        seen = set(self._critic.judge(_small(photos))[2].tolist())
+        seen = set(self._critic.judge(small(photos))[2].tolist())
         return [setting for number, setting in enumerate(SETTINGS) if number not in seen]
 
 
-def _small(pictures: Sequence[Image.Image]) -> Tensor:
+def small(pictures: Sequence[Image.Image]) -> Tensor:
+    """As the critic takes them: float32 [N, 3, 64, 64] in [-1, 1]."""
     return _pixels(pictures, 64, (0.5,) * 3, (0.5,) * 3)
 
 
