@@ -212,6 +212,29 @@ def sample(
     print(f"pictures: {out}")
 
 
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/NAME.")],
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Prompts with {identifier} and {class}, one a line.")
+    ] = None,
+    backbone: Annotated[
+        str, typer.Option(metavar="auto|dinov2|clip|imagenet|FOLDER", help="The network that judges.")
+    ] = "auto",
+    seeds: Annotated[int, typer.Option(min=1, help="Pictures a prompt; intervals are over these.")] = 4,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+    overrides: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Score every checkpoint of a run (likeness, prompts, class, copies) and name the step to keep."""
+    from lowvram_db.evaluate.evaluation import evaluate as judge
+    from lowvram_db.evaluate.show import lines
+
+    hide_loading_bars()
+    result = judge(run, prompts, backbone, seeds, overrides or [])
+    print(json.dumps(result, indent=1) if as_json else "\n".join(lines(result)))
+
+
 @cache_app.command()
 def build(
     config: Annotated[Path, typer.Argument(help="A run's TOML file.")],
@@ -260,7 +283,7 @@ def suggest(
     """Name rare words of one token that mean least to a model; reads its embedding tables, no other weight."""
     from lowvram_db.concept.identifier import report_suggestions
 
-    for line in report_suggestions(model, _reading(None, tokenizer, None, False), count, class_noun):
+    for line in report_suggestions(model, Reading(tokenizer=tokenizer), count, class_noun):
         print(line)
 
 
@@ -275,7 +298,7 @@ def check(
     """Tell how a model reads a word, how rare its pieces are, and what they mean to it already."""
     from lowvram_db.concept.identifier import report_word
 
-    for line in report_word(model, _reading(None, tokenizer, None, False), word, class_noun):
+    for line in report_word(model, Reading(tokenizer=tokenizer), word, class_noun):
         print(line)
 
 

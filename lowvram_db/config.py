@@ -189,6 +189,13 @@ class TrainConfig(_Section):
         "4 bytes of RAM a weight; default: off",
     )
     min_snr_gamma: float | None = Field(None, gt=0, description="min-SNR loss weighting, usually 5.0; default: off")
+    hold_out: int = Field(0, ge=0, lt=2**16, description="photos kept back to judge by; three others have to be left")
+    validate_every: int | None = Field(
+        None,
+        ge=0,
+        lt=2**31,
+        description="loss on fixed pictures every N steps; 0: never; default: as often as takes 3% of a run",
+    )
 
     @field_validator("resolution")
     @classmethod

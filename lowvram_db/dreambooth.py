@@ -223,7 +223,7 @@ def _train(
     if start is not None and config.text_encoder.train and not trains_text(config, began_at):
         family = family.with_tuned(checkpoint.frozen(start))
     cached = encode_all(config, family, store, concept, device, meter.begins, began_at)
-    batches = Batches(concept, cached, config.train.batch, config.train.seed)
+    batches = Batches(concept, cached, config.train.batch, config.train.seed, config.train.hold_out)
     trainer = Trainer(config, family, batches, device, plan.strategy, began_at)
     if start is not None:
         trainer.restore(start)

@@ -19,6 +19,8 @@ from lowvram_db.wording import NO_PROMPT
 if TYPE_CHECKING:
     from lowvram_db.families.base import Family
 
+_LEAST_PHOTOS = 3  # to train on beside those kept back
+
 
 @dataclass(frozen=True)
 class Concept:
@@ -90,6 +92,11 @@ def subject_photos(config: Config, is_good: Callable[[Path], bool] = lambda phot
     is_good: tells of a photo that it need not be decoded. Raises UserError naming the folder or file.
     """
     photos = find_photos(Path(config.subject.photos).expanduser(), "subject.photos")
+    if (kept_back := config.train.hold_out) and len(photos) < kept_back + _LEAST_PHOTOS:
+        raise UserError(
+            f"train.hold_out: of {len(photos)} photos, {kept_back} kept back would leave fewer than {_LEAST_PHOTOS}; "
+            "lower it, or add photos"
+        )
     for photo in photos:
         if not is_good(photo):
             load_photo(photo)

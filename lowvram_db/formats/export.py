@@ -9,6 +9,7 @@ import torch
 
 from lowvram_db.config import Config, load
 from lowvram_db.errors import UserError
+from lowvram_db.formats.card import write_card
 from lowvram_db.formats.inspect import inspect
 from lowvram_db.formats.layout import EMA_PREFIX
 from lowvram_db.formats.modelspec import Subject, describe, first_picture
@@ -48,6 +49,8 @@ def export(what: str, out: Path, form: Format, dtype: torch.dtype | None = None,
             if reading.ema:  # they are the UNet now
                 model = _without_averages(model)
         _write(model, out, form, dtype, subject)
+    if subject is not None and form is Format.diffusers:
+        write_card(out, run, load(run.config))
 
 
 def export_run(config: Config, run: Run, out: Path) -> None:

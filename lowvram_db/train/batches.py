@@ -47,6 +47,7 @@ class Batches:
     cached: Cached
     size: int
     seed: int
+    hold_out: int = 0  # photos of the subject that stand in no batch
 
     @property
     def content(self) -> dict[str, list[str]]:
@@ -103,16 +104,24 @@ class Batches:
         for photo, prompt in self.concept.class_prompts.items():
             yield f"{self.cached.class_photos[photo].digest} {prompt}"
 
+    @property
+    def trained_photos(self) -> list[Path]:
+        """The subject's, in an order that stays when files are renamed."""
+        return self._instance_photos[self.hold_out :]
+
+    @property
+    def held_out_photos(self) -> list[Path]:
+        return self._instance_photos[: self.hold_out]
+
     @cached_property
     def _instance_photos(self) -> list[Path]:
-        """In an order that stays when files are renamed."""
         return sorted(self.concept.instance_photos, key=lambda photo: self.cached.photos[photo].digest)
 
     @cached_property
     def _buckets(self) -> dict[Size, list[Path]]:
         """The subject's photos by size, as all rows of a step have one."""
         buckets: dict[Size, list[Path]] = {}
-        for photo in self._instance_photos:
+        for photo in self.trained_photos:
             buckets.setdefault(self.cached.photos[photo].size, []).append(photo)
         return buckets
 
@@ -122,7 +131,7 @@ class Batches:
         In a round of as many steps as there are photos each size has as many as photos of its own, in an order that
         changes from round to round: so every photo is shown equally often.
         """
-        photos = self._instance_photos
+        photos = self.trained_photos
         round_, place = divmod(step, len(photos))
         if len(self._buckets) == 1:
             return next(iter(self._buckets)), step

@@ -34,11 +34,12 @@ from lowvram_db.train.batches import Batches
 from lowvram_db.train.ema import Average
 from lowvram_db.train.interrupt import stop_on_request
 from lowvram_db.train.learner import Learner, Surroundings
-from lowvram_db.train.metrics import Metrics
+from lowvram_db.train.metrics import Metrics, logged
 from lowvram_db.train.outcome import Numbers, Outcome
 from lowvram_db.train.saving import Saver
 from lowvram_db.train.strategy import Strategy, ladder, without_budget
 from lowvram_db.train.trained import denoisers, idle, load_networks, stage_end, steps_of, trains_text
+from lowvram_db.train.validation import Validation
 
 
 class Trainer(Learner):
@@ -244,14 +245,21 @@ def _train(
 ) -> None:
     config, steps, first, saved_at = trainer.config, trainer.config.train.steps, True, time.monotonic()
     check = FirstStepCheck(config.optimizer, trainer.parameters) if trainer.step == 0 else None
+    validation = Validation(trainer, logged(run.metrics, 0))
     with (
         Metrics(run.metrics, run.tensorboard, done=trainer.step) as metrics,
         Bar("training", total=steps, done=trainer.step, unit="step") as bar,
         stop_on_request() as stop_requested,
         _Journal(trainer, metrics, bar) as journal,
     ):
+
+        def validate() -> None:
+            optional(lambda: metrics.log(trainer.step, **validation.measure()), f"step {trainer.step}: validation")
+
         first_step, steady_step = steps_of(config, trainer.step)
         begins(first_step)
+        if trainer.step == 0 and validation.due(0):
+            validate()
         while trainer.step < trainer.until:
             journal.begin()
             scale = trainer.scaler.get_scale() if check else 0.0
@@ -269,7 +277,10 @@ def _train(
             last, stopping = trainer.step == trainer.until, stop_requested()
             saving = last or stopping or _checkpoint_due(config.checkpoint, trainer.step, time.monotonic() - saved_at)
             sampling = trainer.step < steps and _due(trainer.step, config.sample.every)
-            journal.settle(0 if saving or sampling else trainer.lag)
+            validating = validation.due(trainer.step)
+            journal.settle(0 if saving or sampling or validating else trainer.lag)
+            if validating:
+                validate()
             if saving:
                 saver.save(trainer.contents(), beside=not (last or stopping))
                 saved_at = time.monotonic()

@@ -85,6 +85,15 @@ class _TensorBoard:
         self._writer.close()
 
 
+def logged(path: Path, step: int) -> dict[str, float]:
+    """What a metrics.jsonl says of a step, of all its lines together; nothing where there is no such file."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return {}
+    return {name: value for line in lines if _step(line) == step for name, value in json.loads(line).items()}
+
+
 def _step(line: str) -> float:
     try:
         return float(json.loads(line)["step"])

@@ -38,7 +38,7 @@ def make_trainer(tmp_path) -> Callable[..., Trainer]:
             class_photos=concept.class_photos,
             prompts=prompts,
         )
-        batches = Batches(concept, cached, config.train.batch, config.train.seed)
+        batches = Batches(concept, cached, config.train.batch, config.train.seed, config.train.hold_out)
         trainer = Trainer(config, family, batches, device, step=step)
         if start:
             trainer.restore(start)

@@ -1,0 +1,183 @@
+import json
+import shutil
+import weakref
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lowvram_db.dreambooth import run_dreambooth
+from lowvram_db.errors import UserError
+from lowvram_db.evaluate import evaluation as room
+from lowvram_db.evaluate.backbones import Found
+from lowvram_db.evaluate.evaluation import evaluate
+from lowvram_db.evaluate.networks import Backbone, _pixels
+from lowvram_db.evaluate.pictures import Candidate
+from lowvram_db.families.draw import Drawer
+from lowvram_db.families.sd import StableDiffusion
+
+
+class Colours(Backbone):
+    """Judges by eight by eight pixels."""
+
+    def embed(self, pictures):
+        return torch.nn.functional.normalize(_pixels(pictures, 8, (0.5,) * 3, (0.5,) * 3).flatten(1), dim=1)
+
+    def agreement(self, pictures, prompts):
+        return torch.tensor([float("  " not in prompt and "pkblz" not in prompt) for prompt in prompts])
+
+
+@pytest.fixture(autouse=True)
+def judged_by_colours(monkeypatch, tmp_path):
+    (tmp_path / "judge").write_text("weights")
+    found = Found("colours", [tmp_path / "judge"], lambda device: Colours(), lambda noun, photos: PROMPTS)
+    monkeypatch.setattr(room, "find", lambda wanted, is_demo: found)
+
+
+PROMPTS = ["a {identifier} {class}", "a red {identifier} {class}"]
+
+
+@pytest.fixture
+def finished(make_config):
+    """A run with three checkpoints."""
+
+    def make(**sections):
+        checkpoints = {"every": 1, "keep": 9}
+        settings = {"checkpoint": checkpoints, "train": {"steps": 3, "lr": 1e-3, "hold_out": 1}, **sections}
+        return run_dreambooth(make_config(sample={"steps": 1, "prompts": ["a {class}"]}, **settings))
+
+    return make
+
+
+def steps(result):
+    return [one["step"] for one in result["checkpoints"]]
+
+
+@pytest.mark.parametrize("train", [{}, {"text_encoder": True}])
+def test_a_run_is_judged_once(finished, monkeypatch, train):
+    run = finished(train={"steps": 3, "lr": 1e-3, "hold_out": 1, **train})
+    result = evaluate(run.folder, seeds=2)
+    assert steps(result) == [1, 2, 3]
+    assert result["recommended"]["path"] == f"checkpoints/step-{result['recommended']['step']:06d}"
+    assert (result["compared_with"], result["photos"]) == ("held-out photos", 1)
+    assert result["settings"]["prompts"] == ["a pkblz ball", "a red pkblz ball"]
+    assert result["base"]["class_diversity"]["mean"] == pytest.approx(1)
+    assert result["base"]["prompt"]["mean"] == 1, "no backbone is asked for the identifier"
+    subjects = {one["scores"]["subject"]["mean"] for one in result["checkpoints"]}
+    assert len(subjects) == 3, "every checkpoint draws with its own weights"
+    assert json.loads((run.folder / "evaluation.json").read_text()) == result
+    assert len((run.folder / "evaluation.csv").read_text().splitlines()) == 1 + 4 * 5
+
+    monkeypatch.setattr(Candidate, "pictures", lambda *_: pytest.fail("drawn again"))
+    monkeypatch.setattr(Colours, "embed", lambda *_: pytest.fail("looked at again"))
+    assert evaluate(run.folder, seeds=2) == result
+
+
+def test_the_last_checkpoint_draws_what_the_finished_model_draws(finished):
+    run = finished(train={"steps": 2, "lr": 1e-2, "text_encoder": True})
+    last = evaluate(run.folder, seeds=1)["checkpoints"][-1]
+    shutil.rmtree(run.checkpoints)
+    model = evaluate(run.folder, seeds=1)
+    assert [one["path"] for one in model["checkpoints"]] == ["model"]
+    assert model["checkpoints"][0]["scores"] == last["scores"]
+    assert last["scores"]["subject"] != model["base"]["subject"]
+
+
+def test_a_new_checkpoint_and_another_judge_draw_only_what_is_new(finished, make_config, monkeypatch, tmp_path):
+    run = finished(train={"steps": 2, "lr": 1e-3, "hold_out": 1})
+    evaluate(run.folder, seeds=1)
+    count = len(list((run.folder / "evaluation").iterdir()))
+    assert count == 3 * (2 + 6)
+    finished()
+    drawn, draw = [], Drawer.draw
+    monkeypatch.setattr(
+        Drawer, "draw", lambda self, told, seeds, **how: drawn.extend(seeds) or draw(self, told, seeds, **how)
+    )
+    assert steps(evaluate(run.folder, seeds=1)) == [1, 2, 3]
+    assert len(drawn) == 2 + 6
+    (tmp_path / "judge").write_text("other weights")
+    before = (run.folder / "evaluation.json").stat().st_mtime_ns
+    evaluate(run.folder, seeds=1)
+    assert len(drawn) == 2 + 6
+    assert (run.folder / "evaluation.json").stat().st_mtime_ns > before
+
+
+def test_the_judge_comes_when_no_denoiser_is_left(finished, monkeypatch):
+    alive, load_denoiser = [], StableDiffusion.load_denoiser
+
+    def watched(family, *how):
+        network = load_denoiser(family, *how)
+        alive.append(weakref.ref(network))
+        return network
+
+    run = finished(train={"steps": 1, "hold_out": 1})
+    monkeypatch.setattr(StableDiffusion, "load_denoiser", watched)
+
+    def load(device):
+        assert len(alive) == 2 and not any(network() for network in alive)
+        return Colours()
+
+    found = Found("colours", [], load, lambda noun, photos: PROMPTS)
+    monkeypatch.setattr(room, "find", lambda wanted, is_demo: found)
+    evaluate(run.folder, seeds=1)
+    assert len(alive) == 2
+
+
+def test_what_is_damaged_or_of_another_kind_is_said_and_left_out(finished, capfd):
+    run = finished()
+    one, two, three = (run.checkpoint(step) for step in (1, 2, 3))
+    state = json.loads((one / "state.json").read_text())
+    (one / "state.json").write_text(json.dumps({**state, "format": 1}))
+    weights = load_file(three / "unet.safetensors")
+    (two / "unet.safetensors").write_bytes((two / "unet.safetensors").read_bytes()[:1000])
+    (run.checkpoints / "step-000009").mkdir()
+    (run.checkpoints / "step-000009" / "state.json").write_text('{"st')
+    assert steps(evaluate(run.folder, seeds=1)) == [3]
+    said = capfd.readouterr().err
+    for name in (one, two, run.checkpoints / "step-000009"):
+        assert f"{name}: " in said
+    assert said.count("left out") == 3
+    save_file({"lora.weight": weights["conv_in.weight"]}, three / "unet.safetensors")
+    shutil.rmtree(run.model)
+    with pytest.raises(UserError, match="neither a whole checkpoint nor a model/"):
+        evaluate(run.folder, seeds=1)
+
+
+def test_photos_that_moved_are_named_and_can_be_said(finished, tmp_path, photos, capfd):
+    moved = tmp_path / "moved"
+    shutil.copytree(photos, moved)
+    run = finished(subject={"photos": str(moved), "identifier": "pkblz", "class": "ball"})
+    shutil.rmtree(moved)
+    with pytest.raises(UserError, match=r"subject\.photos: .*moved does not exist"):
+        evaluate(run.folder, seeds=1)
+    found = evaluate(run.folder, seeds=1, overrides=[f"subject.photos={json.dumps(str(photos))}"])
+    assert "not the photos" not in capfd.readouterr().err
+    assert steps(found) == [1, 2, 3]
+    other = tmp_path / "other"
+    shutil.copytree(photos, other)
+    next(other.iterdir()).unlink()
+    evaluate(run.folder, seeds=1, overrides=[f"subject.photos={json.dumps(str(other))}"])
+    assert "these are not the photos that checkpoints/step-000003 was trained on" in capfd.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_costs_the_files_alone(finished, monkeypatch, capfd):
+    run = finished(train={"steps": 1})
+    (run.folder / "evaluation").write_text("in the way")
+    (run.folder / "evaluation.json").mkdir()
+    assert steps(evaluate(run.folder, seeds=1)) == [1]
+    said = capfd.readouterr().err
+    assert "its pictures are not kept" in said and "the evaluation is not written" in said
+
+
+def test_the_command_line_prints_a_table_or_json(finished, lowvram_db, tmp_path):
+    run = finished(train={"steps": 1})
+    code, out, _ = lowvram_db("evaluate", run.folder, "--seeds", 2)
+    assert code == 0 and "recommended: checkpoints/step-000001: of 1 steps kept" in out
+    code, out, _ = lowvram_db("evaluate", run.folder, "--seeds", 2, "--json")
+    assert code == 0 and json.loads(out)["backbone"] == "colours"
+    (tmp_path / "p.txt").write_text("a {identifier} {class} on Mars")
+    code, out, _ = lowvram_db("evaluate", run.folder, "--seeds", 1, "--prompts", tmp_path / "p.txt", "--json")
+    assert json.loads(out)["settings"]["prompts"] == ["a pkblz ball on Mars"]
+    for words in (["none"], [run.folder, "--seeds", 17], [run.folder, "--prompts", "none.txt"]):
+        code, _, said = lowvram_db("evaluate", *words)
+        assert code == 2 and len(said.strip().splitlines()) == 1

@@ -1,0 +1,68 @@
+import json
+import shutil
+
+import pytest
+from diffusers import StableDiffusionPipeline
+from huggingface_hub import ModelCard
+
+from lowvram_db.dreambooth import run_dreambooth
+from lowvram_db.formats.card import card
+from lowvram_db.formats.export import Format, export
+from lowvram_db.run import Run
+
+SCORES = {name: {"mean": 0.5} for name in ("subject", "class_likeness", "class_diversity", "memorised")}
+EVALUATION = {
+    "backbone": "dinov2",
+    "checkpoints": [{"step": 4, "scores": {**SCORES, "prompt": None}, "findings": ["memorised"]}],
+}
+
+
+def test_a_run_is_exported_with_a_card_that_the_hub_reads(make_config, miniature, tmp_path):
+    base = shutil.copytree(miniature, tmp_path / "base")
+    (base / "README.md").write_text("---\nlicense: creativeml-openrail-m\n---\n# Base")
+    run = run_dreambooth(make_config(model={"name": str(base)}))
+    (run.folder / "evaluation.json").write_text(json.dumps(EVALUATION))
+    export(str(run.folder), tmp_path / "out", Format.diffusers)
+    read = ModelCard.load(tmp_path / "out" / "README.md")
+    assert read.data.license == "creativeml-openrail-m"
+    assert read.data.base_model is None, "no hub knows a folder"
+    assert read.data.library_name == "diffusers"
+    assert read.data.instance_prompt == "a photo of a pkblz ball"
+    assert read.data.tags == ["text-to-image", "dreambooth", "stable-diffusion"]
+    assert (tmp_path / "out" / "samples.png").read_bytes() == run.sample_grid(4).read_bytes()
+    for said in ("likeness to the photos | 0.500", "It was found: memorised.", "| steps | 4 |", "3 class images"):
+        assert said in read.text
+    assert "agreement with prompts" not in read.text
+    StableDiffusionPipeline.from_pretrained(tmp_path / "out")
+
+    export(str(run.model), tmp_path / "model", Format.diffusers)
+    assert not (tmp_path / "model" / "README.md").exists(), "of a model alone nothing is known"
+
+
+HOSTILE = [
+    "---\n# x",
+    "`a` ``b``",
+    "a: [b",
+    '"quoted"',
+    "\u202eright to left",
+    "<script>alert(1)</script>",
+    "x" * 9000,
+    "💟",
+    "\x7f\x85\u2028",
+]
+
+
+@pytest.mark.parametrize("words", HOSTILE, ids=range(len(HOSTILE)))
+def test_any_words_stay_words(make_config, miniature, tmp_path, words):
+    config = make_config(subject={"identifier": words, "class": words}, model={"name": "owner/name"})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "evaluation.json").write_text('{"backbone": "cut o')
+    text = card(miniature, Run(tmp_path / "run"), config, has_samples=False)
+    read = ModelCard(text)
+    assert read.data.instance_prompt == f"a photo of a {words} {words}"
+    assert read.data.base_model == "owner/name"
+    assert read.data.license == "other"
+    code = read.text.split("python\n")[1].split("\n```")[0]
+    compile(code, "card", "exec")
+    assert "## Scores" not in text
+    assert read.text.lstrip().startswith("# run")
