@@ -94,6 +94,8 @@ def train(
     print(f"model: {run.model}")
     if (pictures := run.sample_grid(settings.train.steps)).exists():
         print(f"pictures: {pictures}")
+    if run.report.exists():
+        print(f"report: {run.report}")
 
 
 @app.command()
@@ -191,6 +193,24 @@ def sample(
         reading=_reading(prediction_type, tokenizer, vae, ema),
     )
     print(f"pictures: {out}")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN [RUN ...]", help="Folders of runs, such as runs/NAME.")],
+    out: Annotated[
+        Path | None, typer.Option(help="HTML file to write; default: RUN/report.html, of several runs comparison.html.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Write a page on a run, or one that compares several: one file, with everything in it."""
+    from lowvram_db.report import write_comparison, write_report
+
+    if len(runs) == 1:
+        written = write_report(runs[0], out)
+    else:
+        written = write_comparison(runs, out or Path("comparison.html"))
+    print(f"report: {written}")
 
 
 @cache_app.command()

@@ -29,7 +29,16 @@ from lowvram_db.plan.result import Plan
 from lowvram_db.plan.show import does_not_fit, summary
 from lowvram_db.prediction_check import check_prediction
 from lowvram_db.progress import say
-from lowvram_db.results import sample_result, sample_trainer, save_model, stages, write_single_file
+from lowvram_db.report import write_report
+from lowvram_db.results import (
+    has_base_grid,
+    sample_base,
+    sample_result,
+    sample_trainer,
+    save_model,
+    stages,
+    write_single_file,
+)
 from lowvram_db.run import Run
 from lowvram_db.train import checkpoint
 from lowvram_db.train.batches import Batches
@@ -108,11 +117,15 @@ def _run(config: Config, resume: str) -> Run:
                     check_prediction(config, family, store, photos, device, meter.begins)
                 concept = _concept(config, family, run, photos, store, device, plan.prior_batch, meter.begins)
                 release_memory()
+                if start is None or not has_base_grid(config, run):
+                    draw = partial(sample_base, config, run, family, device, plan.sample_batch, meter.begins)
+                    optional(draw, "pictures of the base model")
                 cached = encode_all(config, family, store, concept, device, meter.begins)
                 _train(config, family, run, concept, cached, device, start, plan, meter)
                 release_memory()
                 sample = partial(sample_result, config, run, device, plan.sample_batch, meter.begins)
                 optional(sample, "pictures of the result")
+            optional(partial(write_report, run.folder), "report")
             write_single_file(config, run)
     return run
 
@@ -217,6 +230,14 @@ def _train(
         f"training {sum(parameter.numel() for parameter in trainer.parameters) / 1e6:.1f} M weights on {device}, "
         f"{arithmetic}, attention {trainer.attention}, optimizer {config.optimizer.name}"
     )
-    train(trainer, run, partial(sample_trainer, trainer, plan.sample_batch), meter.begins)
+    train(trainer, run, partial(_look, trainer, run, plan.sample_batch), meter.begins)
     meter.begins("saving")
     save_model(trainer, run, began_at)
+
+
+def _look(trainer: Trainer, run: Run, at_once: int, path: Path) -> None:
+    """Pictures on the way, and a report, with or without them."""
+    try:
+        sample_trainer(trainer, run, at_once, path)
+    finally:
+        optional(partial(write_report, run.folder), f"step {trainer.step}: report")
