@@ -8,6 +8,7 @@ import json
 import shutil
 import sys
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -206,11 +207,8 @@ def report(
     """Write a page on a run, or one that compares several: one file, with everything in it."""
     from lowvram_db.report import write_comparison, write_report
 
-    if len(runs) == 1:
-        written = write_report(runs[0], out)
-    else:
-        written = write_comparison(runs, out or Path("comparison.html"))
-    print(f"report: {written}")
+    several = partial(write_comparison, runs, out or Path("comparison.html"))
+    print(f"report: {several() if len(runs) > 1 else write_report(runs[0], out)}")
 
 
 @cache_app.command()

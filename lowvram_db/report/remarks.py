@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from lowvram_db.memory.size import gib
 from lowvram_db.report.scores import Evaluation
-from lowvram_db.report.story import Story, finite
+from lowvram_db.report.story import Story
 
 _FEWEST_PHOTOS = 3
 _FORGOTTEN = 1.1  # times its loss before training, a class is on its way to be forgotten
@@ -40,14 +40,14 @@ def remarks(story: Story, evaluation: Evaluation | None) -> Iterator[str]:
 def _of_validation(story: Story) -> Iterator[str]:
     last = {name: points[-1][1] for name, points in story.metrics.items() if name.startswith("validation_")}
     if last.get("validation_class", 1.0) > _FORGOTTEN:
-        yield f"The loss on class images has risen to {last['validation_class']:.2f} times its beginning: the class is being forgotten."
+        risen = f"{last['validation_class']:.2f} times its beginning"
+        yield f"The loss on class images has risen to {risen}: the class is being forgotten."
     held_out, subject = last.get("validation_held_out"), last.get("validation_subject")
     if held_out is not None and subject is not None and subject < _MEMORISED and held_out > 1.0:
-        yield "The loss falls on the photos that are trained on, and rises on those kept back: they are being memorised."
+        yield "The loss falls on the photos trained on and rises on those kept back: they are being memorised."
 
 
 def _of_memory(story: Story) -> Iterator[str]:
-    budget = finite(story.plan.get("budget_bytes"))
     peak = max((value for _, value in story.metrics.get("peak_bytes", [])), default=0.0)
-    if budget and peak > budget:
-        yield f"A step has taken {gib(peak)}, more than the budget of {gib(budget)}."
+    if story.budget and peak > story.budget:
+        yield f"A step has taken {gib(peak)}, more than the budget of {gib(story.budget)}."

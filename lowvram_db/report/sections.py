@@ -1,11 +1,9 @@
 """The parts of a run's page that are no pictures: what it is, curves, memory, and how to make it again."""
 
-from typing import Any
-
 from lowvram_db.memory.size import gib
 from lowvram_db.report.curves import Curve, chart, noisy, wide
 from lowvram_db.report.markup import Html, element, foreign, shortened
-from lowvram_db.report.story import Story, finite
+from lowvram_db.report.story import Story
 
 _LONGEST_TOML = 100_000  # characters
 VALIDATION = {
@@ -65,41 +63,34 @@ def _unless_zero(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
 
 def memory(story: Story) -> Html | None:
     """What the plan said of each phase beside what was measured."""
-    phases = [_phase(phase) for phase in story.plan.get("phases", [])]
-    if not phases:
+    if not story.phases:
         return None
-    budget = finite(story.plan.get("budget_bytes"))
-    largest = max([budget or 0, *(value or 0 for _, *values in phases for value in values)])
+    largest = max([story.budget or 0, *(value or 0 for _, *values in story.phases for value in values)])
     head = element("tr", *(element("th", text, scope="col") for text in ("phase", "predicted", "measured")))
     rows = [
-        element("tr", element("th", name, scope="row"), _bar(predicted, largest, name), _bar(measured, largest, name))
-        for name, predicted, measured in phases
+        element(
+            "tr",
+            element("th", foreign(name, 80), scope="row"),
+            _bar(predicted, largest, f"{name}, predicted"),
+            _bar(measured, largest, f"{name}, measured"),
+        )
+        for name, predicted, measured in story.phases
     ]
-    strategy = story.plan.get("strategy")
-    how = str(strategy.get("name", "")) if isinstance(strategy, dict) else ""
-    said = [f"With {how}" if how else "", f"inside {gib(budget)}" if budget else "no budget was given"]
+    inside = f"inside {gib(story.budget)}" if story.budget else "no budget was given"
+    said = filter(None, [shortened(story.strategy, 80), inside])
     return element(
         "div",
-        element("p", ", ".join(filter(None, said)) + "."),
+        element("p", "; ".join(said)),
         wide("Memory by phase", element("table", element("thead", head), element("tbody", rows))),
-        element("p", "Predicted: what PyTorch's allocator gives out on a GPU. Measured: that, or on a CPU the most that "
-                     "the whole process has taken so far.", class_="soft"),
+        element("p", "Predicted: what PyTorch's allocator gives out on a GPU. Measured: that, or on a CPU the most "
+                     "that the whole process has taken so far.", class_="soft"),
     )  # fmt: skip
 
 
-def _phase(phase: dict[str, Any]) -> tuple[str, float | None, float | None]:
-    peak, context = finite(phase.get("peak_bytes")), finite(phase["components"].get("context"))
-    return (
-        shortened(str(phase["name"]), 80),
-        None if peak is None else peak - (context or 0),
-        finite(phase.get("measured_bytes")),
-    )
-
-
-def _bar(value: float | None, largest: float, phase: str) -> Html:
+def _bar(value: float | None, largest: float, what: str) -> Html:
     if value is None:
         return element("td", "–")
-    label = f"{phase}: {gib(value)}"
+    label = f"{shortened(what, 80)}: {gib(value)}"
     return element(
         "td", element("meter", min=0, max=int(largest) or 1, value=int(value), aria_label=label), " ", gib(value)
     )
@@ -113,8 +104,8 @@ def reproduction(story: Story) -> Html | None:
         "div",
         element("p", "Save this as ", element("code", "again.toml"), ", with another name under ",
                 element("code", "[output]"), ", and run ", element("code", "lowvram-db train again.toml"),
-                " in the folder that its paths start from. On the same kind of machine with the same versions the result "
-                "is the same bit for bit on a CPU."),
+                " in the folder that its paths start from. On the same kind of machine with the same versions the "
+                "result is the same bit for bit on a CPU."),
         element("pre", shortened(story.toml, _LONGEST_TOML), tabindex=0, dir="auto", aria_label="config.toml",
                 role="region"),
     )  # fmt: skip

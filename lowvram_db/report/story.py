@@ -37,6 +37,14 @@ class Photo(NamedTuple):
     small: Image.Image
 
 
+class Phase(NamedTuple):
+    """What a plan said of one phase, and what it came to; bytes, None where that is not known."""
+
+    name: str
+    predicted: float | None  # what PyTorch's allocator gives out on a GPU
+    measured: float | None
+
+
 @dataclass
 class Story:
     """What is known of one run."""
@@ -45,7 +53,9 @@ class Story:
     settings: dict[str, Any] = field(default_factory=dict)  # by dotted key, as config.toml has them
     toml: str = ""
     metrics: dict[str, list[Point]] = field(default_factory=dict)  # by name, in the order of steps
-    plan: dict[str, Any] = field(default_factory=dict)
+    phases: list[Phase] = field(default_factory=list)  # of plan.json
+    strategy: str = ""
+    budget: float | None = None  # bytes
     pictures: dict[int, dict[Drawn, Image.Image]] = field(default_factory=dict)  # by step; of step 0 the base model's
     sheets: dict[int, Image.Image] = field(default_factory=dict)  # of versions that did not tell what is where
     photos: list[Photo] = field(default_factory=list)
@@ -138,7 +148,16 @@ def _read_line(line: str) -> dict[str, Any] | None:
 
 
 def _plan(story: Story, run: Run) -> None:
-    story.plan = _json(run.plan)
+    plan = _json(run.plan)
+    if plan:
+        story.strategy, story.budget = str(plan["strategy"]["name"]), finite(plan["budget_bytes"])
+        story.phases = [_phase(phase) for phase in plan["phases"]]
+
+
+def _phase(phase: dict[str, Any]) -> Phase:
+    peak, context = finite(phase["peak_bytes"]), finite(phase["components"]["context"])
+    predicted = None if peak is None or context is None else peak - context
+    return Phase(str(phase["name"]), predicted, finite(phase.get("measured_bytes")))
 
 
 def _evaluation(story: Story, run: Run) -> None:
