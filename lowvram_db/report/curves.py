@@ -61,15 +61,16 @@ def ticks(low: float, high: float) -> list[float]:
     return [number * distance for number in range(first, last + 1)]
 
 
-def chart(title: str, curves: list[Curve], remark: str = "") -> Html | None:
+def chart(title: str, curves: list[Curve], remark: str = "", *, from_zero: bool = False) -> Html | None:
     """A chart with its scales, its values at any step, and some of them as a table; None where there is nothing to
-    draw."""
+    draw. from_zero: whether the scale of the values begins there, so that heights compare."""
     drawn = [Curve(c.label, thinned(c.points), c.colour, c.faint) for c in curves if c.points]
     if not drawn:
         return None
     steps = [step for curve in drawn for step, _ in curve.points]
     first, last = min(steps), max(steps)
-    scale = ticks(*_range([value for curve in drawn for _, value in curve.points]))
+    values = [value for curve in drawn for _, value in curve.points]
+    scale = ticks(0.0 if from_zero else min(values), max(values))
     told = [curve for curve in drawn if not curve.faint]
     data = [{"label": shortened(curve.label, 60), "points": curve.points} for curve in told]
     return element(
@@ -98,10 +99,6 @@ def chart(title: str, curves: list[Curve], remark: str = "") -> Html | None:
     )
 
 
-def _range(values: list[float]) -> tuple[float, float]:
-    return min(values), max(values)
-
-
 def _key(curve: Curve) -> Html:
     return element("li", element("span", class_=f"line colour-{curve.colour % COLOURS}"), element("bdi", curve.label))
 
@@ -115,11 +112,10 @@ def _drawing(title: str, curves: list[Curve], first: int, last: int, scale: list
 
     lines = [f"M0,{place(first, tick).partition(',')[2]}H{_WIDTH}" for tick in scale]
     paths = [
-        element(
-            "path",
-            # A point by itself is a line of no length, which round ends make visible.
-            d="M" + "L".join(place(*point) for point in (curve.points * 2 if len(curve.points) == 1 else curve.points)),
-            class_=f"colour-{curve.colour % COLOURS}" + (" faint" if curve.faint else ""),
+        # A point by itself is a line of no length, which round ends make visible.
+        _path(
+            "M" + "L".join(place(*point) for point in (curve.points * 2 if len(curve.points) == 1 else curve.points)),
+            f"colour-{curve.colour % COLOURS}" + (" faint" if curve.faint else ""),
         )
         for curve in curves
     ]
@@ -130,14 +126,18 @@ def _drawing(title: str, curves: list[Curve], first: int, last: int, scale: list
     )
     return element(
         "svg",
-        element("path", d="".join(lines), class_="grid"),
+        _path("".join(lines), "grid"),
         paths,
-        element("path", d=f"M0,0V{_HEIGHT}", class_="cursor"),
+        _path(f"M0,0V{_HEIGHT}", "cursor"),
         viewBox=f"0 0 {_WIDTH} {_HEIGHT}",
         preserveAspectRatio="none",
         role="img",
         aria_label=f"{title}, steps {first} to {last}: {said}",
     )
+
+
+def _path(d: str, class_: str) -> Html:
+    return element("path", d=d, class_=class_, vector_effect="non-scaling-stroke")
 
 
 def _table(title: str, curves: list[Curve]) -> Html:

@@ -38,9 +38,7 @@ def before_and_after(story: Story, scale: float) -> Html | None:
     if not common:
         return None
     pairs = [element("div", _pair(story, drawn, first, last, scale), data_choice=choice_of(drawn)) for drawn in common]
-    intro = (
-        f"The same noise, drawn by the {step_name(first)} and at {step_name(last)}. Move the edge, or use the arrows."
-    )
+    intro = f"From the same noise: {step_name(first)} and {step_name(last)}. Move the edge, also by the arrow keys."
     return element("div", element("p", intro), picker(common), element("div", pairs, class_="pairs"))
 
 

@@ -50,8 +50,8 @@ def curves(story: Story) -> Html | None:
         ),
         chart("Validation", validation, "loss on fixed pictures at fixed noises, as a ratio to the base model's"),
         chart("Learning rate", [Curve("learning rate", metrics.get("lr", []), 0)]),
-        chart("Memory", [Curve("peak so far", peak, 0)], "GiB; on a CPU, of the whole process"),
-        chart("Seconds a step", noisy("seconds", metrics.get("seconds", []), 0)),
+        chart("Memory", [Curve("peak so far", peak, 0)], "GiB; on a CPU, of the whole process", from_zero=True),
+        chart("Seconds a step", noisy("seconds", metrics.get("seconds", []), 0), from_zero=True),
     ]
     return element("div", charts, class_="charts") if any(charts) else None
 

@@ -147,7 +147,8 @@ SPOILS = {
         HEADINGS - {"Curves"},
     ),
     "no metrics": (lambda run: (run / "metrics.jsonl").unlink(), "there are no curves", HEADINGS - {"Curves"}),
-    "a cut sheet": (lambda run: cut(run / "samples" / "step-000020.png"), "step-000020.png", HEADINGS),
+    "a cut sheet": (
+        lambda run: cut(run / "samples" / "step-000020.png"), "step-000020.png", HEADINGS - {"Over the steps"}),
     "a plan of another form": (lambda run: (run / "plan.json").write_text("[]"), "plan.json", HEADINGS - {"Memory"}),
     "a plan of nonsense": (
         lambda run: (run / "plan.json").write_text('{"phases": [3]}'), "plan: cannot be read", HEADINGS - {"Memory"}),
