@@ -3,9 +3,14 @@
 import json
 import os
 import shutil
-import subprocess
+import signal
 import time
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # on Windows, where nothing here is used
+    fcntl = None
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 _QUIET = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
@@ -24,13 +29,14 @@ class Browser:
     def __init__(self, folder: Path):
         to_browser, self._out = os.pipe()
         self._in, from_browser = os.pipe()
+        # The browser reads from its descriptor 3 and writes to 4, which must not be those of another pipe.
+        ends = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (to_browser, from_browser)]
+        wiring = [(os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0)]
+        wiring += [(os.POSIX_SPAWN_DUP2, end, number) for end, number in zip(ends, (3, 4), strict=True)]
         command = [chromium(), *_QUIET, f"--user-data-dir={folder}", "about:blank"]
-        # The browser reads from its descriptor 3 and writes to 4.
-        shell = ["sh", "-c", f'exec "$@" 3<&{to_browser} 4>&{from_browser}', "sh", *command]
-        self._process = subprocess.Popen(
-            shell, pass_fds=(to_browser, from_browser), stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        os.close(to_browser), os.close(from_browser)
+        self._process = os.posix_spawn(command[0], command, os.environ, file_actions=wiring)
+        for end in (to_browser, from_browser, *ends):
+            os.close(end)
         self.events, self._unread, self._number, self._session = [], b"", 0, None
         target = self.ask("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -81,9 +87,10 @@ class Browser:
         self.ask("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
     def close(self):
-        os.close(self._out), os.close(self._in)
-        self._process.kill()
-        self._process.wait()
+        for end in (self._out, self._in):
+            os.close(end)
+        os.kill(self._process, signal.SIGKILL)
+        os.waitpid(self._process, 0)
 
     def _read(self):
         while b"\0" not in self._unread:

@@ -13,9 +13,7 @@ driver = module_from_spec(_spec)
 _spec.loader.exec_module(driver)
 
 pytestmark = [
-    pytest.mark.skipif(
-        sys.platform == "win32", reason="the browser is driven over pipes that Windows does not hand on"
-    ),
+    pytest.mark.skipif(sys.platform == "win32", reason="Windows hands no pipes on to a browser"),
     pytest.mark.skipif(driver.chromium() is None, reason="there is no Chromium (Debian: apt install chromium)"),
 ]
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
@@ -59,13 +57,13 @@ def test_one_guidance_scale_and_seed_at_a_time(page):
 
 
 def test_values_are_read_off_by_mouse_and_keys(page):
-    said = "document.querySelector('.chart output').textContent"
-    page.value("document.querySelector('.chart').scrollIntoView()")
-    left, top, width, height = page.value(BOX.format(".chart svg"))
+    said = "document.querySelector('[aria-labelledby=curves] .chart output').textContent"
+    page.value("document.querySelector('[aria-labelledby=curves] .chart').scrollIntoView()")
+    left, top, width, height = page.value(BOX.format("[aria-labelledby=curves] .chart svg"))
     page.move(left + width / 2, top + height / 2)
     step = int(page.value(said).partition(":")[0])
     assert 19 <= step <= 22 and "subject 0.2" in page.value(said) and "class 0.1" in page.value(said)
-    page.value("document.querySelector('.chart input').focus()")
+    page.value("document.querySelector('[aria-labelledby=curves] .chart input').focus()")
     page.press("ArrowRight")
     assert page.value(said).startswith(f"{step + 1}: ")
 
