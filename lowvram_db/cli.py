@@ -8,6 +8,7 @@ import json
 import shutil
 import sys
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -104,6 +105,8 @@ def train(
     print(f"model: {run.model}")
     if (pictures := run.sample_grid(settings.train.steps)).exists():
         print(f"pictures: {pictures}")
+    if run.report.exists():
+        print(f"report: {run.report}")
 
 
 @app.command()
@@ -233,6 +236,21 @@ def evaluate(
     hide_loading_bars()
     result = judge(run, prompts, backbone, seeds, overrides or [])
     print(json.dumps(result, indent=1) if as_json else "\n".join(lines(result)))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN [RUN ...]", help="Folders of runs, such as runs/NAME.")],
+    out: Annotated[
+        Path | None, typer.Option(help="HTML file to write; default: RUN/report.html, of several runs comparison.html.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Write a page on a run, or one that compares several: one file, with everything in it."""
+    from lowvram_db.report import write_comparison, write_report
+
+    several = partial(write_comparison, runs, out or Path("comparison.html"))
+    print(f"report: {several() if len(runs) > 1 else write_report(runs[0], out)}")
 
 
 @cache_app.command()

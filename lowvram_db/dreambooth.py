@@ -32,7 +32,16 @@ from lowvram_db.plan.result import Plan
 from lowvram_db.plan.show import does_not_fit, summary
 from lowvram_db.prediction_check import check_prediction
 from lowvram_db.progress import say
-from lowvram_db.results import sample_result, sample_trainer, save_model, stages, write_single_file
+from lowvram_db.report import write_report
+from lowvram_db.results import (
+    has_base_grid,
+    sample_base,
+    sample_result,
+    sample_trainer,
+    save_model,
+    stages,
+    write_single_file,
+)
 from lowvram_db.run import Run
 from lowvram_db.train import checkpoint
 from lowvram_db.train.batches import Batches
@@ -114,11 +123,16 @@ def _run(config: Config, resume: str, strict: bool) -> Run:
                 if start is None:
                     check_prediction(config, family, store, photos, device, meter.begins)
                 concept = _concept(config, family, photos, store, device, plan.prior_batch, meter.begins)
+                release_memory()
+                if start is None or not has_base_grid(config, run):
+                    draw = partial(sample_base, config, run, family, device, plan.sample_batch, meter.begins)
+                    optional(draw, "pictures of the base model")
                 while (done := _train(config, family, run, concept, store, device, start, plan, meter)) < steps:
                     start = run.checkpoint(done)  # a further stage begins as a run that goes on does
                 release_memory()
                 sample = partial(sample_result, config, run, device, plan.sample_batch, meter.begins)
                 optional(sample, "pictures of the result")
+            optional(partial(write_report, run.folder), "report")
             write_single_file(config, run)
     return run
 
@@ -233,8 +247,16 @@ def _train(
         f"training {sum(parameter.numel() for parameter in trainer.parameters) / 1e6:.1f} M weights on {device}, "
         f"{arithmetic}, attention {trainer.attention}, optimizer {config.optimizer.name}"
     )
-    train(trainer, run, partial(sample_trainer, trainer, plan.sample_batch), meter.begins)
+    train(trainer, run, partial(_look, trainer, run, plan.sample_batch), meter.begins)
     if trainer.step == config.train.steps:
         meter.begins("saving")
         save_model(trainer, run, began_at)
     return trainer.step
+
+
+def _look(trainer: Trainer, run: Run, at_once: int, path: Path) -> None:
+    """Pictures on the way, and a report, with or without them."""
+    try:
+        sample_trainer(trainer, run, at_once, path)
+    finally:
+        optional(partial(write_report, run.folder), f"step {trainer.step}: report")

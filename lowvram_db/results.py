@@ -1,5 +1,6 @@
 """What a run leaves behind: the finished model, as a folder and as one file, and sheets of its pictures."""
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,14 +10,19 @@ from PIL import Image
 
 from lowvram_db.atomic import creating_folder, free_name, rename, replacing_file
 from lowvram_db.config import Config
+from lowvram_db.errors import UserError
 from lowvram_db.families import open_model
+from lowvram_db.families.base import Family
 from lowvram_db.families.draw import Drawer
 from lowvram_db.formats.export import export_run
 from lowvram_db.memory.device import DTYPES, release_memory
 from lowvram_db.progress import say
 from lowvram_db.run import Run
 from lowvram_db.sampling import grid_of_model, sample_grid
+from lowvram_db.sheet import Grid, read_grid, save_sheet
 from lowvram_db.train.loop import Trainer
+
+_BASE = "base model"
 
 
 def save_model(trainer: Trainer, run: Run, began_at: int) -> None:
@@ -53,7 +59,23 @@ def write_single_file(config: Config, run: Run) -> None:
         say(f"single file: {path}")
 
 
-def sample_trainer(trainer: Trainer, at_once: int, path: Path) -> None:
+def sample_base(
+    config: Config, run: Run, family: Family, device: torch.device, at_once: int, begins: Callable[[str], None]
+) -> None:
+    """The sample grid of the base model, as of step 0: it stands above all that follow."""
+    draw = _of_model(config, family, device, at_once, begins)
+    _write_sheet(run.sample_grid(0), None, _BASE, _drawn(config, draw))
+
+
+def has_base_grid(config: Config, run: Run) -> bool:
+    """Whether it is there, and was drawn for what is asked for now."""
+    base, sample, side = _base_grid(run), config.sample, config.train.resolution
+    prompts = [config.fill(prompt) for prompt in sample.prompts]
+    asked_for = Grid(prompts, sample.guidance, sample.seeds, sample.steps, [[Image.new("RGB", (side, side))]])
+    return base is not None and base.compares_with(asked_for)
+
+
+def sample_trainer(trainer: Trainer, run: Run, at_once: int, path: Path) -> None:
     """The sample grid of a model in training: its own networks, the cached conditioning, a VAE for the moment."""
     drawer = Drawer(
         trainer.family,
@@ -65,17 +87,17 @@ def sample_trainer(trainer: Trainer, at_once: int, path: Path) -> None:
         autocast=trainer.autocast,
     )
     with trainer.as_sampled():
-        _write_grid(trainer.config, path, partial(sample_grid, drawer, text=trainer.text))
+        grid = _drawn(trainer.config, partial(sample_grid, drawer, text=trainer.text))
+    _write_sheet(path, _base_grid(run), f"step {trainer.step}", grid)
     del drawer
     release_memory()
 
 
 def sample_result(config: Config, run: Run, device: torch.device, at_once: int, begins: Callable[[str], None]) -> None:
     """The sample grid of model/, drawn by what stands on the disk."""
-    family = open_model(str(run.model))
-    compute, told = config.precision.compute, stages("sampling", begins)
-    draw = partial(grid_of_model, family, compute=compute, device=device, at_once=at_once, begins=told)
-    _write_grid(config, run.sample_grid(config.train.steps), draw)
+    draw = _of_model(config, open_model(str(run.model)), device, at_once, begins)
+    steps = config.train.steps
+    _write_sheet(run.sample_grid(steps), _base_grid(run), f"step {steps}", _drawn(config, draw))
 
 
 def stages(what: str, begins: Callable[[str], None]) -> Callable[[str], None]:
@@ -83,14 +105,31 @@ def stages(what: str, begins: Callable[[str], None]) -> Callable[[str], None]:
     return lambda stage: begins(f"{what}, {stage}")
 
 
-def _write_grid(config: Config, path: Path, draw: Callable[..., Image.Image]) -> None:
+def _of_model(
+    config: Config, family: Family, device: torch.device, at_once: int, begins: Callable[[str], None]
+) -> Callable[..., Grid]:
+    compute, told = config.precision.compute, stages("sampling", begins)
+    return partial(grid_of_model, family, compute=compute, device=device, at_once=at_once, begins=told)
+
+
+def _drawn(config: Config, draw: Callable[..., Grid]) -> Grid:
     sample = config.sample
-    grid = draw(
+    return draw(
         prompts=[config.fill(prompt) for prompt in sample.prompts],
         guidance=sample.guidance,
         seeds=sample.seeds,
         steps=sample.steps,
         resolution=config.train.resolution,
     )
+
+
+def _write_sheet(path: Path, base: Grid | None, model: str, grid: Grid) -> None:
+    above = {_BASE: base} if base is not None and base.compares_with(grid) else {}
     with replacing_file(path) as temporary:
-        grid.save(temporary, format="PNG")
+        save_sheet(temporary, {**above, model: grid})
+
+
+def _base_grid(run: Run) -> Grid | None:
+    with contextlib.suppress(UserError):  # it is only shown for comparison
+        return read_grid(run.sample_grid(0)) if run.sample_grid(0).exists() else None
+    return None

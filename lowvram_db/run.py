@@ -1,6 +1,7 @@
 """The folder of one run: where everything is, and who may write to it."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from lowvram_db.errors import UserError
 from lowvram_db.lock import hold, hold_by_existence
 
 _HEADER = "# The settings of this run as they were resolved, written by lowvram-db.\n"
-_STEP = r"step-\d{6,}"  # names of checkpoints
+_FILES = r"config\.toml|plan\.json|metrics\.jsonl|report\.html"
+_STEP = r"step-(\d{6,})"  # names of checkpoints
 
 
 class Run:
@@ -28,6 +30,7 @@ class Run:
         self.model = folder / "model"
         self.metrics = folder / "metrics.jsonl"
         self.tensorboard = folder / "tensorboard"
+        self.report = folder / "report.html"
 
     @classmethod
     def of(cls, config: Config) -> "Run":
@@ -48,7 +51,9 @@ class Run:
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be used as a folder ({error}); change output.dir") from error
         try:
-            remove_leftovers(self.folder, r"config\.toml|plan\.json|metrics\.jsonl|model|.*-\d{6,}\.safetensors")
+            remove_leftovers(
+                self.folder, r"config\.toml|plan\.json|metrics\.jsonl|report\.html|model|.*-\d{6,}\.safetensors"
+            )
             remove_leftovers(self.checkpoints, _STEP)
             remove_leftovers(self.samples, rf"{_STEP}\.png")
             yield
@@ -57,6 +62,14 @@ class Run:
 
     def sample_grid(self, step: int) -> Path:
         return self.samples / f"step-{step:06d}.png"
+
+    def sample_grids(self) -> list[Path]:
+        """Those that are there, in the order of steps."""
+        return [self.sample_grid(step) for step in _steps(self.samples, r"\.png")]
+
+    def checkpoint_steps(self) -> list[int]:
+        """By the names that are there."""
+        return _steps(self.checkpoints)
 
     def single_file(self, step: int) -> Path:
         return self.folder / f"{self.folder.name}-{step:06d}.safetensors"
@@ -70,6 +83,12 @@ class Run:
             raise UserError(f"{self.config}: is not of a run; move it elsewhere, or choose another output.name")
         with replacing_file(self.config) as temporary:
             temporary.write_text(_HEADER + config.to_toml(), encoding="utf-8")
+
+
+def _steps(folder: Path, suffix: str = "") -> list[int]:
+    """Of what is called by its step in a folder; none where it is not there."""
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(match[1]) for name in names if (match := re.fullmatch(_STEP + suffix, name)))
 
 
 def _is_ours(config: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Grids of pictures: prompts down, guidance scales and seeds across."""
+"""Pictures of a model: every prompt at every guidance scale with every seed."""
 
 import math
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from lowvram_db.atomic import replacing_file
 from lowvram_db.errors import UserError
@@ -18,9 +18,7 @@ from lowvram_db.families.text import encoded
 from lowvram_db.formats.reading import AS_IT_IS, Reading
 from lowvram_db.memory.device import pick_device, picture_dtypes, say_emulation
 from lowvram_db.progress import Bar
-
-_GAP = 4  # pixels between cells
-_INK, _PAPER = "black", "white"
+from lowvram_db.sheet import Grid, save_sheet
 
 
 def sample_grid(
@@ -32,8 +30,8 @@ def sample_grid(
     seeds: int,
     steps: int,
     resolution: int,
-) -> Image.Image:
-    """Draw every prompt at every guidance scale with seeds 0..seeds-1 into a labelled grid, a row together.
+) -> Grid:
+    """Draw every prompt at every guidance scale with seeds 0..seeds-1, a row together.
 
     text: gives the text part of the conditioning of prompts, and of NO_PROMPT.
     """
@@ -45,7 +43,7 @@ def sample_grid(
             for picture in drawer.draw(text([prompt, NO_PROMPT]), across, steps=steps, resolution=resolution):
                 rows[-1].append(picture)
                 bar.advance()
-    return draw_grid(rows, prompts, [f"guidance {scale:g}, seed {seed}" for seed, scale in across])
+    return Grid(prompts, guidance, seeds, steps, rows)
 
 
 def grid_of_model(
@@ -57,7 +55,7 @@ def grid_of_model(
     at_once: int,
     begins: Callable[[str], None] = lambda stage: None,
     **how: Any,
-) -> Image.Image:
+) -> Grid:
     """The grid of a model on disk: its text encoders have gone before its denoiser comes."""
     dtype, _ = picture_dtypes(compute, device)
     known = dict(encoded(family, list(dict.fromkeys([*prompts, NO_PROMPT])), device, dtype))
@@ -97,7 +95,7 @@ def sample_model(
         resolution=resolution or family.native_resolution,
     )
     with replacing_file(out) as temporary:
-        grid.save(temporary, format="PNG")
+        save_sheet(temporary, {"": grid})
 
 
 def parse_scales(text: str) -> list[float]:
@@ -109,42 +107,3 @@ def parse_scales(text: str) -> list[float]:
     if not scales or not all(0 <= scale < math.inf for scale in scales):
         raise UserError(f"--guidance {text}: write numbers with commas between, for example 7,11")
     return scales
-
-
-def draw_grid(rows: list[list[Image.Image]], row_labels: list[str], column_labels: list[str]) -> Image.Image:
-    """Pictures of one size as a table: row labels at the left, column labels on top, wrapped to fit."""
-    width, height = rows[0][0].size
-    font = ImageFont.load_default(size=max(11, min(width, height) // 20))
-    label_width = max(120, width // 2)
-    header = _label_height(column_labels, width, font)
-    row_height = max(height, _label_height(row_labels, label_width, font))
-    sheet = Image.new(
-        "RGB",
-        (label_width + len(column_labels) * (width + _GAP), header + len(rows) * (row_height + _GAP)),
-        _PAPER,
-    )
-    draw = ImageDraw.Draw(sheet)
-    for column, label in enumerate(column_labels):
-        draw.multiline_text((label_width + column * (width + _GAP), _GAP), _wrap(label, width, font), _INK, font=font)
-    for row, (label, pictures) in enumerate(zip(row_labels, rows, strict=True)):
-        top = header + row * (row_height + _GAP)
-        draw.multiline_text((_GAP, top), _wrap(label, label_width, font), _INK, font=font)
-        for column, picture in enumerate(pictures):
-            sheet.paste(picture, (label_width + column * (width + _GAP), top))
-    return sheet
-
-
-def _label_height(labels: list[str], width: int, font: Any) -> int:
-    lines = max(_wrap(label, width, font).count("\n") + 1 for label in labels)
-    return lines * (font.size + 6) + 2 * _GAP
-
-
-def _wrap(text: str, width: int, font: Any) -> str:
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) > width - 2 * _GAP and lines[-1]:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return "\n".join(lines)

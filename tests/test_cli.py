@@ -30,7 +30,7 @@ def test_new_then_train_then_sample(lowvram_db, photos, miniature, tmp_path):
     settings = [word for setting in small for word in ("--set", setting)]
     code, out, err = lowvram_db("train", "ball.toml", *settings)
     assert code == 0, err
-    assert out == "model: runs/ball/model\npictures: runs/ball/samples/step-000002.png\n"
+    assert out == "model: runs/ball/model\npictures: runs/ball/samples/step-000002.png\nreport: runs/ball/report.html\n"
     options = ["--guidance", "7", "--seeds", "1", "--steps", "1", "--out", "mine.png"]
     code, out, err = lowvram_db("sample", "runs/ball/model", "--prompt", "a ball", "--prompt", "a box", *options)
     assert (code, out) == (0, "pictures: mine.png\n"), err

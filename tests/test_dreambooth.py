@@ -21,6 +21,7 @@ from lowvram_db.dreambooth import build_cache, run_dreambooth
 from lowvram_db.errors import DoesNotFit, UserError
 from lowvram_db.families.sd import StableDiffusion
 from lowvram_db.memory.device import pick_device
+from lowvram_db.sheet import read_grid
 from lowvram_db.train import checkpoint
 
 
@@ -201,7 +202,7 @@ def test_a_trained_run_goes_by_content(make_config, miniature, photos, tmp_path)
 def test_pictures_on_the_way(make_config):
     run = run_dreambooth(make_config(sample={"every": 1}))
     grids = sorted(path.name for path in run.samples.iterdir())
-    assert grids == [f"step-{step:06d}.png" for step in (1, 2, 3, 4)]
+    assert grids == [f"step-{step:06d}.png" for step in (0, 1, 2, 3, 4)]
 
 
 def test_a_picture_that_fails_ends_no_training(make_config, monkeypatch, capfd):
@@ -210,15 +211,33 @@ def test_a_picture_that_fails_ends_no_training(make_config, monkeypatch, capfd):
     def fail(*_, **__):
         raise ZeroDivisionError("in a solver")
 
-    monkeypatch.setattr("lowvram_db.sampling.draw_grid", fail)
+    monkeypatch.setattr("lowvram_db.sheet.draw_grid", fail)
     run = run_dreambooth(make_config(sample={"every": 2}))
     said = capfd.readouterr().err
+    assert "pictures of the base model left out: in a solver" in said
     assert "step 2: pictures left out: in a solver" in said
     assert "pictures of the result left out: in a solver" in said
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in unet_of(run).items())
     monkeypatch.undo()
     run_dreambooth(make_config(sample={"every": 2}))
     assert run.sample_grid(4).exists(), "the same command draws what was left out"
+
+
+def test_the_base_models_pictures_stand_above_and_are_drawn_anew_where_others_are_asked_for(make_config):
+    """They are those of the model that training begins with: of one that does not learn, the same as every other's."""
+    still = {"lr": 1e-30, "steps": 2}
+    run = run_dreambooth(make_config(train=still))
+    base, result = read_grid(run.sample_grid(0)), read_grid(run.sample_grid(2))
+    assert list(base.pictures) == list(result.pictures)
+    assert all(base.pictures[drawn].tobytes() == picture.tobytes() for drawn, picture in result.pictures.items())
+    alone = 3 * (64 + 4)
+    assert Image.open(run.sample_grid(2)).height - Image.open(run.sample_grid(0)).height >= alone
+
+    drawn_at = run.sample_grid(0).stat().st_mtime_ns
+    run_dreambooth(make_config(train=still | {"steps": 3}))
+    assert run.sample_grid(0).stat().st_mtime_ns == drawn_at
+    run_dreambooth(make_config(train=still | {"steps": 4}, sample={"prompts": ["a {class}"]}))
+    assert read_grid(run.sample_grid(0)).prompts == read_grid(run.sample_grid(4)).prompts == ["a ball"]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from lowvram_db.config import Config, load
 from lowvram_db.demo.subjects import SUBJECTS
 from lowvram_db.families import open_model
 from lowvram_db.run import Run
-from lowvram_db.sampling import draw_grid
+from lowvram_db.sheet import draw_grid
 
 SUBJECT = SUBJECTS["iridescent-jellyfish"]
 ELSEWHERE = ("in snow", "on grass", "in the desert")

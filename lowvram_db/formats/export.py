@@ -6,18 +6,20 @@ from enum import StrEnum
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from lowvram_db.config import Config, load
 from lowvram_db.errors import UserError
 from lowvram_db.formats.card import write_card
 from lowvram_db.formats.inspect import inspect
 from lowvram_db.formats.layout import EMA_PREFIX
-from lowvram_db.formats.modelspec import Subject, describe, first_picture
+from lowvram_db.formats.modelspec import Subject, describe
 from lowvram_db.formats.reading import AS_IT_IS, Reading
 from lowvram_db.formats.stored import Model, open_stored, predicts, same
 from lowvram_db.formats.written import check_place, dtypes_for, write_folder, write_single_file
 from lowvram_db.progress import say
 from lowvram_db.run import Run
+from lowvram_db.sheet import read_grid
 
 
 class Format(StrEnum):
@@ -100,9 +102,13 @@ def _without_averages(model: Model) -> Model:
 
 
 def _subject(run: Run, config: Config) -> Subject:
-    sample = config.sample
-    sheet = run.sample_grid(config.train.steps)
-    rows, columns = len(sample.prompts), len(sample.guidance) * sample.seeds
-    return Subject(
-        config.fill(config.subject.plain_template), first_picture(sheet, config.train.resolution, rows, columns)
-    )
+    prompt = config.fill(config.subject.plain_template)
+    return Subject(prompt, _first_picture(run.sample_grid(config.train.steps)))
+
+
+def _first_picture(sheet: Path) -> Image.Image | None:
+    try:
+        grid = read_grid(sheet)
+    except UserError:  # the model is whole without it
+        return None
+    return None if grid is None else grid.rows[0][0]

@@ -4,13 +4,11 @@ import base64
 import io
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from PIL import Image
 
-GAP = 4  # pixels between the pictures of a sheet
 HASH = "modelspec.hash_sha256"
 _ORIGINAL = "https://github.com/Stability-AI/generative-models"  # whose names of tensors the file has
 _ARCHITECTURES = {
@@ -74,17 +72,3 @@ def _data_uri(picture: Image.Image) -> str:
     small.thumbnail((_THUMBNAIL, _THUMBNAIL))
     small.save(content, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()
-
-
-def first_picture(sheet: Path, side: int, rows: int, columns: int) -> Image.Image | None:
-    """The first picture on a sheet of samples, whose pictures are at its right and lower ends; None without one.
-
-    side: of a picture in pixels.
-    """
-    try:
-        with Image.open(sheet) as opened:
-            grid = opened.convert("RGB")
-    except OSError:
-        return None
-    left, top = grid.width - columns * (side + GAP), grid.height - rows * (side + GAP)
-    return grid.crop((left, top, left + side, top + side)) if left >= 0 and top >= 0 else None

@@ -342,7 +342,7 @@ class _Journal:
             self.settle()
 
 
-def optional(work: Callable[[], None], what: str) -> None:
+def optional(work: Callable[[], object], what: str) -> None:
     """Do what no training may end for; where it fails, say so and go on."""
     try:
         work()

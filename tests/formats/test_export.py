@@ -14,10 +14,8 @@ from lowvram_db.dreambooth import run_dreambooth
 from lowvram_db.errors import UserError
 from lowvram_db.formats.content import ema_key
 from lowvram_db.formats.export import Format, export, export_run
-from lowvram_db.formats.modelspec import first_picture
 from lowvram_db.formats.reading import Reading
 from lowvram_db.run import Run
-from lowvram_db.sampling import draw_grid
 
 PIPELINES = {"sd1": StableDiffusionPipeline, "sd2": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 VAE, CLIP, SECOND = "first_stage_model.", "cond_stage_model.transformer.", "conditioner.embedders.1.model."
@@ -323,16 +321,6 @@ def test_a_run_in_which_nothing_changed_gives_the_file_it_began_with(write_file,
     family.save(run.model, torch.float16, unet=family.load_denoiser())
     export_run(config, run, tmp_path / "out.safetensors")
     assert same(load_file(tmp_path / "out.safetensors"), load_file(file))
-
-
-def test_the_first_picture_of_a_sheet(tmp_path):
-    colours = [["red", "lime"], ["blue", "white"]]
-    rows = [[Image.new("RGB", (64, 64), colour) for colour in row] for row in colours]
-    draw_grid(rows, ["one", "two"], ["a", "b"]).save(tmp_path / "sheet.png")
-    picture = first_picture(tmp_path / "sheet.png", 64, 2, 2)
-    assert picture.size == (64, 64) and picture.getcolors() == [(64 * 64, (255, 0, 0))]
-    assert first_picture(tmp_path / "sheet.png", 640, 2, 2) is None
-    assert first_picture(tmp_path / "nowhere.png", 64, 2, 2) is None
 
 
 @pytest.mark.parametrize("kind", ["sd2", "sdxl"])
