@@ -74,6 +74,15 @@ class Stream:
     @contextmanager
     def at_rest(self) -> Iterator[None]:
         """While the homes are read and written by others. Raises RuntimeError where a parcel is out."""
+        self.settle()
+        try:
+            yield
+        finally:
+            self._begin()
+
+    def settle(self) -> None:
+        """Return when all copies are done and the homes are whole; to go on takes at_rest(). Raises RuntimeError where
+        a parcel is out."""
         if self._lent:
             raise RuntimeError(f"parcel {self._visit(min(self._lent)).parcel} is still out")
         for number in range(self._taken, self._sent):
@@ -81,8 +90,6 @@ class Stream:
         # Also for the places, for visits are then numbered anew.
         events = (wait.event for waits in (self._free, self._at_home) for wait in waits.values())
         self._lanes.settle([Wait(Why.AT_REST, event) for event in events])
-        yield
-        self._begin()
 
     def _visit(self, number: int) -> Visit:
         return self._visits[number % len(self._visits)]
