@@ -53,9 +53,9 @@ def training(miniature):
             unet, placement = copy.deepcopy(base), None
             if seed is not None:
                 generator, order = random.Random(seed), [unet.get_parameter(name) for name in arriving]
-                if generator.random() < 0.3:
-                    generator.shuffle(order)  # another order than the schedule's is only slower
                 share = order[: generator.randint(1, len(order))]  # the others' state is resident
+                if generator.random() < 0.3:  # what comes out of turn is only late
+                    share.append(share.pop(generator.randrange(len(share))))
                 placement = Rehearsed(share, weights, seed).placement
             optimizer = Adam8(unet.named_parameters(), lr=1e-3, weights=weights, placement=placement)
             optimizer.attach()
