@@ -54,9 +54,11 @@ class Resident:
 class Streamed:
     """The state of some parameters lives in RAM and is on the card for their step alone.
 
-    order: of these parameters' gradients in backward, see schedule.arrivals. One that comes out of turn is stepped right,
-    and late: up to a round of copies goes before it. room: bytes on the card, at least for the largest state; twice that and more lets copies hide behind the
-    computation. ram: with room for state_bytes() of each of them.
+    order: of these parameters' gradients in backward, see schedule.arrivals. One that comes out of turn is stepped
+        right, and late: up to a round of copies goes before it.
+    room: bytes on the card, at least for the largest state; twice that and more lets copies hide behind the
+        computation.
+    ram: with room for state_bytes() of each of them.
     """
 
     def __init__(self, order: Sequence[nn.Parameter], room: int, ram: Ram, lanes: Lanes) -> None:
