@@ -13,6 +13,7 @@ from lowvram_db.kernels.launch import Choice, Implementation
 from lowvram_db.kernels.storage import flat
 from lowvram_db.optim.in_backward import STREAM, InBackward
 from lowvram_db.optim.layout import turned
+from lowvram_db.optim.placement import Resident
 from lowvram_db.optim.storage import DTYPES, SMALLEST, Weights, store
 
 
@@ -48,6 +49,7 @@ class Adafactor(InBackward):
             max_norm=max_norm,
             kernels=kernels,
             device=device,
+            placement=Resident(),
         )
 
     def _make_state(self, weights: Weights, device: torch.device) -> None:

@@ -20,6 +20,7 @@ from lowvram_db.kernels.adam8_step import Step, step_numbers
 from lowvram_db.kernels.launch import Choice, Implementation
 from lowvram_db.optim.in_backward import STREAM, InBackward
 from lowvram_db.optim.layout import relaid
+from lowvram_db.optim.placement import Placement, Resident
 from lowvram_db.optim.storage import SMALLEST, Weights, bucket_of, store
 
 
@@ -33,6 +34,7 @@ class Adam8(InBackward):
     micro_batches: how many backwards, each followed by step(), make one step of the weights. m gathers the mean of
         their gradients and v the mean of their squares (AdamA, Zhang et al. 2023, takes v smaller by their number):
         nothing has to hold a sum of gradients.
+    placement: where the state of larger tensors lives, see placement.py; resident if None. The bits are the same.
     """
 
     numbers = len(Step._fields)
@@ -52,6 +54,7 @@ class Adam8(InBackward):
         max_norm: float | None = None,
         kernels: Choice | Implementation = "auto",
         device: torch.device | None = None,
+        placement: Placement | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -62,12 +65,14 @@ class Adam8(InBackward):
             max_norm=max_norm,
             kernels=kernels,
             device=device,
+            placement=placement or Resident(),
         )
 
     def _make_state(self, weights: Weights, device: torch.device) -> None:
         for p in self._places:
             if p.numel() >= SMALLEST:
-                self.state[p] = {**adam8.zero_state(p.numel(), device), **store(p, weights, device)}
+                made = {**adam8.zero_state(p.numel(), device), **store(p, weights, device)}
+                self.state[p] = self._placement.keep(p, made)
         self._buckets = [bucket_of(group["params"], weights, device) for group in self.param_groups]
         for bucket in filter(None, self._buckets):
             self.state.update({p: {**state} for p, state in zip(bucket.parameters, bucket.states, strict=True)})
@@ -85,19 +90,20 @@ class Adam8(InBackward):
         )
 
     def _step_large(self, p: nn.Parameter, grad: Tensor, unscale: Tensor) -> None:
-        place, state = self._places[p], self.state[p]
-        adam8.update_(
-            self._weight(p),
-            state.get("residual"),
-            grad,
-            state["codes"],
-            state["scales"],
-            unscale,
-            self._numbers_by_group[self._group_of[p]],
-            self._record_by_place[place],
-            STREAM,
-            self._kernels,
-        )
+        place = self._places[p]
+        with self._placement.lent(p, self.state[p]) as state:
+            adam8.update_(
+                self._weight(p),
+                state.get("residual"),
+                grad,
+                state["codes"],
+                state["scales"],
+                unscale,
+                self._numbers_by_group[self._group_of[p]],
+                self._record_by_place[place],
+                STREAM,
+                self._kernels,
+            )
 
     def _step_small(self, number: int, unscale: Tensor) -> None:
         bucket = self._buckets[number]

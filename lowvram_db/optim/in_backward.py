@@ -21,6 +21,7 @@ from lowvram_db.kernels.adam8 import SKIPPED, STEP
 from lowvram_db.kernels.launch import Choice, Implementation, implementation
 from lowvram_db.kernels.storage import flat
 from lowvram_db.optim.layout import same_order
+from lowvram_db.optim.placement import Placement
 from lowvram_db.optim.storage import SMALLEST, Weights, refuse_shared_memory, shapes
 
 STREAM = 16  # of the rounding bits, apart from the streams of train/objective.py
@@ -65,8 +66,10 @@ class InBackward(torch.optim.Optimizer, ABC):
         max_norm: float | None,
         kernels: Choice | Implementation,
         device: torch.device | None,
+        placement: Placement,
     ) -> None:
         super().__init__(params, defaults)
+        self._placement = placement
         self.calls = 0  # of step()
         self._micro_batches, self._max_norm = micro_batches, max_norm
         self._attached = False
@@ -211,6 +214,11 @@ class InBackward(torch.optim.Optimizer, ABC):
             raise FloatingPointError(f"the gradient of {self._names[place]} was not finite in {longest} steps in a row")
         return count
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's: its tensors are those that the next step will change."""
+        with self._placement.at_rest():
+            return super().state_dict()
+
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Copy what state_dict() gave into the state that is there; the settings of groups stay as they are.
@@ -218,6 +226,11 @@ class InBackward(torch.optim.Optimizer, ABC):
         Raises ValueError where it is of another optimizer, or of parameters of other shapes.
         """
         saved = state_dict["state"]
+        with self._placement.at_rest():
+            self._take_up(saved)
+        self._note_calls(saved[0]["calls"] if saved else 0)
+
+    def _take_up(self, saved: Any) -> None:
         for place, (p, name) in enumerate(zip(self._places, self._names, strict=True)):
             own, theirs = self.state[p], saved.get(place, {})
             if shapes(own) != shapes(theirs):
@@ -228,7 +241,6 @@ class InBackward(torch.optim.Optimizer, ABC):
             for key, value in own.items():
                 if isinstance(value, Tensor):
                     value.copy_(theirs[key])
-        self._note_calls(saved[0]["calls"] if saved else 0)
 
     @abstractmethod
     def _relaid(self, state: dict[str, Any], shape: torch.Size) -> dict[str, Any]:
@@ -242,12 +254,13 @@ class InBackward(torch.optim.Optimizer, ABC):
         if "residual" not in state:
             return state.get("master", p.detach())
         exact = torch.empty_like(p, dtype=torch.float32)
-        flat(exact).copy_(bits.join_bf16(flat(p.detach()), state["residual"]))
+        flat(exact).copy_(bits.join_bf16(flat(p.detach()), state["residual"].to(p.device)))
         return exact
 
     @torch.no_grad()
     def finish(self) -> None:
         """Let every parameter be its exact value, and let the state go."""
+        self._placement.end()
         for state in self.state.values():  # all of it before a weight grows
             for moment in self.moments:
                 state.pop(moment, None)

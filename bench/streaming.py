@@ -1,0 +1,192 @@
+"""What does a step cost when Adam's state lives in RAM? `python bench/streaming.py --simulate`, which needs no GPU
+
+Traces a training step on tensors without values (1 photo + 1 class image, checkpointing everywhere, adam8, bf16),
+makes the schedule that such a run has, and computes when each copy and computation of a steady step ends: a row a card,
+system and model in bench/results/streaming.csv. Each timeline is compared with that of the engine itself, which runs
+the same schedule in made-up time with parcels of a 256th of their size. Computed, not measured. What is assumed:
+
+- Arithmetic at 60% of the card's dense bf16 rate with fp32 sums: what a model of a 4070 (machine code and dispatch
+  counts, without the card) comes to, 6.13 TFLOP in 176 ms. Rates and bandwidths: NVIDIA's data sheets and its Ampere
+  and Ada whitepapers; a laptop's 4060 at 115 W.
+- Memory-bound operations: the bytes a floating point operation that the same model counts (23 ms of 176 for Stable
+  Diffusion 1.5, 166 of 1,485 for SDXL, at 504 GB/s), spread as the arithmetic is.
+- The optimizer: 10.03 bytes a weight at 85% of the bandwidth.
+- A copy, in either direction and with both at once: 24 GB/s over 16 lanes of PCIe 4.0, assumed from the 31.5 that the
+  wire carries; in proportion over other lanes. Copies take nothing from the computation, and all RAM is pinned.
+- The host is always ahead; a copy costs 10 microseconds to begin.
+"""
+
+import argparse
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+from machine import add_row
+from recipes import Work, everywhere
+from torch import Tensor
+
+from lowvram_db.memory.stream.engine import Stream
+from lowvram_db.memory.stream.made_up import MadeUpTime
+from lowvram_db.memory.stream.ram import Ram
+from lowvram_db.memory.stream.schedule import GRANULE, Use, Visit, planned
+from lowvram_db.optim.placement import state_bytes
+from lowvram_db.optim.storage import SMALLEST
+from lowvram_db.plan import predict
+
+MODELS = {"sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", 512),
+          "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0", 1024)}  # fmt: skip
+ROOM = 256 * 2**20  # bytes of the card
+SCALE = 256  # by which parcels are smaller where the engine itself runs
+ROUNDS = 3  # steps that are simulated; the last counts
+
+TENSOR_SHARE, MEMORY_SHARE = 0.6, 0.85
+ADAM8_BYTES = 10.03  # moved a weight and step
+BYTES_A_FLOP = {"sd15": 23 / 176 * 504e9 / 34.8e12, "sdxl": 166 / 1485 * 504e9 / 34.8e12}
+LANE = {"PCIe 3.0": 0.75e9, "PCIe 4.0": 1.5e9, "PCIe 5.0": 3e9}  # bytes a second that arrive
+BEGIN = 10e-6  # seconds
+
+
+class Card(NamedTuple):
+    teraflops: float
+    gigabytes_a_second: float
+    lanes: int
+    newest: str  # generation of PCIe that it has
+
+
+CARDS = {
+    "RTX 3060": Card(25.5, 360, 16, "PCIe 4.0"),
+    "RTX 4060 Ti": Card(44.1, 288, 8, "PCIe 4.0"),
+    "RTX 4070": Card(58.3, 504, 16, "PCIe 4.0"),
+    "RTX 4080": Card(97.5, 716.8, 16, "PCIe 4.0"),
+    "RTX 4060 Laptop": Card(29.1, 256, 8, "PCIe 4.0"),
+    "H100": Card(989, 3350, 16, "PCIe 5.0"),
+}
+
+
+class Traced(NamedTuple):
+    """A step: gradients in the order of their arrival."""
+
+    sizes: list[int]  # elements of each large tensor
+    flops: list[int]  # done when each has its gradient
+    total: int  # of the whole step
+
+
+class Timing(NamedTuple):
+    """Seconds of a visit."""
+
+    before: float  # computation since the visit before
+    own: float  # the optimizer's
+    copy: float  # each way
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--simulate", action="store_true", required=True, help="there is nothing else yet")
+    parser.add_argument("--models", default="sd15,sdxl")
+    for model in parser.parse_args().models.split(","):
+        name, resolution = MODELS[model]
+        traced = trace(Work(name, resolution))
+        for card_name, card in CARDS.items():
+            for system, rate in LANE.items():
+                if system <= card.newest:
+                    _report(model, card_name, system, traced, card, rate * card.lanes)
+
+
+def trace(work: Work) -> Traced:
+    config, family = work.config(), work.family()
+    order: list[tuple[int, int]] = []
+    with predict.tracing(predict.autocasts(config), config.optimizer.name) as log:
+        learner = predict.blank_learner(config, family, everywhere(family), log)
+
+        def note(parameter: Tensor) -> None:
+            if parameter.numel() >= SMALLEST:
+                order.append((parameter.numel(), log.flops))
+
+        for parameter in learner.parameters:
+            parameter.register_post_accumulate_grad_hook(note)
+        learner.backward(predict.blank_batch(config, family))
+        return Traced([size for size, _ in order], [flops for _, flops in order], log.flops)
+
+
+def timings(traced: Traced, model: str, card: Card, copy_rate: float) -> list[Timing]:
+    flop = 1 / (TENSOR_SHARE * card.teraflops * 1e12) + BYTES_A_FLOP[model] / (card.gigabytes_a_second * 1e9)
+    weight = ADAM8_BYTES / (MEMORY_SHARE * card.gigabytes_a_second * 1e9)
+    done = [traced.flops[-1] - traced.total, *traced.flops]  # what follows the last gradient comes before the first
+    return [
+        Timing((now - before) * flop, size * weight, BEGIN + state_bytes(size, "bf16") / copy_rate)
+        for size, (before, now) in zip(traced.sizes, pairwise(done), strict=True)
+    ]
+
+
+def simulated(visits: Sequence[Visit], times: Sequence[Timing]) -> list[float]:
+    """When each step ends: seconds."""
+    free: list[float] = []  # since when each visit's place is
+    up = down = computed = 0.0  # until when each is busy
+    ends = []
+    for number in range(ROUNDS * len(visits)):
+        visit, time = visits[number % len(visits)], times[number % len(visits)]
+        waits = [free[number - ago] for ago in (*visit.after, visit.renewed or 0) if 0 < ago <= number]
+        up = max([up, *waits]) + time.copy
+        computed = max(computed + time.before, up) + time.own
+        down = max(down, computed) + time.copy
+        free.append(down)
+        if (number + 1) % len(visits) == 0:
+            ends.append(computed)
+    return ends
+
+
+def run_by_the_engine(sizes: Sequence[int], visits: Sequence[Visit], times: Sequence[Timing]) -> list[float]:
+    """The same by the engine itself, in made-up time."""
+    asked = {"compute": 0, "up": 0, "down": 0}
+
+    def duration(lane: str, size: int) -> float:
+        number = asked[lane]
+        asked[lane] += 1
+        if lane != "compute":
+            return times[number % len(times)].copy
+        time = times[number // 2 % len(times)]
+        return time.own if size else time.before
+
+    lanes = MadeUpTime(duration)
+    ram = Ram(lanes, sum(sizes), sum(sizes))
+    homes = [ram.home(size) for size in sizes]
+    stream = Stream(visits, homes, ram, lanes, ROOM // SCALE)
+    for _ in range(ROUNDS):
+        for parcel in range(len(sizes)):
+            lanes.work()
+            stream.take(parcel)
+            stream.give_back(parcel)
+    ends = [done.end for done in lanes.timeline if done.lane == "compute" and done.size]
+    lanes.close()
+    return ends[len(sizes) - 1 :: len(sizes)]
+
+
+def _report(model: str, name: str, system: str, traced: Traced, card: Card, copy_rate: float) -> None:
+    times = timings(traced, model, card, copy_rate)
+    uses = [Use(parcel, True) for parcel in range(len(times))]
+    small = [-(-state_bytes(size, "bf16") // SCALE // GRANULE) * GRANULE for size in traced.sizes]
+    visits = planned(uses, small, ROOM // SCALE)
+    by_engine, alone = run_by_the_engine(small, visits, times), simulated(visits, times)
+    differs = max(abs(a - b) / b for a, b in zip(by_engine, alone, strict=True))
+    ends = simulated(planned(uses, [state_bytes(size, "bf16") for size in traced.sizes], ROOM), times)
+    resident = sum(time.before + time.own for time in times)
+    step = ends[-1] - ends[-2]
+    row = {
+        "card": name,
+        "system": f"{system} x{card.lanes}",
+        "model": model,
+        "streamed": "state",
+        "room_mib": ROOM // 2**20,
+        "copied_gb_each_way": f"{sum(state_bytes(size, 'bf16') for size in traced.sizes) / 1e9:.2f}",
+        "copies_s_each_way": f"{sum(time.copy for time in times):.3f}",
+        "resident_s": f"{resident:.3f}",
+        "streamed_s": f"{step:.3f}",
+        "times_resident": f"{step / resident:.3f}",
+        "engine_differs": f"{differs:.1e}",
+    }
+    add_row("streaming", row)
+    print("  ".join(map(str, row.values())), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Lanes of a GPU: two streams for the copies, events between them and the computation's stream, pinned memory.
+
+Nothing in a step waits for the device. Where stages are in use, each lane is served by a thread: "fill" and "drain"
+copy in RAM, and a copy that waits for them is asked for when they are done; the host then waits, at most, for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from lowvram_db.memory.size import gib
+from lowvram_db.memory.stream.lanes import Lane, Wait
+
+_PAGE = 4096
+
+# Done when the copy has been asked for, with the GPU's event that it is over; None where it is over by then.
+Event = Future[torch.cuda.Event | None]
+
+
+class Cuda:
+    """device: with its number. staged: whether there will be stages."""
+
+    def __init__(self, device: torch.device, staged: bool) -> None:
+        self._device = device
+        self._streams = {lane: torch.cuda.Stream(device) for lane in ("up", "down")}
+        self._threads = {lane: ThreadPoolExecutor(1, lane) for lane in ("fill", "up", "down", "drain") if staged}
+        self._registered: list[Tensor] = []
+
+    def room(self, size: int) -> Tensor:
+        room = torch.empty(size, dtype=torch.uint8, device=self._device)
+        # The allocator may have taken the memory from work that is still to be done.
+        for stream in self._streams.values():
+            stream.wait_stream(torch.cuda.current_stream(self._device))
+        return room
+
+    def home(self, size: int, pinned: bool) -> Tensor:
+        return self._pinned(size) if pinned else torch.zeros(size, dtype=torch.uint8)
+
+    def stage(self, size: int) -> Tensor:
+        return self._pinned(size)
+
+    def copy(self, lane: Lane, destination: Tensor, source: Tensor, waits: Sequence[Wait]) -> Event:
+        events = [wait.event for wait in waits]
+        if lane in self._streams:
+            return self._serve(lane, lambda: self._cross(self._streams[lane], destination, source, events))
+        return self._serve(lane, lambda: _move(destination, source, events))
+
+    def lend(self, place: Tensor, waits: Sequence[Wait]) -> Tensor:
+        stream = torch.cuda.current_stream(self._device)
+        for wait in waits:
+            _wait_in(stream, wait.event)
+        return place
+
+    def take_back(self, place: Tensor, lent: Tensor, changed: bool) -> Event:
+        return _done(torch.cuda.current_stream(self._device).record_event())
+
+    def drop(self, place: Tensor, arrived: Wait) -> Event:
+        event: Event = arrived.event
+        return event
+
+    def settle(self, waits: Sequence[Wait]) -> None:
+        for wait in waits:
+            _wait_here(wait.event)
+
+    def close(self) -> None:
+        for thread in self._threads.values():
+            thread.shutdown()
+        for stream in self._streams.values():
+            stream.synchronize()
+        while self._registered:
+            _check(torch.cuda.cudart().cudaHostUnregister(self._registered.pop().data_ptr()), "given back")
+
+    def _pinned(self, size: int) -> Tensor:
+        """Zeros. Registered: what torch pins by itself it rounds up to a power of two."""
+        if not size:
+            return torch.zeros(0, dtype=torch.uint8)
+        whole = torch.zeros(size + _PAGE, dtype=torch.uint8)
+        memory = whole[-whole.data_ptr() % _PAGE :][:size]
+        what = f"{gib(size)} of RAM cannot be pinned"
+        _check(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0), what)
+        self._registered.append(memory)
+        return memory
+
+    def _serve(self, lane: Lane, work: Callable[[], torch.cuda.Event | None]) -> Event:
+        if self._threads:
+            return self._threads[lane].submit(work)
+        return _done(work())
+
+    def _cross(self, stream: torch.cuda.Stream, to: Tensor, source: Tensor, events: list[Event]) -> torch.cuda.Event:
+        for event in events:
+            _wait_in(stream, event)
+        with torch.cuda.stream(stream):
+            to.copy_(source, non_blocking=True)
+        return stream.record_event()
+
+
+def _move(destination: Tensor, source: Tensor, events: list[Event]) -> None:
+    for event in events:
+        _wait_here(event)
+    destination.copy_(source)
+
+
+def _wait_in(stream: torch.cuda.Stream, event: Event) -> None:
+    """Raises what has kept the copy from being asked for."""
+    if (over := event.result()) is not None:
+        stream.wait_event(over)
+
+
+def _wait_here(event: Event) -> None:
+    if (over := event.result()) is not None:
+        over.synchronize()
+
+
+def _done(event: torch.cuda.Event | None) -> Event:
+    future: Event = Future()
+    future.set_result(event)
+    return future
+
+
+def _check(code: int, what: str) -> None:
+    if int(code) != 0:
+        raise MemoryError(f"{what} (CUDA error {int(code)})")

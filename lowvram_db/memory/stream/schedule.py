@@ -1,0 +1,104 @@
+"""What of RAM is on the card when: a plain list, made once from the order in which a step uses it.
+
+A parcel is what is moved as one. A step that uses parcels in a known order is a round of visits, each at its own place
+in one room on the card; the next step is the same round again. Nothing here copies anything: a schedule can be
+printed, simulated and tested alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from lowvram_db.memory.size import gib
+
+GRANULE = 512  # bytes: where a visit may begin, as what the allocator hands out does
+
+
+class Use(NamedTuple):
+    parcel: int
+    changes: bool  # whether it comes back other than it went up
+
+
+class Visit(NamedTuple):
+    """A use with its place. Other visits are named by how many visits ago they were, over the end of a round too."""
+
+    parcel: int
+    changes: bool
+    start: int  # bytes into the room
+    size: int  # bytes, a multiple of GRANULE
+    after: tuple[int, ...]  # whose places it takes, the latest of each byte
+    renewed: int | None  # which last changed this parcel; None where nothing does
+
+    def __str__(self) -> str:
+        takes = ", ".join(map(str, self.after))
+        return f"parcel {self.parcel}{' changed' * self.changes} at {self.start} + {self.size}, takes from {takes} ago"
+
+
+def planned(uses: Sequence[Use], sizes: Sequence[int], room: int) -> list[Visit]:
+    """The visits of a round, placed one behind the other and from the room's beginning where its end is reached.
+
+    uses: in their order. sizes: bytes of each parcel. room: bytes. Raises ValueError where a parcel is larger than it.
+    """
+    rounded = [-(-sizes[use.parcel] // GRANULE) * GRANULE for use in uses]
+    if rounded and max(rounded) > room:
+        raise ValueError(f"a room of {gib(room)} is too small for a parcel of {gib(max(rounded))}")
+    starts, end = [], 0
+    for size in rounded:
+        start = end if end + size <= room else 0
+        starts.append(start)
+        end = start + size
+    return [
+        Visit(
+            use.parcel,
+            use.changes,
+            starts[number],
+            rounded[number],
+            _takes(number, starts, rounded),
+            _renewed(number, uses),
+        )
+        for number, use in enumerate(uses)
+    ]
+
+
+def _takes(number: int, starts: Sequence[int], sizes: Sequence[int]) -> tuple[int, ...]:
+    """How many visits ago those were that last had each byte of this one's place. The round before has had it all."""
+    free = [(starts[number], starts[number] + sizes[number])]
+    found = []
+    for ago in range(1, len(starts) + 1):
+        start = starts[number - ago]
+        end = start + sizes[number - ago]
+        left = [piece for low, high in free for piece in _without(low, high, start, end)]
+        if left != free:
+            found.append(ago)
+        free = left
+    return tuple(found)
+
+
+def _without(low: int, high: int, start: int, end: int) -> list[tuple[int, int]]:
+    """What is left of low..high without start..end."""
+    return [(a, b) for a, b in ((low, min(high, start)), (max(low, end), high)) if a < b]
+
+
+def _renewed(number: int, uses: Sequence[Use]) -> int | None:
+    changing = (ago for ago in range(1, len(uses) + 1) if uses[number - ago] == Use(uses[number].parcel, True))
+    return next(changing, None)
+
+
+def arrivals(parameters: Iterable[nn.Parameter], backward: Callable[[], object]) -> list[nn.Parameter]:
+    """The order in which parameters' gradients become complete in a backward; without values it is the same."""
+    order: dict[nn.Parameter, None] = {}
+
+    def note(parameter: Tensor) -> None:
+        assert isinstance(parameter, nn.Parameter)
+        order.setdefault(parameter)
+
+    hooks = [parameter.register_post_accumulate_grad_hook(note) for parameter in parameters]
+    try:
+        backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(order)

@@ -1,0 +1,135 @@
+"""Adam8's state in RAM: the bits of a step are those of state beside the weights, whatever the copies' delays."""
+
+import copy
+import random
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lowvram_db.memory.stream.made_up import MadeUpTime
+from lowvram_db.memory.stream.ram import Ram
+from lowvram_db.memory.stream.schedule import arrivals
+from lowvram_db.optim.adam8 import Adam8
+from lowvram_db.optim.placement import Streamed, state_bytes
+from lowvram_db.optim.storage import SMALLEST
+
+STEPS = 3
+
+
+class Rehearsed:
+    """A Streamed in made-up time, and its lanes."""
+
+    def __init__(self, order, weights, seed):
+        generator = random.Random(seed)
+        sizes = [state_bytes(p.numel(), weights) for p in order]
+        self.room = int(max(sizes) * generator.uniform(1, 4))
+        self.lanes = MadeUpTime(lambda lane, size: size * generator.choice([0.0, 0.1, 1.0, 20.0]) * generator.random())
+        ram = Ram(self.lanes, sum(sizes), generator.choice([0, sum(sizes) // 2, sum(sizes)]))
+        self.placement = Streamed(order, self.room, ram, self.lanes)
+
+
+@pytest.fixture(scope="module")
+def training(miniature):
+    def loss_of(unet, step):
+        generator = torch.Generator().manual_seed(step)
+        latents = torch.randn(1, unet.config.in_channels, 8, 8, generator=generator).to(unet.dtype)
+        text = torch.randn(1, 5, unet.config.cross_attention_dim, generator=generator).to(unet.dtype)
+        return (unet(latents, step, text).sample - latents).float().square().mean()
+
+    base = UNet2DConditionModel.from_pretrained(miniature / "unet").train()
+    base.enable_gradient_checkpointing()
+    names = {p: name for name, p in base.named_parameters()}
+    arriving = [names[p] for p in arrivals(names, loss_of(base, 0).backward) if p.numel() >= SMALLEST]
+    base.zero_grad()
+
+    def trained(seed=None, weights="bf16", resume_at=None, breaks_at=None):
+        """What some steps leave: weights, and the state of the optimizer. seed: of the streaming; resident if None.
+        breaks_at: the step in which backward breaks off halfway, as where memory runs out, and is repeated."""
+
+        def anew():
+            unet, placement = copy.deepcopy(base), None
+            if seed is not None:
+                generator, order = random.Random(seed), [unet.get_parameter(name) for name in arriving]
+                share = order[: generator.randint(1, len(order))]  # the others' state is resident
+                if generator.random() < 0.3:  # what comes out of turn is only late
+                    share.append(share.pop(generator.randrange(len(share))))
+                placement = Rehearsed(share, weights, seed).placement
+            optimizer = Adam8(unet.named_parameters(), lr=1e-3, weights=weights, placement=placement)
+            optimizer.attach()
+            return unet, optimizer
+
+        def breaks(_):
+            raise MemoryError
+
+        unet, optimizer = anew()
+        for step in range(STEPS):
+            if step == resume_at:
+                state, held = optimizer.state_dict(), unet.state_dict()
+                unet, optimizer = anew()
+                unet.load_state_dict(held)
+                optimizer.load_state_dict(state)
+            if step == breaks_at:
+                hook = unet.mid_block.resnets[0].conv1.weight.register_hook(breaks)
+                with pytest.raises(MemoryError):
+                    loss_of(unet, step).backward()
+                hook.remove()
+                optimizer.break_off()
+            loss_of(unet, step).backward()
+            optimizer.step()
+        state = optimizer.state_dict()["state"]
+        # By a copy, for finish() lets the state go.
+        values = [v.clone() for s in state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+        optimizer.finish()
+        return [*values, *(p.detach() for p in unet.parameters())]
+
+    return trained
+
+
+def same(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.fixture(scope="module")
+def resident(training):
+    """What the same steps leave without streaming, made once."""
+    made = {}
+
+    def get(**way):
+        key = tuple(way.items())
+        if key not in made:
+            made[key] = training(**way)
+        return made[key]
+
+    return get
+
+
+WAYS = st.sampled_from([{}, {"weights": "bf16+residual"}, {"resume_at": 1}, {"breaks_at": 1}])
+
+
+@given(st.integers(0, 2**32), WAYS)
+@settings(max_examples=12)
+def test_streamed_and_resident_state_give_the_same_bits(training, resident, seed, way):
+    assert same(training(seed=seed, **way), resident(**way))
+
+
+def test_what_is_compared_moves(training, resident):
+    assert not any(same(resident(), resident(**way)) for way in ({"weights": "fp32"}, {"breaks_at": 1}))
+    assert same(resident(), resident(resume_at=1))
+
+
+@pytest.mark.parametrize("weights", ["bf16", "bf16+residual"])
+def test_only_the_room_is_on_the_card(weights):
+    parameters = [torch.nn.Parameter(torch.randn(64, 256)) for _ in range(6)]
+    streamed = Rehearsed(parameters, weights, seed=0)
+    optimizer = Adam8(parameters, weights=weights, placement=streamed.placement)
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert streamed.lanes.card_bytes == streamed.room
+    crossed = {lane: sum(done.size for done in streamed.lanes.timeline if done.lane == lane) for lane in ("up", "down")}
+    state = sum(state_bytes(p.numel(), weights) for p in parameters)
+    assert crossed["down"] == state, "each state goes down once a step"
+    assert state <= crossed["up"] <= state + streamed.room, "and comes up once, the next step's first ones early"
