@@ -101,7 +101,7 @@ def scores_of_all(stories: list[Story], evaluations: list[Evaluation | None]) ->
     if not rows:
         return None
     names = list(dict.fromkeys(name for _, _, best in rows for name in best.values))
-    head = ["", "step", *(name.replace("_", " ") for name in names), "judged by"]
+    head = ["run", "step", *(name.replace("_", " ") for name in names), "judged by"]
     body = [
         element(
             "tr",

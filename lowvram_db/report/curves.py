@@ -161,7 +161,7 @@ def _table(title: str, curves: list[Curve]) -> Html:
 
 def wide(label: str, content: Html) -> Html:
     """What may be wider than a phone, and is then moved sideways, by keys too."""
-    return element("div", content, class_="wide", role="region", aria_label=shortened(label, 80), tabindex=0)
+    return element("div", content, class_="wide", role="group", aria_label=shortened(label, 80), tabindex=0)
 
 
 def _even(first: int, last: int) -> list[int]:

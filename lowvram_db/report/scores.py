@@ -90,7 +90,9 @@ def scores_by_step(evaluation: Evaluation) -> Html:
         ),
     ]  # fmt: skip
     names = [name for name in _NAMES if any(name in scores.values for scores in evaluation.scores)]
-    head = element("tr", *(element("th", text, scope="col") for text in ["", *(_NAMES[name] for name in names), ""]))
+    head = element(
+        "tr", *(element("th", text, scope="col") for text in ["of", *(_NAMES[name] for name in names), "remarks"])
+    )
     rows = [
         element(
             "tr",

@@ -107,5 +107,5 @@ def reproduction(story: Story) -> Html | None:
                 " in the folder that its paths start from. On the same kind of machine with the same versions the "
                 "result is the same bit for bit on a CPU."),
         element("pre", shortened(story.toml, _LONGEST_TOML), tabindex=0, dir="auto", aria_label="config.toml",
-                role="region"),
+                role="group"),
     )  # fmt: skip
