@@ -133,3 +133,20 @@ def test_only_the_room_is_on_the_card(weights):
     state = sum(state_bytes(p.numel(), weights) for p in parameters)
     assert crossed["down"] == state, "each state goes down once a step"
     assert state <= crossed["up"] <= state + streamed.room, "and comes up once, the next step's first ones early"
+
+
+def test_a_state_that_is_taken_up_replaces_what_is_on_the_card_already():
+    def trained(streams):
+        parameters = [torch.nn.Parameter(torch.full((64, 128), 1.0)) for _ in range(3)]
+        placement = Rehearsed(parameters, "bf16", seed=1).placement if streams else None
+        optimizer = Adam8(parameters, lr=1e-2, placement=placement)
+        saved = copy.deepcopy(optimizer.state_dict())
+        for step in range(3):
+            for number, p in enumerate(parameters):
+                p.grad = torch.full_like(p, 1.0 + number - step)
+            optimizer.step()
+            if step == 1:
+                optimizer.load_state_dict(saved)
+        return [p.detach() for p in parameters]
+
+    assert same(trained(streams=True), trained(streams=False))
