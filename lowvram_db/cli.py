@@ -91,7 +91,7 @@ def train(
 
     hide_loading_bars()
     run = run_dreambooth(settings, resume)
-    print(f"model: {run.model}")
+    print(f"lora: {run.lora}" if settings.method.name == "lora" else f"model: {run.model}")
     if (pictures := run.sample_grid(settings.train.steps)).exists():
         print(f"pictures: {pictures}")
 
@@ -109,7 +109,7 @@ def plan(
 ) -> None:
     """Tell whether a run fits, before anything is downloaded; needs neither weights nor a GPU."""
     settings = _as_trained_here(load(config, [*(overrides or []), *_vram_override(vram)]))
-    skip_unneeded(*{"peft", "bitsandbytes"}.difference(settings.optimizer.kind.packages))
+    skip_unneeded(*{"peft", "bitsandbytes"}.difference(settings.packages))
     from lowvram_db.plan import make_plan
     from lowvram_db.plan.show import does_not_fit, show
 

@@ -27,6 +27,7 @@ class Run:
         self.checkpoints = folder / "checkpoints"
         self.samples = folder / "samples"
         self.model = folder / "model"
+        self.lora = folder / "lora.safetensors"  # of a run that trains one, in the place of model/
         self.metrics = folder / "metrics.jsonl"
         self.tensorboard = folder / "tensorboard"
 
@@ -49,7 +50,9 @@ class Run:
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be used as a folder ({error}); change output.dir") from error
         try:
-            remove_leftovers(self.folder, r"config\.toml|plan\.json|metrics\.jsonl|model|.*-\d{6,}\.safetensors")
+            remove_leftovers(
+                self.folder, r"config\.toml|plan\.json|metrics\.jsonl|model|lora\.safetensors|.*-\d{6,}\.safetensors"
+            )
             remove_leftovers(self.checkpoints, _STEP)
             remove_leftovers(self.samples, rf"{_STEP}\.png")
             yield

@@ -1,10 +1,10 @@
 """A model on disk as networks whose tensors are read one by one, be it a folder or a single file."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,20 @@ from lowvram_db.formats.names import CLIP_COUNT, CLIP_PREFIX, Form, Place, in_ne
 from lowvram_db.formats.reading import AS_IT_IS, Reading
 from lowvram_db.formats.single_file import as_configs, as_folder, opened
 from lowvram_db.formats.tensors import Tensors, tensors_of
+
+
+class Readable(Protocol):
+    """One tensor of a network, of which only the dtype and shape are known before it is read."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """In the network."""
+
+    def read(self) -> Tensor:
+        """Good until the next one is read."""
 
 
 class Stored(NamedTuple):
@@ -44,7 +58,7 @@ class Stored(NamedTuple):
         return to_network(self.file[self.key], self.form)
 
 
-Network = dict[str, Stored]  # by diffusers' names, those of text encoders with their prefix
+Network = Mapping[str, Readable]  # by diffusers' names, those of text encoders with their prefix
 
 
 @dataclass
@@ -55,7 +69,7 @@ class Model:
     family: str
     parts: dict[str, Network]
     metadata: dict[str, str] = field(default_factory=dict)  # of a single file
-    others: Network = field(default_factory=dict)  # what a single file has beside its networks, by its keys
+    others: dict[str, Stored] = field(default_factory=dict)  # what a single file has beside its networks, by its keys
 
 
 @contextmanager
@@ -67,7 +81,7 @@ def open_stored(name: str, reading: Reading = AS_IT_IS, tokenizers: bool = False
     place = Path(name).expanduser()
     if place.is_file():
         with opened(place, reading) as model:
-            parts = {
+            parts: dict[str, Network] = {
                 part: {name: Stored(file, *place) for name, place in places.items()}
                 for part, (file, places) in model.parts.items()
             }
@@ -85,7 +99,7 @@ def open_stored(name: str, reading: Reading = AS_IT_IS, tokenizers: bool = False
 
 
 def _network(folder: Path, part: str, stack: ExitStack) -> Network:
-    network: Network = {}
+    network: dict[str, Readable] = {}
     for path in weight_files(folder, part):
         file = stack.enter_context(tensors_of(path))
         names = {_full_name(part, name): name for name in file.entries if not name.endswith(CLIP_COUNT)}

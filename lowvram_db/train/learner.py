@@ -97,7 +97,7 @@ class Learner:
             device=self.device,
         )
         self._move_to_device()
-        if self.activations != stored:
+        if self.dtype == torch.float32:
             for module in self.modules.values():
                 widen(module)
         make_state(self.optimizer)
