@@ -12,6 +12,7 @@ from lowvram_db.errors import UserError
 from lowvram_db.lock import hold, hold_by_existence
 
 _HEADER = "# The settings of this run as they were resolved, written by lowvram-db.\n"
+_OWN = r"config\.toml|plan\.json|metrics\.jsonl|model"
 _STEP = r"step-\d{6,}"  # names of checkpoints
 
 
@@ -50,9 +51,7 @@ class Run:
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be used as a folder ({error}); change output.dir") from error
         try:
-            remove_leftovers(
-                self.folder, r"config\.toml|plan\.json|metrics\.jsonl|model|lora\.safetensors|.*-\d{6,}\.safetensors"
-            )
+            remove_leftovers(self.folder, rf"{_OWN}|lora\.safetensors|.*-\d{{6,}}\.safetensors")
             remove_leftovers(self.checkpoints, _STEP)
             remove_leftovers(self.samples, rf"{_STEP}\.png")
             yield

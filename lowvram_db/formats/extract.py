@@ -52,9 +52,7 @@ class Extracted:
 
     lora: Lora = field(default_factory=dict)
     groups: dict[tuple[str, str], Group] = field(default_factory=dict)  # by part and kind
-    left: dict[str, float] = field(
-        default_factory=dict
-    )  # energy of what no LoRA has: norms, biases, embeddings; by part
+    left: dict[str, float] = field(default_factory=dict)  # energy of what no LoRA has, by part
 
     def lines(self) -> Iterator[str]:
         """For people."""

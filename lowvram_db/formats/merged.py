@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lowvram_db.formats.lora_file import Lora, LowRank, plain
-from lowvram_db.formats.stored import Model, Readable
+from lowvram_db.formats.stored import Model, Network, Readable
 
 
 class _Merged(NamedTuple):
@@ -33,7 +33,7 @@ class _Merged(NamedTuple):
 
 def merged(model: Model, lora: Lora, weight: float = 1.0) -> Model:
     """The model with its weights changed, `weight` times what the LoRA changes. It reads as the model does."""
-    parts = {
+    parts: dict[str, Network] = {
         part: {
             name: _Merged(stored, lora[layer], weight) if (layer := _layer(part, name)) in lora else stored
             for name, stored in network.items()

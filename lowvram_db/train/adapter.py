@@ -40,7 +40,7 @@ def adapt(network: nn.Module, part: str, settings: MethodConfig, trainable: Iter
     smaller = {name: rank for name, rank in ranks.items() if rank < settings.rank}
     config = LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.scale * settings.rank,
+        lora_alpha=settings.scale * settings.rank,  # type: ignore[arg-type]  # it is divided by the rank
         lora_dropout=settings.dropout,
         target_modules="|".join(map(re.escape, ranks)),
         rank_pattern={re.escape(name): rank for name, rank in smaller.items()},
