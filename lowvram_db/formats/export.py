@@ -35,6 +35,7 @@ _VERSIONS = {
 class Format(StrEnum):
     single_file = "single-file"
     diffusers = "diffusers"
+    lora = "lora"
 
 
 def export(what: str, out: Path, form: Format, dtype: torch.dtype | None = None, reading: Reading = AS_IT_IS) -> None:
