@@ -26,7 +26,7 @@ def export_lora(
     device: torch.device,
     reading: Reading = AS_IT_IS,
 ) -> Extracted:
-    """Write a LoRA of that rank to `out`: what a run's model, or a model (its folder, file or hub id), is other than its
+    """Write a LoRA of that rank to `out`: what a run's model, or a model (folder, file or hub id), is other than its
     base. Returns it, with what is told of it.
 
     base: default: what the run was trained on. reading: what is known of single files. Raises UserError for what is no

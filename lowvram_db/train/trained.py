@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lowvram_db.config import Config
 from lowvram_db.families.base import Architecture
@@ -47,7 +47,12 @@ def load_networks(config: Config, family: Architecture, step: int) -> dict[str, 
 def _with_adapters(config: Config, family: Architecture, step: int) -> dict[str, Any]:
     """The networks frozen, in the precision that is computed in or fewer bits, and a LoRA on each."""
     method, dtype = config.method, DTYPES[config.precision.compute]
-    networks: dict[str, Any] = {family.denoiser_part: family.load_denoiser(lambda weight: weight.to(dtype))}
+    exact = config.weights == "fp32"  # so that it computes under autocast, which takes norms in float32
+
+    def narrow(weight: Tensor) -> Tensor:
+        return weight if exact and weight.dim() == 1 else weight.to(dtype)
+
+    networks: dict[str, Any] = {family.denoiser_part: family.load_denoiser(narrow)}
     if trains_text(config, step):
         networks |= family.load_text_encoders(dtype)
     for part, network in networks.items():
