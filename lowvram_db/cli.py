@@ -102,7 +102,7 @@ def train(
 
     hide_loading_bars()
     run = run_dreambooth(settings, resume, strict)
-    print(f"model: {run.model}")
+    print(f"lora: {run.lora}" if settings.method.name == "lora" else f"model: {run.model}")
     if (pictures := run.sample_grid(settings.train.steps)).exists():
         print(f"pictures: {pictures}")
     if run.report.exists():
@@ -122,7 +122,7 @@ def plan(
 ) -> None:
     """Tell whether a run fits, before anything is downloaded; needs neither weights nor a GPU."""
     settings = _as_trained_here(load(config, [*(overrides or []), *_vram_override(vram)]))
-    skip_unneeded(*{"peft", "bitsandbytes"}.difference(settings.optimizer.kind.packages))
+    skip_unneeded(*{"peft", "bitsandbytes"}.difference(settings.packages))
     from lowvram_db.plan import make_plan
     from lowvram_db.plan.show import does_not_fit, show
 
@@ -327,9 +327,13 @@ def export(
     ],
     out: Annotated[Path, typer.Option(help="File (.safetensors) or folder to write.")],
     form: Annotated[
-        str, typer.Option("--format", metavar="single-file|diffusers", help="What to write.")
+        str, typer.Option("--format", metavar="single-file|diffusers|lora", help="What to write.")
     ] = "single-file",
-    dtype: Annotated[Precision | None, typer.Option(help="Of UNet and text encoders; default: as they are.")] = None,
+    dtype: Annotated[
+        Precision | None, typer.Option(help="Of UNet and text encoders; default: as they are, and fp16 of a LoRA.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Of a LoRA, e.g. 64; what it keeps is told.")] = None,
+    base: Annotated[str | None, typer.Option(help="What a LoRA is for; default: what the run was trained on.")] = None,
     prediction_type: Prediction = None,
     tokenizer: Tokenizer = None,
     vae: Vae = None,
@@ -345,7 +349,45 @@ def export(
     if form not in list(Format):
         raise UserError(f"--format {form}: choose {' or '.join(Format)}")
     reading = _reading(prediction_type, tokenizer, vae, text_encoder, text_encoder_2, ema)
+    if form == Format.lora:
+        _export_lora(model, out, rank, base, dtype or Precision.fp16, reading)
+        return
+    if rank is not None or base is not None:
+        raise UserError(f"--{'base' if rank is None else 'rank'}: is for --format lora; leave it out")
     export(model, out, Format(form), None if dtype is None else DTYPES[dtype.value], reading)
+    print(f"model: {out}")
+
+
+def _export_lora(model: str, out: Path, rank: int | None, base: str | None, dtype: Precision, reading: Reading) -> None:
+    from lowvram_db.formats.extraction import export_lora
+    from lowvram_db.memory.device import DTYPES, pick_device
+
+    if rank is None:
+        raise UserError("--rank: is missing; --rank 64 keeps most of a DreamBooth")
+    for line in export_lora(model, out, rank, base, DTYPES[dtype.value], pick_device(), reading).lines():
+        print(line)
+    print(f"lora: {out}")
+
+
+@app.command()
+def merge(
+    model: Annotated[str, typer.Argument(help="Model folder, file or hub id.")],
+    lora: Annotated[Path, typer.Argument(help="The LoRA's file.")],
+    out: Annotated[Path, typer.Option(help="File (.safetensors) or folder to write.")],
+    weight: Annotated[float, typer.Option(help="How much of it, as web UIs write it.")] = 1.0,
+    dtype: Annotated[Precision | None, typer.Option(help="Of UNet and text encoders; default: as they are.")] = None,
+    prediction_type: Prediction = None,
+    tokenizer: Tokenizer = None,
+    vae: Vae = None,
+    ema: Ema = False,
+    debug: Debug = False,
+) -> None:
+    """Write a model with a LoRA in its weights."""
+    from lowvram_db.formats.merge import merge
+    from lowvram_db.memory.device import DTYPES
+
+    reading = _reading(prediction_type, tokenizer, vae, None, None, ema)
+    merge(model, lora, weight, out, None if dtype is None else DTYPES[dtype.value], reading)
     print(f"model: {out}")
 
 

@@ -232,12 +232,44 @@ class TextEncoderConfig(_Section):
         return self
 
 
+class MethodConfig(_Section):
+    name: Literal["full", "lora"] = Field(
+        "full", description="full (every weight) | lora (few weights beside frozen ones; the result is a small file)"
+    )
+    rank: Count = Field(16, description="of a LoRA: how many directions each layer may change in")
+    alpha: float | None = Field(
+        None, gt=0, description="a LoRA's change is multiplied by alpha / rank; default: as rank, which is by 1"
+    )
+    targets: Literal["attention", "attention+mlp", "all"] = Field(
+        "attention", description="layers with a LoRA: attention | attention+mlp | all (linear and convolution)"
+    )
+    dropout: Fraction = Field(0.0, description="share of a LoRA's inputs that a step leaves out")
+    base: Literal["bf16", "int8", "nf4"] | None = Field(
+        None,
+        description="how a LoRA's frozen weights are held: bf16 | int8 | nf4 (matrices in 8 or 4 bits, by "
+        "bitsandbytes); default: as precision.compute",
+    )
+
+    @property
+    def scale(self) -> float:
+        """What a LoRA's change is multiplied by."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    @model_validator(mode="after")
+    def _nothing_is_said_of_a_lora_that_is_none(self) -> "MethodConfig":
+        said = sorted(self.model_fields_set - {"name"})
+        said = [key for key in said if getattr(self, key) != type(self).model_fields[key].default]
+        if said and self.name == "full":
+            raise ValueError(f'{said[0]} is for a LoRA, and name is "full"; set name = "lora", or leave it out')
+        return self
+
+
 class PrecisionConfig(_Section):
     compute: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="bf16 | fp16 (for cards without bf16) | fp32")
     weights: Literal["bf16", "bf16+residual", "fp16", "fp32"] | None = Field(
         None,
         description="bf16 | bf16+residual (8 more bits a weight) | fp16 | fp32 (compute under autocast); "
-        "default: as compute with adam8 and adafactor, fp32 with the others",
+        "default: as compute with adam8 and adafactor, fp32 with the others, and of a LoRA",
     )
 
 
@@ -334,6 +366,7 @@ class Config(_Section):
     prior: PriorConfig = PriorConfig()
     train: TrainConfig = TrainConfig()
     text_encoder: TextEncoderConfig = TextEncoderConfig()
+    method: MethodConfig = MethodConfig()
     cache: CacheConfig = CacheConfig()
     precision: PrecisionConfig = PrecisionConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -344,9 +377,17 @@ class Config(_Section):
 
     @property
     def weights(self) -> Literal["bf16", "bf16+residual", "fp16", "fp32"]:
-        """How the weights are stored in training."""
-        default = self.precision.compute if self.optimizer.kind.stores_weights else "fp32"
+        """How what is trained is stored in training; a LoRA is so small that it is exact."""
+        narrow = self.optimizer.kind.stores_weights and self.method.name == "full"
+        default = self.precision.compute if narrow else "fp32"
         return self.precision.weights or default
+
+    @property
+    def packages(self) -> set[str]:
+        """Those that not every run needs."""
+        quantised = self.method.base in ("int8", "nf4")
+        method = {"peft"} if self.method.name == "lora" else set()
+        return {*self.optimizer.kind.packages, *method, *({"bitsandbytes"} if quantised else ())}
 
     @property
     def text_encoder_lr(self) -> float:
@@ -380,6 +421,15 @@ class Config(_Section):
                 f'"{self.precision.compute}"; leave precision.weights out, or set precision.compute = '
                 f'"{self.weights.partition("+")[0]}"'
             )
+        return self
+
+    @model_validator(mode="after")
+    def _a_lora_is_beside_weights_that_can_be_computed_with(self) -> "Config":
+        method, compute = self.method, self.precision.compute
+        if method.base == "bf16" and compute != "bf16":
+            raise ValueError(f'method.base: "bf16" is computed in bf16, precision.compute is "{compute}"; leave it out')
+        if method.name == "lora" and self.text_encoder.stop is not None:
+            raise ValueError("text_encoder.stop: a LoRA's text encoders are trained to the end; leave it out")
         return self
 
     @model_validator(mode="after")

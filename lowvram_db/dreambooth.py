@@ -25,6 +25,7 @@ from lowvram_db.memory.device import compute_dtype, pick_device, release_memory,
 from lowvram_db.memory.out_of_memory import is_out_of_memory, reason
 from lowvram_db.memory.size import gib
 from lowvram_db.memory.spill import Watch
+from lowvram_db.methods import method_of
 from lowvram_db.optim.choices import that_runs
 from lowvram_db.plan import make_plan
 from lowvram_db.plan.meter import Meter
@@ -38,7 +39,7 @@ from lowvram_db.results import (
     sample_base,
     sample_result,
     sample_trainer,
-    save_model,
+    save_result,
     stages,
     write_single_file,
 )
@@ -182,7 +183,7 @@ def _open(config: Config) -> Family:
 
 def _finished(config: Config, start: Path | None, run: Run, photos: list[Path]) -> bool:
     """Whether there is nothing left to do. Raises UserError where it was done with another model or other photos."""
-    if start is None or not run.model.is_dir() or not run.sample_grid(config.train.steps).exists():
+    if start is None or not method_of(config).place(run).exists() or not run.sample_grid(config.train.steps).exists():
         return False
     state = checkpoint.read_state(start)
     if state.step < config.train.steps:
@@ -250,7 +251,7 @@ def _train(
     train(trainer, run, partial(_look, trainer, run, plan.sample_batch), meter.begins)
     if trainer.step == config.train.steps:
         meter.begins("saving")
-        save_model(trainer, run, began_at)
+        save_result(trainer, run, began_at)
     return trainer.step
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from lowvram_db.atomic import creating_folder, free_name, rename, replacing_file
+from lowvram_db.atomic import free_name, rename, replacing_file
 from lowvram_db.config import Config
 from lowvram_db.errors import UserError
-from lowvram_db.families import open_model
 from lowvram_db.families.base import Family
 from lowvram_db.families.draw import Drawer
 from lowvram_db.formats.export import export_run
-from lowvram_db.memory.device import DTYPES, release_memory
+from lowvram_db.memory.device import release_memory
+from lowvram_db.methods import method_of
 from lowvram_db.progress import say
 from lowvram_db.run import Run
 from lowvram_db.sampling import grid_of_model, sample_grid
@@ -25,30 +25,18 @@ from lowvram_db.train.loop import Trainer
 _BASE = "base model"
 
 
-def save_model(trainer: Trainer, run: Run, began_at: int) -> None:
-    """model/ of the last step; one that an earlier, shorter training left there moves aside."""
-    if run.model.exists():
+def save_result(trainer: Trainer, run: Run, began_at: int) -> None:
+    """What the last step has left; what an earlier, shorter training left there moves aside."""
+    method = method_of(trainer.config)
+    place = method.place(run)
+    if place.exists():
         if began_at == trainer.step:
             return  # it is this step's own: only its pictures are missing
-        rename(run.model, free_name(run.folder / f"model-before-step-{trainer.step:06d}"))
-    dtype = DTYPES[trainer.config.output.dtype]
+        rename(place, free_name(place.with_stem(f"{place.stem}-before-step-{trainer.step:06d}")))
     release_memory()
     trainer.finish()
     release_memory()
-    with creating_folder(run.model) as temporary:
-        trainer.family.save(temporary, dtype, _written(trainer, run), **trainer.modules)
-
-
-def _written(trainer: Trainer, run: Run) -> dict[str, Path]:
-    """Files of the last step's checkpoint that hold what the finished model's would."""
-    if trainer.average or trainer.config.weights != trainer.config.output.dtype:
-        return {}
-    whole = (
-        part
-        for part, network in trainer.modules.items()
-        if all(f"{part}.{name}" in trainer.trained for name in network.state_dict())
-    )
-    return {part: run.checkpoint(trainer.step) / f"{part}.safetensors" for part in whole}
+    method.write(trainer, run)
 
 
 def write_single_file(config: Config, run: Run) -> None:
@@ -94,8 +82,8 @@ def sample_trainer(trainer: Trainer, run: Run, at_once: int, path: Path) -> None
 
 
 def sample_result(config: Config, run: Run, device: torch.device, at_once: int, begins: Callable[[str], None]) -> None:
-    """The sample grid of model/, drawn by what stands on the disk."""
-    draw = _of_model(config, open_model(str(run.model)), device, at_once, begins)
+    """The sample grid of what came of a run, drawn by what stands on the disk."""
+    draw = _of_model(config, method_of(config).open(config, run), device, at_once, begins)
     steps = config.train.steps
     _write_sheet(run.sample_grid(steps), _base_grid(run), f"step {steps}", _drawn(config, draw))
 

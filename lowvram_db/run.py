@@ -13,7 +13,7 @@ from lowvram_db.errors import UserError
 from lowvram_db.lock import hold, hold_by_existence
 
 _HEADER = "# The settings of this run as they were resolved, written by lowvram-db.\n"
-_FILES = r"config\.toml|plan\.json|metrics\.jsonl|report\.html"
+_OWN = r"config\.toml|plan\.json|metrics\.jsonl|report\.html|model"
 _STEP = r"step-(\d{6,})"  # names of checkpoints
 
 
@@ -28,6 +28,7 @@ class Run:
         self.checkpoints = folder / "checkpoints"
         self.samples = folder / "samples"
         self.model = folder / "model"
+        self.lora = folder / "lora.safetensors"  # of a run that trains one, in the place of model/
         self.metrics = folder / "metrics.jsonl"
         self.tensorboard = folder / "tensorboard"
         self.report = folder / "report.html"
@@ -51,9 +52,7 @@ class Run:
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be used as a folder ({error}); change output.dir") from error
         try:
-            remove_leftovers(
-                self.folder, r"config\.toml|plan\.json|metrics\.jsonl|report\.html|model|.*-\d{6,}\.safetensors"
-            )
+            remove_leftovers(self.folder, rf"{_OWN}|lora\.safetensors|.*-\d{{6,}}\.safetensors")
             remove_leftovers(self.checkpoints, _STEP)
             remove_leftovers(self.samples, rf"{_STEP}\.png")
             yield

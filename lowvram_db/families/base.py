@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lowvram_db.families.conditioning import Conditioning
+from lowvram_db.formats.names import CLIP_PREFIX
 from lowvram_db.wording import NO_PROMPT as NO_PROMPT
 
 if TYPE_CHECKING:
@@ -107,6 +108,15 @@ class Family(Architecture):
     # Weights that the text encoders have instead of those in text_files, by the names of network and tensor.
     tuned: Mapping[str, Tensor] = MappingProxyType({})
 
+    # What is added to weights by whichever network is loaded, by the names of network and tensor, float32.
+    added: Mapping[str, Callable[[], Tensor]] = MappingProxyType({})
+
+    def with_added(self, changes: Mapping[str, Callable[[], Tensor]]) -> Self:
+        """The same model, whose networks have these changes from now on, as a LoRA has them, wherever it loads."""
+        other = copy.copy(self)
+        other.added = changes
+        return other
+
     def with_tuned(self, weights: Mapping[str, Tensor]) -> Self:
         """The same model, whose text encoders have these weights from now on, wherever it loads, encodes or saves."""
         other = copy.copy(self)
@@ -114,11 +124,13 @@ class Family(Architecture):
         return other
 
     @torch.no_grad()
-    def tune(self, part: str, text_encoder: nn.Module) -> None:
-        """Give a text encoder that was read from its files the weights it has instead."""
-        for name, weight in text_encoder.named_parameters():
+    def tune(self, part: str, network: nn.Module) -> None:
+        """Give a network that was read from its files the weights it has instead, and what is added to them."""
+        for name, weight in network.named_parameters():
             if (tuned := self.tuned.get(f"{part}.{name}")) is not None:
                 weight.copy_(tuned)
+            if (change := self.added.get(f"{part}.{name.removeprefix(CLIP_PREFIX)}")) is not None:
+                weight.add_(change().reshape(weight.shape).to(weight.device))
 
     @abstractmethod
     def encode_images(self, vae: Any, pixels: Tensor) -> Moments:

@@ -220,7 +220,9 @@ class StableDiffusion(StableDiffusionConfigs, Family):
         return self.read(text_encoders, tokens)
 
     def load_denoiser(self, narrow: Narrow = lambda weight: weight) -> nn.Module:
-        return read_weights(self._build_denoiser, self._weights["unet"], narrow)
+        denoiser: Any = read_weights(self._build_denoiser, self._weights["unet"], narrow)
+        self.tune("unet", denoiser)
+        return denoiser
 
     def sampler(self, denoiser: Any) -> Any:
         nothing = dict.fromkeys(["vae", *self.text_networks, *self.tokenizer_folders.values()])

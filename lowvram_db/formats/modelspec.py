@@ -21,6 +21,7 @@ _ARCHITECTURES = {
 }
 _SPOKEN = {"epsilon": "epsilon", "v_prediction": "v"}
 _KEPT = ("modelspec.author", "modelspec.license", "modelspec.tags")  # of what a model was made from
+_TOLD = ("unet", "vae")  # parts whose dtypes it has keys for
 _THUMBNAIL = 256  # pixels, the longer side
 
 
@@ -56,9 +57,8 @@ def describe(
         "modelspec.resolution": f"{resolution}x{resolution}",
         "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
         "modelspec.prediction_type": _SPOKEN[prediction],
-        "modelspec.unet_dtype": str(dtypes["unet"]).removeprefix("torch."),
-        "modelspec.vae_dtype": str(dtypes["vae"]).removeprefix("torch."),
     }
+    said |= {f"modelspec.{part}_dtype": str(dtypes[part]).removeprefix("torch.") for part in _TOLD if part in dtypes}
     if subject is not None:
         said["modelspec.trigger_phrase"] = subject.prompt
         said["modelspec.usage_hint"] = f"Write: {subject.prompt}"

@@ -1,10 +1,10 @@
 """A model on disk as networks whose tensors are read one by one, be it a folder or a single file."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,20 @@ from lowvram_db.formats.single_file import as_configs, as_folder, opened
 from lowvram_db.formats.source import find_model
 from lowvram_db.formats.tensors import Tensors, tensors_of
 from lowvram_db.formats.weight_files import weight_files
+
+
+class Readable(Protocol):
+    """One tensor of a network, of which only the dtype and shape are known before it is read."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """In the network."""
+
+    def read(self) -> Tensor:
+        """Good until the next one is read."""
 
 
 class Stored(NamedTuple):
@@ -45,7 +59,7 @@ class Stored(NamedTuple):
         return to_network(self.file[self.key], self.form)
 
 
-Network = dict[str, Stored]  # by diffusers' names, those of text encoders with their prefix
+Network = Mapping[str, Readable]  # by diffusers' names, those of text encoders with their prefix
 
 
 @dataclass
@@ -56,7 +70,7 @@ class Model:
     family: str
     parts: dict[str, Network]
     metadata: dict[str, str] = field(default_factory=dict)  # of a single file
-    others: Network = field(default_factory=dict)  # what a single file has beside its networks, by its keys
+    others: dict[str, Stored] = field(default_factory=dict)  # what a single file has beside its networks, by its keys
 
 
 @contextmanager
@@ -68,7 +82,7 @@ def open_stored(name: str, reading: Reading = AS_IT_IS, tokenizers: bool = False
     place = Path(name).expanduser()
     if place.is_file():
         with opened(place, reading) as model:
-            parts = {
+            parts: dict[str, Network] = {
                 part: {name: Stored(file, *place) for name, place in places.items()}
                 for part, (file, places) in model.parts.items()
             }
@@ -86,7 +100,7 @@ def open_stored(name: str, reading: Reading = AS_IT_IS, tokenizers: bool = False
 
 
 def _network(folder: Path, part: str, stack: ExitStack) -> Network:
-    network: Network = {}
+    network: dict[str, Readable] = {}
     for path in weight_files(folder, part):
         file = stack.enter_context(tensors_of(path))
         names = {name_now(part, name): name for name in file.entries if not name.endswith(CLIP_COUNT)}

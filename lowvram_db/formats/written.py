@@ -25,7 +25,7 @@ from lowvram_db.formats.layout import LAYOUTS
 from lowvram_db.formats.modelspec import HASH
 from lowvram_db.formats.names import CLIP_COUNT, Form, in_file
 from lowvram_db.formats.prediction import V_MARKER, ZERO_SNR_MARKER
-from lowvram_db.formats.stored import Model, Network, Stored, predicts
+from lowvram_db.formats.stored import Model, Network, Readable, predicts
 from lowvram_db.progress import say
 
 Dtypes = dict[str, torch.dtype | None]  # by part; None: each tensor's own
@@ -69,13 +69,13 @@ def _planned(prefix: str, part: str, model: Model, network: Network, dtype: torc
     places = LAYOUTS[model.family][part].names.places(network)
     if strange := network.keys() - places.keys():
         raise UserError(f"{model.folder / part}: has {min(strange)}, for which the files of its family have no name")
-    together: dict[str, dict[Form, Stored]] = {}
+    together: dict[str, dict[Form, Readable]] = {}
     for name, (key, form) in places.items():
         together.setdefault(prefix + key, {})[form] = network[name]
     return {key: _one(forms, dtype) for key, forms in together.items()}
 
 
-def _one(forms: dict[Form, Stored], dtype: torch.dtype | None) -> Planned:
+def _one(forms: dict[Form, Readable], dtype: torch.dtype | None) -> Planned:
     (form, stored), *_ = forms.items()
 
     def read() -> Tensor:

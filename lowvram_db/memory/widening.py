@@ -17,10 +17,12 @@ _HALVES = torch.bfloat16, torch.float16
 
 
 def widen(network: nn.Module) -> None:
-    """Let every layer take its weights and inputs in float32 from now on, and give float32; in place. What is stored
-    stays as it is, also where it changes its dtype later."""
+    """Let every layer that has weights in half precision take them and its inputs in float32 from now on, and give
+    float32; in place. What is stored stays as it is, also where it changes its dtype later."""
     layers: list[Any] = [
-        module for module in network.modules() if next(module.parameters(recurse=False), None) is not None
+        module
+        for module in network.modules()
+        if any(parameter.dtype in _HALVES for parameter in module.parameters(recurse=False))
     ]
     # One room, not a new tensor every time: the system takes eight times as long to hand out memory as to fill it.
     room = torch.empty(max((layer.weight.numel() for layer in layers if type(layer) in _LARGE), default=0))

@@ -27,6 +27,7 @@ from lowvram_db.memory.device import DTYPES
 from lowvram_db.memory.overheads import CONTEXT, CUBLAS_WORKSPACES, RAM_WITH_CUDA, temporaries
 from lowvram_db.memory.trace import GRANULE, TEMPORARY, Trace
 from lowvram_db.optim.kinds import Name, StepsInBackward
+from lowvram_db.plan.quantised import as_if_quantised
 from lowvram_db.plan.result import Phase
 from lowvram_db.train.batches import Batch
 from lowvram_db.train.interrupt import stop_on_request
@@ -291,6 +292,7 @@ def tracing(autocast: bool = False, optimizer: Name = "adam8", twin: bool = Fals
         if optimizer == "bnb-adam8":
             stack.enter_context(patch("bitsandbytes.optim.AdamW8bit.update_step", lambda *_: None))
             stack.enter_context(patch("bitsandbytes.functional.create_dynamic_map", lambda **_: torch.empty(256)))
+        stack.enter_context(patch("lowvram_db.train.trained.quantise", as_if_quantised))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(trace)
         if twin:

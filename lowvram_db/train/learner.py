@@ -3,6 +3,7 @@
 It reads no files and waits for no value, so that a plan runs the very same code on tensors that are not there.
 """
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -77,6 +78,7 @@ class Learner:
         self.modules = {part: network.requires_grad_(False).train() for part, network in networks.items()}
         self.denoiser: Any = self.modules[family.denoiser_part]
         self.text_encoders = {part: network for part, network in self.modules.items() if network is not self.denoiser}
+        self.draws = any(map(_draws, self.modules.values()))
         self.trained = trained(family, self.modules)
         self.parameters = list(self.trained.values())
         for parameter in self.parameters:
@@ -100,7 +102,7 @@ class Learner:
         for weight in idle(family, self.modules):  # which the optimizer does not see
             weight.data = weight.data.to(stored)
         self._move_to_device()
-        if self.activations != stored:
+        if self.dtype == torch.float32:
             for module in self.modules.values():
                 widen(module)
         make_state(self.optimizer)
@@ -153,6 +155,8 @@ class Learner:
         inputs = self.inputs(batch)
         size = len(inputs.mean) // self.strategy.parts
         totals, rows = [], []
+        if self.draws:  # by the step, as everything else that is drawn
+            torch.manual_seed(zlib.crc32(f"{self.config.train.seed} {self.batch_number}".encode()))
         for first in range(0, len(inputs.mean), size):
             total, losses = self.forward(inputs, batch.prompts, slice(first, first + size))
             self.scaler.scale(total * share).backward()
@@ -228,9 +232,13 @@ class Learner:
 def _how(network: nn.Module) -> dict[str, Any]:
     """How to checkpoint a network. Where it draws nothing, no state of a generator has to be fetched from the device
     for every block, to draw the same again."""
-    draws = any(isinstance(module, nn.Dropout) and module.p > 0 for module in network.modules())
-    draws = draws or getattr(network.config, "attention_dropout", 0) > 0  # functional, in CLIP's text encoder
-    return {"use_reentrant": False, "preserve_rng_state": draws}
+    return {"use_reentrant": False, "preserve_rng_state": _draws(network)}
+
+
+def _draws(network: Any) -> bool:
+    """Whether its forward pass does: by dropout, which is functional in CLIP's text encoder."""
+    drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in network.modules())
+    return drops or getattr(network.config, "attention_dropout", 0) > 0
 
 
 def _recomputing(network: nn.Module) -> Any:

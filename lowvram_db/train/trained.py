@@ -2,11 +2,14 @@
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lowvram_db.config import Config
 from lowvram_db.families.base import Architecture
+from lowvram_db.memory.device import DTYPES
+from lowvram_db.memory.quantised import quantise
 from lowvram_db.optim.storage import narrowing
+from lowvram_db.train import adapter
 
 Trained = dict[str, nn.Parameter]  # by the names of network and tensor, as "unet.conv_in.weight"
 
@@ -31,10 +34,32 @@ def steps_of(config: Config, step: int) -> tuple[str, str]:
 
 def load_networks(config: Config, family: Architecture, step: int) -> dict[str, Any]:
     """The networks that hold what a step trains, anew, the denoiser first, by their names in the model folder: on the
-    CPU, in float32 but for what the optimizer stores in fewer bits."""
+    CPU, in float32 but for what the optimizer stores in fewer bits, or what is frozen. Raises UserError where a LoRA
+    does not go with them."""
+    if config.method.name == "lora":
+        return _with_adapters(config, family, step)
     networks: dict[str, Any] = {family.denoiser_part: family.load_denoiser(narrowing(config.weights))}
     if trains_text(config, step):
         networks |= family.load_text_encoders()
+    return networks
+
+
+def _with_adapters(config: Config, family: Architecture, step: int) -> dict[str, Any]:
+    """The networks frozen, in the precision that is computed in or fewer bits, and a LoRA on each."""
+    method, dtype = config.method, DTYPES[config.precision.compute]
+    exact = config.weights == "fp32"  # so that it computes under autocast, which takes norms in float32
+
+    def narrow(weight: Tensor) -> Tensor:
+        return weight if exact and weight.dim() == 1 else weight.to(dtype)
+
+    networks: dict[str, Any] = {family.denoiser_part: family.load_denoiser(narrow)}
+    if trains_text(config, step):
+        networks |= family.load_text_encoders(dtype)
+    for part, network in networks.items():
+        listened_to = family.trainable(part, network)
+        if method.base in ("int8", "nf4"):
+            quantise(network, method.base, dtype)
+        adapter.adapt(network, part, method, listened_to, config.train.seed)
     return networks
 
 
@@ -43,7 +68,7 @@ def trained(family: Architecture, networks: dict[str, Any]) -> Trained:
     return {
         f"{part}.{name}": parameter
         for part, network in networks.items()
-        for name, parameter in family.trainable(part, network).items()
+        for name, parameter in adapter.trainable(network, family.trainable(part, network)).items()
     }
 
 
