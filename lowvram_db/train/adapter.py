@@ -90,8 +90,13 @@ def _full_rank(layer: Any) -> int:
     return min(layer.out_features, layer.in_features)  # of which a quantised weight says nothing
 
 
+def is_adapted(network: nn.Module) -> bool:
+    """Whether it has a LoRA."""
+    return bool(getattr(network, "peft_config", None))
+
+
 def _lora_layers(network: nn.Module) -> list[tuple[str, Any]]:
-    if not getattr(network, "peft_config", None):
+    if not is_adapted(network):
         return []
     from peft.tuners.lora import LoraLayer
 

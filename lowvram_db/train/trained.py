@@ -73,9 +73,11 @@ def trained(family: Architecture, networks: dict[str, Any]) -> Trained:
 
 
 def idle(family: Architecture, networks: dict[str, Any]) -> list[nn.Parameter]:
-    """What they hold beside it, as layers that nobody listens to; they are gone through all the same."""
+    """What trained networks hold beside it, as layers that nobody listens to; they are gone through all the same. Under
+    a LoRA a network stays as it was loaded."""
     listened_to = set(trained(family, networks).values())
-    return [weight for network in networks.values() for weight in network.parameters() if weight not in listened_to]
+    whole = [network for network in networks.values() if not adapter.is_adapted(network)]
+    return [weight for network in whole for weight in network.parameters() if weight not in listened_to]
 
 
 def denoisers(family: Architecture, everything: Trained) -> Trained:

@@ -102,6 +102,8 @@ def test_a_folder_without_weights_is_enough(plan, toml, miniature, tmp_path):
         ("sdxl-vpred", 16),
         ("person-sd15-8gb", 8),
         ("person-sdxl-16gb", 16),
+        ("lora-6gb", 6),
+        ("lora-8gb", 8),
     ],
 )
 def test_presets_fit_their_cards(plan, preset, card):

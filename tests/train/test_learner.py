@@ -229,3 +229,10 @@ def test_a_mask_weighs_the_loss_of_its_rows_also_in_parts(make_config, make_trai
         parts = [trainer.forward(inputs, batch.prompts, slice(row, row + 1))[1] for row in range(2)]
     torch.testing.assert_close(whole, plain * torch.tensor([3.0, 1.0]))
     torch.testing.assert_close(torch.cat(parts), whole)
+
+
+def test_under_a_lora_frozen_weights_stay_in_the_precision_that_is_computed_in(make_config, make_trainer):
+    trainer = make_trainer(make_config(method={"name": "lora", "rank": 4}, precision={"compute": "bf16"}))
+    weights = {f"unet.{name}": weight for name, weight in trainer.denoiser.named_parameters() if weight.dim() > 1}
+    assert {weight.dtype for name, weight in weights.items() if name not in trainer.trained} == {torch.bfloat16}
+    assert {weight.dtype for weight in trainer.trained.values()} == {torch.float32}
