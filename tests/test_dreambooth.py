@@ -88,9 +88,9 @@ def test_every_weight_of_the_unet_is_trained(make_config, miniature):
     assert not same
 
 
-@pytest.mark.parametrize(("text_encoder", "denoisers"), [({}, 4), ({"train": True, "stop": 2}, 5)])
+@pytest.mark.parametrize(("text_encoder", "denoisers"), [({}, 5), ({"train": True, "stop": 2}, 6)])
 def test_no_other_weights_are_in_memory_when_a_denoiser_comes(make_config, monkeypatch, text_encoder, denoisers):
-    """To look at, for class images, for training, again where the text encoders stop, for the pictures at the end."""
+    """To look at, for class images, for its own pictures, for training, once more after the text encoders, at the end."""
     load_denoiser, seen = StableDiffusion.load_denoiser, []
 
     def count_weights():
@@ -244,10 +244,10 @@ def test_the_base_models_pictures_stand_above_and_are_drawn_anew_where_others_ar
     "sections",
     [
         {},
-        {"text_encoder": {"train": True}},
+        pytest.param({"text_encoder": {"train": True}}, marks=pytest.mark.slow),
         {"text_encoder": {"train": True, "stop": 1}},
-        {"train": {"ema": 0.5}},
-        {"train": {"ema": 0.5}, "text_encoder": {"train": True, "stop": 1}},
+        pytest.param({"train": {"ema": 0.5}}, marks=pytest.mark.slow),
+        pytest.param({"train": {"ema": 0.5}, "text_encoder": {"train": True, "stop": 1}}, marks=pytest.mark.slow),
         {"train": {"ema": 0.5}, "text_encoder": {"train": True}},
     ],
 )

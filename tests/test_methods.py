@@ -67,7 +67,7 @@ def test_checkpoints_hold_the_adapter_alone_and_metrics_are_a_full_runs(make_con
     assert metrics(run)[0]["loss"] == pytest.approx(metrics(full)[0]["loss"], rel=1e-5)  # it begins without a change
 
 
-@pytest.mark.parametrize("optimizer", ["adam8", "adamw"])
+@pytest.mark.parametrize("optimizer", ["adam8", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_a_resumed_run_is_one_that_never_stopped(make_config, optimizer):
     """To the bit, with what dropout leaves out."""
     sections = {

@@ -18,7 +18,6 @@ from lowvram_db.errors import UserError
 from lowvram_db.run import Run
 from lowvram_db.train.checkpoint import latest
 
-OPTIMIZERS = ["bnb-adam8", "adam8"]  # which keep gradients until the step, and do not
 STEPS = 12
 
 
@@ -85,9 +84,10 @@ def assert_same_result(straight, resumed):
     assert len(losses[0]) == STEPS
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", ["adam8", pytest.param("bnb-adam8", marks=pytest.mark.slow)])
 def test_kill_9_anywhere(config_of, straight_run, processes, optimizer):
-    """Killed at a random instant of each stage: class images and caches, early and late steps, the last pictures."""
+    """Killed at a random instant of each stage, with gradients kept until the step and without: class images
+    and caches, early and late steps, the last pictures."""
     straight = straight_run(optimizer)
     config = config_of("killed", optimizer)
     killed, chance = Run.of(config), random.Random(1)

@@ -8,6 +8,7 @@ import pytest
 from lowvram_db.streams import patient_streams
 
 NEW = "from lowvram_db.cli import main; main()"
+SAID = b"identifier ohwx: 4 tokens (o h w x); no meaning of its own\n"
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def new(photos, miniature, tmp_path):
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
 def test_what_an_encoding_lacks_is_escaped(new, tmp_path, encoding):
     code, out, err = new("{}", PYTHONIOENCODING=encoding)
-    assert (code, err) == (0, b"")
+    assert (code, err) == (0, SAID)
     assert out.startswith(f"wrote {'犬' if encoding == 'utf-8' else chr(92) + 'u72ac'}.toml; now: ".encode())
     code, _, err = new("{}", PYTHONIOENCODING=encoding)
     assert code == 2 and err.startswith(b"error: ") and err.count(b"\n") == 1, "and so it is in an error"
@@ -38,7 +39,7 @@ def test_what_an_encoding_lacks_is_escaped(new, tmp_path, encoding):
 )
 def test_nobody_has_to_listen(new, tmp_path, line):
     _, _, err = new(f"sleep 0.1; {line}")
-    assert (tmp_path / "code").read_text() == "0\n" and err == b""
+    assert (tmp_path / "code").read_text() == "0\n" and err == (b"" if "2>&-" in line else SAID)
     assert (tmp_path / "犬.toml").read_text(encoding="utf-8").startswith("# DreamBooth run"), (
         "and nothing else is in it"
     )

@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 
 from lowvram_db.atomic import replacing_file
 from lowvram_db.errors import UserError
+from lowvram_db.families import draw
 from lowvram_db.families.base import NO_PROMPT, Family
 from lowvram_db.families.conditioning import collated
-from lowvram_db.families.draw import drawer_for
 from lowvram_db.families.text import encoded
 from lowvram_db.files.reader import Reader
 from lowvram_db.memory.device import picture_dtypes, release_memory
@@ -68,10 +68,11 @@ class Candidate:
         family: Any = _Trained(self.family, self.trained) if self.trained else self.family
         dtype, _ = picture_dtypes(how.compute, device)
         told = dict(encoded(family, [*missing, NO_PROMPT], device, dtype))
-        drawer = drawer_for(family, how.compute, device, max(map(len, missing.values())))
-        settings = {"guidance": how.guidance, "steps": how.steps, "resolution": how.resolution}
+        drawer = draw.drawer_for(family, how.compute, device, max(map(len, missing.values())))
         for prompt, seeds in missing.items():
-            drawn = drawer.draw(collated([told[prompt], told[NO_PROMPT]]), seeds, **settings)  # type: ignore[arg-type]
+            conditioning = collated([told[prompt], told[NO_PROMPT]])
+            across = [draw.Wanted(seed, how.guidance) for seed in seeds]
+            drawn = drawer.draw(conditioning, across, steps=how.steps, resolution=how.resolution)
             for seed, picture in zip(seeds, drawn, strict=True):
                 with replacing_file(self.picture(Wanted(prompt, seed), how, folder)) as temporary:
                     picture.save(temporary, format="PNG")

@@ -54,12 +54,12 @@ HOSTILE = [
 
 @pytest.mark.parametrize("words", HOSTILE, ids=range(len(HOSTILE)))
 def test_any_words_stay_words(make_config, miniature, tmp_path, words):
-    config = make_config(subject={"identifier": words, "class": words}, model={"name": "owner/name"})
+    config = make_config(subject={"class": words}, model={"name": "owner/name"})
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "evaluation.json").write_text('{"backbone": "cut o')
     text = card(miniature, Run(tmp_path / "run"), config, has_samples=False)
     read = ModelCard(text)
-    assert read.data.instance_prompt == f"a photo of a {words} {words}"
+    assert read.data.instance_prompt == f"a photo of a pkblz {words}"
     assert read.data.base_model == "owner/name"
     assert read.data.license == "other"
     code = read.text.split("python\n")[1].split("\n```")[0]

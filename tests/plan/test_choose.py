@@ -53,6 +53,8 @@ def test_a_plan_is_for_gpus_and_tells_what_this_cpu_would_emulate(planned, blank
 class Peaks:
     """A rehearsal of strategies whose peaks are given, which notes what was looked at."""
 
+    average_bytes = 0
+
     def __init__(self, peaks):
         self.peaks, self.looked_at = peaks, set()
 

@@ -64,21 +64,23 @@ def test_the_losses_are_those_of_the_first_pictures_by_digest(make_config, make_
     assert trainer.batches.held_out_photos == [held_out]
 
 
-MODELS = {"SD 1": {}, "text encoder": {"text_encoder": True}, "SDXL, buckets": {"crop": "buckets", "variants": 2}}
+MODELS = {
+    "SD 1": {},
+    "text encoder": {"text_encoder": {"train": True}},
+    "SDXL, buckets": {"train": {"crop": "buckets", "variants": 2}},
+}
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_run_ends_in_the_same_bits_with_and_without(make_config, tmp_path, name):
-    model = {}
+    shared = {"cache": {"dir": str(tmp_path / "shared")}, "prior": {"count": 2, "images": str(tmp_path / "class")}}
     if "SDXL" in name:
         write_sdxl(tmp_path / "model")
-        model = {"name": str(tmp_path / "model")}
+        shared["model"] = {"name": str(tmp_path / "model")}
 
     def run(where, every):
-        train = {**MODELS[name], "validate_every": every, "steps": 3}
-        shared = {"cache": {"dir": str(tmp_path / "shared")}, "prior": {"count": 2, "images": str(tmp_path / "class")}}
-        sections = {"model": model} if model else {}
-        return run_dreambooth(make_config(train=train, output={"name": where}, **shared, **sections))
+        train = {**MODELS[name].get("train", {}), "validate_every": every, "steps": 3}
+        return run_dreambooth(make_config(**{**MODELS[name], **shared, "train": train}, output={"name": where}))
 
     without, with_ = run("without", 0), run("with", 1)
     one, other = (load_file(of.model / "unet" / "diffusion_pytorch_model.safetensors") for of in (without, with_))
