@@ -90,7 +90,7 @@ def test_every_weight_of_the_unet_is_trained(make_config, miniature):
 
 @pytest.mark.parametrize(("text_encoder", "denoisers"), [({}, 5), ({"train": True, "stop": 2}, 6)])
 def test_no_other_weights_are_in_memory_when_a_denoiser_comes(make_config, monkeypatch, text_encoder, denoisers):
-    """To look at, for class images, for its own pictures, for training, once more after the text encoders, at the end."""
+    """For the check, class images, its own pictures, training, once more after the text encoders, and the result."""
     load_denoiser, seen = StableDiffusion.load_denoiser, []
 
     def count_weights():
