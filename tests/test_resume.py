@@ -202,7 +202,7 @@ STAGES = {
 }
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", [pytest.param("SD 1, bnb-adam8", marks=pytest.mark.slow), *list(STAGES)[1:]])
 def test_before_at_and_after_the_text_encoders_stop_resume_is_exact(make_config, tmp_path, monkeypatch, name):
     write, sections = STAGES[name]
     write(tmp_path / "model")

@@ -53,7 +53,7 @@ def steps(result):
     return [one["step"] for one in result["checkpoints"]]
 
 
-@pytest.mark.parametrize("text_encoder", [False, True])
+@pytest.mark.parametrize("text_encoder", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_run_is_judged_once(finished, monkeypatch, text_encoder):
     run = finished(train={"steps": 3, "lr": 1e-3, "hold_out": 1}, text_encoder={"train": text_encoder})
     result = evaluate(run.folder, seeds=2)
