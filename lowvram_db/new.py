@@ -13,13 +13,14 @@ import tomli_w
 from lowvram_db import folder_name
 from lowvram_db.atomic import replacing_file
 from lowvram_db.concept.identifier import suggest, summary
-from lowvram_db.config import DEFAULT_IDENTIFIER, known_keys, parse
+from lowvram_db.config import known_keys, parse
 from lowvram_db.errors import UserError
 from lowvram_db.formats.inspect import inspect
 from lowvram_db.formats.known import known_configs
 from lowvram_db.formats.tokens import Tokens, read_tokens
 from lowvram_db.photos import find_photos, load_photo
 from lowvram_db.progress import say
+from lowvram_db.sections import DEFAULT_IDENTIFIER
 
 # What people change, in the order in which they meet it; everything else stays at its default unless it is added.
 _WRITTEN = ["model.name", "subject.photos", "subject.identifier", "subject.class"]

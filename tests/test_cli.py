@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from lowvram_db import cli
-from lowvram_db.config import DEFAULT_IDENTIFIER, load
+from lowvram_db.config import load
+from lowvram_db.sections import DEFAULT_IDENTIFIER
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowvram_db.config import Config, OptimizerConfig
+from lowvram_db.config import Config
 from lowvram_db.errors import UserError
 from lowvram_db.kernels import launch
 from lowvram_db.kernels.launch import Choice, Implementation
@@ -15,6 +15,7 @@ from lowvram_db.optim.adam8 import Adam8
 from lowvram_db.optim.in_backward import InBackward
 from lowvram_db.optim.storage import Weights
 from lowvram_db.progress import say
+from lowvram_db.sections import OptimizerConfig
 
 _MIN_8_BIT_SIZE = 4096  # smaller tensors keep float32 state: their blocks are too few to matter and too small to trust
 

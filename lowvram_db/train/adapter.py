@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from lowvram_db.config import MethodConfig
 from lowvram_db.errors import UserError
 from lowvram_db.formats.lora_file import Lora, LowRank, plain
+from lowvram_db.sections import MethodConfig
 
 _NAME = "default"  # peft's own
 _ATTENTION = r"to_[qkv]|to_out\.0|[qkv]_proj|out_proj"

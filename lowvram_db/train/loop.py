@@ -1,27 +1,24 @@
 """The training loop: from cached latents to a trained denoiser."""
 
-import contextlib
 import math
 import time
-from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from torch import Tensor, nn
 
 from lowvram_db.cache import model_digest
-from lowvram_db.config import CheckpointConfig, Config
+from lowvram_db.config import Config
 from lowvram_db.errors import LESS_MEMORY, DoesNotFit, Interrupted, UserError
 from lowvram_db.families.base import Family
 from lowvram_db.families.conditioning import Conditioning
 from lowvram_db.kernels.launch import implementation
 from lowvram_db.memory.attention import use_attention
 from lowvram_db.memory.budget import crowd
-from lowvram_db.memory.device import compute_dtype, peak_bytes, release_memory
+from lowvram_db.memory.device import compute_dtype, release_memory
 from lowvram_db.memory.out_of_memory import is_out_of_memory, reason
 from lowvram_db.optim.choices import FirstStepCheck
 from lowvram_db.optim.in_backward import PATIENCE
@@ -29,10 +26,12 @@ from lowvram_db.optim.kinds import StepsInBackward
 from lowvram_db.optim.schedule import learning_rate
 from lowvram_db.progress import Bar, say
 from lowvram_db.run import Run
+from lowvram_db.sections import CheckpointConfig
 from lowvram_db.train import checkpoint, objective, resume
 from lowvram_db.train.batches import Batches
 from lowvram_db.train.ema import Average
 from lowvram_db.train.interrupt import stop_on_request
+from lowvram_db.train.journal import Journal
 from lowvram_db.train.learner import Learner, Surroundings
 from lowvram_db.train.metrics import Metrics, logged
 from lowvram_db.train.outcome import Numbers, Outcome
@@ -250,7 +249,7 @@ def _train(
         Metrics(run.metrics, run.tensorboard, done=trainer.step) as metrics,
         Bar("training", total=steps, done=trainer.step, unit="step") as bar,
         stop_on_request() as stop_requested,
-        _Journal(trainer, metrics, bar) as journal,
+        Journal(trainer, metrics, bar) as journal,
     ):
 
         def validate() -> None:
@@ -293,53 +292,6 @@ def _train(
                 begins("sampling on the way")
                 optional(partial(sample, run.sample_grid(trainer.step)), f"step {trainer.step}: pictures")
                 begins(steady_step)
-
-
-class _Journal:
-    """Writes down every step, once its numbers have come from the device. A context manager."""
-
-    def __init__(self, trainer: Trainer, metrics: Metrics, bar: Bar):
-        self._trainer, self._metrics, self._bar = trainer, metrics, bar
-        self._unread: deque[tuple[int, float, Outcome]] = deque()
-        self._settled = self._lr = 0.0
-
-    def begin(self) -> None:
-        """A step begins. What lies between steps that are settled, as saving does, counts for none of them."""
-        self._lr = self._trainer.learning_rate(self._trainer.config.train.lr)
-        if not self._unread:
-            self._settled = time.perf_counter()
-
-    def note(self, outcome: Outcome) -> None:
-        """Of the step that was begun last."""
-        self._unread.append((self._trainer.step, self._lr, outcome))
-
-    def settle(self, lag: int = 0) -> None:
-        """Read and write all but the last `lag` steps. Raises UserError as Trainer.judge does."""
-        while len(self._unread) > lag:
-            step, lr, outcome = self._unread.popleft()
-            numbers = outcome.read()
-            self._trainer.judge(step, numbers)
-            before, self._settled = self._settled, time.perf_counter()
-            peak = peak_bytes(self._trainer.device)
-            self._metrics.log(
-                step,
-                loss=numbers.total,
-                instance_loss=numbers.instance,
-                prior_loss=numbers.prior,
-                lr=lr,
-                seconds=self._settled - before,
-                peak_bytes=peak,
-            )
-            self._bar.advance(note=f"loss {numbers.total:.4f}  peak {peak / 2**30:.2f} GiB")
-
-    def __enter__(self) -> "_Journal":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with contextlib.suppress(Exception):  # where one is leaving already
-            self.settle()
 
 
 def optional(work: Callable[[], object], what: str) -> None:

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from lowvram_db.cache.framing import View
-from lowvram_db.config import TrainConfig
 from lowvram_db.kernels import bits
 from lowvram_db.memory.device import sent
+from lowvram_db.sections import TrainConfig
 from lowvram_db.train.batches import Batch, Batches
 from lowvram_db.train.objective import Stream
 

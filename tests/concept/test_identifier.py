@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 
 from lowvram_db.concept.identifier import check, meant, suggest, summary
-from lowvram_db.config import DEFAULT_IDENTIFIER, load
+from lowvram_db.config import load
 from lowvram_db.demo.tokenizer import RARE_WORDS
 from lowvram_db.errors import UserError
 from lowvram_db.formats.reading import AS_IT_IS
 from lowvram_db.formats.tokenizer import read_vocabulary
 from lowvram_db.formats.tokens import Tokens, read_tokens
+from lowvram_db.sections import DEFAULT_IDENTIFIER
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,10 @@ import pytest
 import torch
 
 from lowvram_db import cli
-from lowvram_db.config import OptimizerConfig
 from lowvram_db.errors import UserError
 from lowvram_db.kernels import launch
 from lowvram_db.optim.choices import FirstStepCheck, build, that_runs
+from lowvram_db.sections import OptimizerConfig
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from lowvram_db.config import MethodConfig
 from lowvram_db.errors import UserError
 from lowvram_db.memory.quantised import quantise
+from lowvram_db.sections import MethodConfig
 from lowvram_db.train.adapter import adapt, lora_of_networks, trainable
 
 # What diffusers' and peft's users write for them.

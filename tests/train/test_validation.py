@@ -9,12 +9,12 @@ from safetensors.torch import load_file
 from torch.nn.functional import mse_loss
 
 from lowvram_db.concept import subject_photos
-from lowvram_db.config import TrainConfig
 from lowvram_db.demo.miniature import write_sdxl
 from lowvram_db.dreambooth import run_dreambooth
 from lowvram_db.errors import UserError
 from lowvram_db.kernels import bits
 from lowvram_db.run import Run
+from lowvram_db.sections import TrainConfig
 from lowvram_db.train import validation as room
 from lowvram_db.train.loop import train
 from lowvram_db.train.validation import Validation, interval
