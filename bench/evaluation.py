@@ -18,7 +18,7 @@ from machine import add_row
 from lowvram_db.config import load
 from lowvram_db.demo.critic import load_critic
 from lowvram_db.demo.measure import likeness, likeness_among, subject_pixels
-from lowvram_db.demo.showcase import SUBJECT
+from lowvram_db.demo.subjects import SUBJECT
 from lowvram_db.demo.world import SETTINGS
 from lowvram_db.dreambooth import run_dreambooth
 from lowvram_db.evaluate.evaluation import evaluate, planned

@@ -98,9 +98,11 @@ def train(
     settings = load(
         config, [*(overrides or []), *_vram_override(vram)]
     )  # before the heavy imports: a typo is answered at once
+    skip_unneeded(*{"peft", "bitsandbytes"}.difference(settings.packages))
     from lowvram_db.dreambooth import run_dreambooth
 
     hide_loading_bars()
+    gc.freeze()  # else each look for garbage, some fifteen a run, goes through all of torch, for a third of a second
     run = run_dreambooth(settings, resume, strict)
     print(f"lora: {run.lora}" if settings.method.name == "lora" else f"model: {run.model}")
     if (pictures := run.sample_grid(settings.train.steps)).exists():

@@ -1,11 +1,12 @@
-"""`python -m lowvram_db.demo RUN OTHER_RUN`: draw the base model and what two runs made of it into one sheet."""
+"""`python -m lowvram_db.demo RUN OTHER_RUN`: the base model beside what two runs made of it, in one sheet."""
 
 import argparse
 import sys
 from pathlib import Path
 
+from lowvram_db.demo.showcase import before_after
 from lowvram_db.errors import UserError
-from lowvram_db.quiet import hide_loading_bars, quiet_libraries
+from lowvram_db.run import Run
 
 
 def main() -> None:
@@ -13,11 +14,6 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder of a finished run; the sheet goes there")
     parser.add_argument("other", type=Path, help="folder of another one on the same base model")
     given = parser.parse_args()
-    quiet_libraries()
-    from lowvram_db.demo.showcase import before_after
-    from lowvram_db.run import Run
-
-    hide_loading_bars()
     try:
         print(f"before and after: {before_after(Run(given.run), Run(given.other))}")
     except UserError as error:

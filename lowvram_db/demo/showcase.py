@@ -1,61 +1,56 @@
 """Before and after, from the same noise: the base model beside models that DreamBooth made of it.
 
-`python -m lowvram_db.demo RUN OTHER_RUN` draws the subject where it was photographed and elsewhere, and the
-plain class, with the base model, with RUN's and with OTHER_RUN's, into RUN/before-after.png.
+`python -m lowvram_db.demo RUN OTHER_RUN` puts the pictures that both runs have drawn into RUN/before-after.png: each of
+their prompts with the base model, with RUN's and with OTHER_RUN's.
 """
 
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from lowvram_db.atomic import replacing_file
 from lowvram_db.config import Config, load
-from lowvram_db.demo.subjects import SUBJECTS
-from lowvram_db.families import open_model
+from lowvram_db.errors import UserError
 from lowvram_db.run import Run
-from lowvram_db.sheet import draw_grid
+from lowvram_db.sheet import Grid, draw_grid, read_grid
 
-SUBJECT = SUBJECTS["iridescent-jellyfish"]
-ELSEWHERE = ("in snow", "on grass", "in the desert")
-SEEDS = 2
+SEEDS = 2  # of those that the runs have drawn
 _ENLARGED = 2
 
 
 def before_after(trained: Run, other: Run) -> Path:
-    """Draw the grid of two finished runs on one base model and return its path."""
-    config, other_config = load(trained.config), load(other.config)
-    instance, plain = (config.fill(template) for template in (config.subject.plain_template, config.prior.prompt))
-    places = [SUBJECT.photographed[0], *ELSEWHERE]
-    prompts = [*(f"{instance} {place}" for place in places), plain]
-    models = {
-        "base": config.model.name,
-        _described(config): str(trained.model),
-        _described(other_config): str(other.model),
-    }
-    pictures = [_draw(model, prompts, config) for model in models.values()]
-    rows = [[picture for model in pictures for picture in model[row]] for row in range(len(prompts))]
-    labels = [f"{name}, seed {seed}" for name in models for seed in range(SEEDS)]
+    """Make the grid of two finished runs on one base model and return its path. Raises UserError where their pictures
+    are not there, or were not drawn for the same."""
+    configs = [load(run.config) for run in (trained, other)]
+    grids = {"base": _grid(trained, 0)}
+    for run, config in zip((trained, other), configs, strict=True):
+        grids[_described(config)] = _grid(run, config.train.steps)
+    base, *tuned = grids.values()
+    if not all(grid.compares_with(base) for grid in tuned):
+        raise UserError(f"{trained.folder} and {other.folder}: drawn for different prompts, guidance, seeds or sizes")
+    seeds = min(SEEDS, base.seeds)
+    rows = [
+        [_enlarged(picture) for grid in grids.values() for picture in grid.rows[row][:seeds]]
+        for row in range(len(base.rows))
+    ]
+    labels = [f"{name}, seed {seed}" for name in grids for seed in range(seeds)]
     path = trained.folder / "before-after.png"
     with replacing_file(path) as temporary:
-        draw_grid(rows, prompts, labels).save(temporary, format="PNG")
+        draw_grid(rows, base.prompts, labels).save(temporary, format="PNG")
     return path
+
+
+def _grid(run: Run, step: int) -> Grid:
+    path = run.sample_grid(step)
+    grid = read_grid(path) if path.exists() else None
+    if grid is None:
+        raise UserError(f"{path}: the run has no such pictures; train it with sample.prompts")
+    return grid
 
 
 def _described(config: Config) -> str:
     return "with prior" if config.prior.enabled else "no prior"
 
 
-def _draw(model: str, prompts: list[str], config: Config) -> list[list[Image.Image]]:
-    """SEEDS pictures of every prompt, in rows."""
-    side = config.train.resolution
-    drawn = open_model(model).pipeline()(
-        [prompt for prompt in prompts for _ in range(SEEDS)],
-        guidance_scale=config.sample.guidance[0],
-        num_inference_steps=config.sample.steps,
-        height=side,
-        width=side,
-        generator=[torch.Generator().manual_seed(seed) for _ in prompts for seed in range(SEEDS)],
-    )
-    large = [image.resize((_ENLARGED * side, _ENLARGED * side), Image.Resampling.LANCZOS) for image in drawn.images]
-    return [large[first : first + SEEDS] for first in range(0, len(large), SEEDS)]
+def _enlarged(picture: Image.Image) -> Image.Image:
+    return picture.resize((_ENLARGED * picture.width, _ENLARGED * picture.height), Image.Resampling.LANCZOS)

@@ -67,3 +67,4 @@ SUBJECTS = {
         Subject("capsule-ball", "ball", ("on grass", "on a table"), draw_capsule),
     )
 }
+SUBJECT = SUBJECTS["iridescent-jellyfish"]  # of `make demo`

@@ -13,8 +13,7 @@ from lowvram_db.config import load
 from lowvram_db.demo.critic import load_critic
 from lowvram_db.demo.measure import Learned, learned
 from lowvram_db.demo.photos import write_photos
-from lowvram_db.demo.showcase import SUBJECT
-from lowvram_db.demo.subjects import SUBJECTS
+from lowvram_db.demo.subjects import SUBJECT, SUBJECTS
 from lowvram_db.dreambooth import run_dreambooth
 
 ROOT = Path(__file__).parents[2]

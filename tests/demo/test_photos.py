@@ -5,8 +5,7 @@ from PIL import Image
 
 from lowvram_db.config import load
 from lowvram_db.demo.photos import COUNT, photo_scenes, write_photos
-from lowvram_db.demo.showcase import SUBJECT
-from lowvram_db.demo.subjects import SUBJECTS
+from lowvram_db.demo.subjects import SUBJECT, SUBJECTS
 from lowvram_db.demo.world import render
 
 ROOT = Path(__file__).parents[2]
