@@ -88,9 +88,10 @@ def _libraries_are_no_garbage(miniature: Path) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _plans_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Plans are remembered in the user's cache folder; tests have another."""
+    """Plans and the C++ step are kept in the user's cache folder; tests that run together have another."""
+    own, together = tmp_path_factory.getbasetemp(), "PYTEST_XDIST_WORKER" in os.environ
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_CACHE_HOME", str((own.parent if together else own) / "cache"))
         yield
 
 

@@ -16,7 +16,15 @@ from lowvram_db.memory import segments
 from lowvram_db.plan.result import Plan
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "bitsandbytes")
-_NO_MATTER: Any = {"subject": True, "checkpoint": True, "memory": True, "output": True}
+# Settings that no tensor's size or life follows from: with another learning rate a plan is there at once.
+_NO_MATTER: Any = {
+    **dict.fromkeys(("subject", "cache", "checkpoint", "memory", "output"), True),
+    "prior": {"weight", "count", "prompt", "prompts", "seed", "images", "steps"},
+    "train": {"lr", "schedule", "warmup", "seed", "variants", "flip", "mask_weight", "hold_out", "validate_every"},
+    "text_encoder": {"lr"},
+    "optimizer": {"betas", "eps", "weight_decay"},
+    "sample": {"prompts", "steps", "every"},  # but for whether there is any on the way
+}
 _PACKAGE = Path(__file__).parents[1]
 
 
@@ -28,10 +36,12 @@ def folder() -> Path:
 def key(config: Config, configs: Path, budget: int | None, explain: bool) -> str:
     """A digest of the settings that matter (and which of them are the user's), the model's config files, our code, the
     versions of the libraries, how memory is taken, and the computer, whose arithmetic and card a plan tells of."""
-    settings = [config.model_dump_json(exclude=_NO_MATTER, exclude_unset=unset) for unset in (False, True)]
-    digest = hashlib.sha256("".join(settings).encode())
+    settings = [config.model_dump(mode="json", exclude=_NO_MATTER, exclude_unset=unset) for unset in (False, True)]
+    that_matter = [{name: section for name, section in sections.items() if section} for sections in settings]
+    digest = hashlib.sha256(json.dumps(that_matter).encode())
     versions = [version(library) for library in _LIBRARIES]
-    digest.update(f"{budget} {explain} {segments.growing()} {versions} {_computer()}".encode())
+    samples = config.sample.every > 0
+    digest.update(f"{budget} {explain} {samples} {segments.growing()} {versions} {_computer()}".encode())
     kernels = _PACKAGE.parent / "kernels" if (_PACKAGE.parent / "kernels").is_dir() else _PACKAGE / "kernels"
     code = [*_PACKAGE.rglob("*.py"), *kernels.glob("*.py")]
     for file in sorted([*configs.glob("*.json"), *configs.glob("*/*config.json"), *code]):

@@ -2,7 +2,9 @@ from pathlib import Path
 
 import pytest
 
+from lowvram_db.families import open_blank
 from lowvram_db.plan import make_plan, remember
+from lowvram_db.plan.choose import choose
 
 
 @pytest.mark.parametrize("home", ["unknown", "a file"])
@@ -29,6 +31,35 @@ def test_a_plan_is_remembered_for_the_computer_it_was_made_on(make_config, minia
         monkeypatch.setattr("platform.node", lambda name=name: name)
         keys.add(remember.key(make_config(), miniature, None, False))
     assert len(keys) == 2
+
+
+# What a plan has been seen to follow from, or is taken to; whatever is new has to be put on one of both sides.
+@pytest.mark.parametrize(
+    ("sections", "is_another"),
+    [
+        ({"train": {"lr": 3e-4, "schedule": "cosine", "warmup": 1, "seed": 8, "flip": True, "variants": 3}}, False),
+        ({"prior": {"count": 7, "weight": 0.5, "prompt": "a {class}", "steps": 9, "seed": 3}}, False),
+        (
+            {"sample": {"prompts": ["a {class}"], "steps": 5}, "optimizer": {"eps": 1e-6}, "output": {"name": "x"}},
+            False,
+        ),
+        ({"sample": {"every": 3}}, True),
+        ({"sample": {"seeds": 3}}, True),
+        ({"prior": {"batch": 4}}, True),  # its default, but fixed now
+        ({"prior": {"enabled": False}}, True),
+        ({"train": {"ema": 0.99}}, True),
+        ({"train": {"resolution": 128}}, True),
+        ({"optimizer": {"name": "adamw"}}, True),
+    ],
+)
+def test_a_plan_is_known_by_what_it_follows_from(make_config, miniature, sections, is_another):
+    """Where the key is the same, so is the plan."""
+    plain, changed = make_config(), make_config(**sections)
+    keys = {remember.key(config, miniature, None, False) for config in (plain, changed)}
+    assert len(keys) == 1 + is_another
+    if not is_another:
+        blank = open_blank(miniature)
+        assert choose(plain, blank, None).to_json() == choose(changed, blank, None).to_json()
 
 
 @pytest.mark.parametrize("content", ["", "[]", "[" * 100_000, '{"phases": [1]}', '{"phases": {}}', "\0" * 99])
