@@ -12,12 +12,12 @@ from typing import Any, cast
 from unittest.mock import patch
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from lowvram_db.errors import UserError
 from lowvram_db.files.foreign import naming
 from lowvram_db.files.pickled import unpickle
+from lowvram_db.files.reader import Reader
 from lowvram_db.formats.names import CLIP_COUNT, CLIP_PREFIX, FORMERLY
 from lowvram_db.formats.reading import STAND_IN
 from lowvram_db.formats.single_file import file_behind, part_tensors
@@ -81,12 +81,8 @@ def _tensors(file: Path) -> Iterator[tuple[str, str, Tensor]]:
         yield from part_tensors(file)
         return
     if file.suffix == ".safetensors":
-        with safe_open(file, framework="pt") as opened:
-            names = list(opened.keys())
-        for name in names:
-            # Opened anew for each: what was read of a mapped file stays in memory until the file is closed.
-            with safe_open(file, framework="pt") as opened:
-                yield name, name, opened.get_tensor(name)
+        with Reader(file) as reader:
+            yield from ((name, name, reader[name]) for name in reader.names)
         return
     state = unpickle(file)
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
