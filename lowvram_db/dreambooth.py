@@ -239,7 +239,7 @@ def _train(
         family = family.with_tuned(checkpoint.frozen(start))
     cached = encode_all(config, family, store, concept, device, meter.begins, began_at)
     batches = Batches(concept, cached, config.train.batch, config.train.seed, config.train.hold_out)
-    trainer = Trainer(config, family, batches, device, plan.strategy, began_at)
+    trainer = Trainer(config, family, batches, device, plan.strategy, began_at, plan.order)
     if start is not None:
         trainer.restore(start)
         say(f"going on from {start}, at step {trainer.step}")

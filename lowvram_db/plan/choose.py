@@ -36,14 +36,14 @@ def choose(config: Config, family: Blank, budget: int | None, explain: bool = Fa
     limit = None if budget is None else int(budget / (1 + MARGIN))
     with _another_process() as beside:
         others = beside(_others, config, family, limit)
-        training, rungs, on_the_way, average = _training(config, family, limit, explain)
+        training, rungs, on_the_way, average, order = _training(config, family, limit, explain)
         drawn, encoding, sampling, batch, at_the_end = others()
     phases = [*drawn, *encoding, *training, *sampling]
     fits = None if limit is None else all(phase.peak_bytes <= limit for phase in phases)
     chosen = next(rung.strategy for rung in rungs if rung.chosen)
     steps = [phase for phase in training if phase.flops]
     ram = predict.host_memory(steps, [*drawn, *encoding, *sampling], average, config.sample.every > 0)
-    plan = Plan(fits, budget, chosen, batch, min(on_the_way, at_the_end), phases, rungs, *ram, average)
+    plan = Plan(fits, budget, chosen, batch, min(on_the_way, at_the_end), phases, rungs, *ram, average, order)
     if fits is False:
         plan.advice = list(_advice(config, family, budget))
     if problem := emulation(config.precision.compute, torch.device("cuda" if torch.cuda.is_available() else "cpu")):
@@ -60,9 +60,9 @@ def check_resolution(config: Config, family: Blank) -> None:
 
 def _training(
     config: Config, family: Blank, limit: int | None, explain: bool
-) -> tuple[list[Phase], list[Rung], int, int]:
-    """The phases of the chosen rung, all rungs looked at, how many pictures are made at once on the way, and the bytes
-    of the weights' average."""
+) -> tuple[list[Phase], list[Rung], int, int, list[int]]:
+    """The phases of the chosen rung, all rungs looked at, how many pictures are made at once on the way, the bytes of
+    the weights' average, and the order of gradients."""
     strategies = ladder(config, family.checkpoint_steps)
     most = max(strategy.checkpointed for strategy in strategies)
     rungs: dict[Strategy, Rung] = {}
@@ -90,13 +90,15 @@ def _training(
         seen = [rungs[strategy] for strategy in strategies if strategy in rungs]
         chosen = _choice(seen, limit)
         chosen.chosen = True
+        order = traced.order() if config.optimizer.kind.streams else []
+        traced.use(chosen.strategy)
         phases, pictures = steps[chosen.strategy], config.sample.pictures_a_row
         if config.sample.every:
             sampling, pictures = _as_many(pictures, traced.sampling, limit)
             phases = [*phases, sampling]
         phases, average = [*phases, traced.saving()], traced.average_bytes
     later = _later_steps(config, family, chosen.strategy)
-    return [*phases[:2], *later, *phases[2:]], _relative(seen), pictures, average
+    return [*phases[:2], *later, *phases[2:]], _relative(seen), pictures, average, order
 
 
 def _later_steps(config: Config, family: Blank, strategy: Strategy) -> list[Phase]:

@@ -18,6 +18,7 @@ class Phase:
     components: dict[str, int]  # bytes, by COMPONENTS
     flops: int = 0
     least: bool = False  # where more is free, it takes more
+    ram_bytes: int = 0  # of the computer's memory, for what lives there and passes through the card
     measured_bytes: int | None = None  # of the run it was made for: the allocator's, or a CPU's whole process
 
     @property
@@ -59,6 +60,7 @@ class Plan:
     ram_bytes: int = 0  # host memory of a run on a GPU, with a checkpoint's copy
     least_ram_bytes: int = 0  # of one that waits while a checkpoint is written
     average_bytes: int = 0  # of both, for the average of the weights
+    order: list[int] = field(default_factory=list)  # in which gradients come: see train/learner.py
     advice: list[str] = field(default_factory=list)
     emulation: str = ""
 
@@ -90,6 +92,7 @@ class Plan:
             "ram_bytes",
             "least_ram_bytes",
             "average_bytes",
+            "order",
             "advice",
             "emulation",
         )

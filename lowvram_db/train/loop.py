@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
@@ -52,10 +52,11 @@ class Trainer(Learner):
         device: torch.device,
         strategy: Strategy | None = None,
         step: int = 0,
+        order: Sequence[int] = (),
     ):
         """Load the denoiser (and the text encoders, if they are trained). strategy: to begin with. step: how many have
         been done, of a checkpoint that is going to be restored; where the text encoders were trained before it and are
-        no more, the family is the one that has what came of it."""
+        no more, the family is the one that has what came of it. order: see Learner."""
         networks = load_networks(config, family, step)
         self._idle = {weight: weight.data for weight in idle(family, networks)}  # before they are rounded
         release_memory()  # the allocator keeps holes where tensors lay in float32: 8% of SDXL, for the rest of a run
@@ -71,7 +72,8 @@ class Trainer(Learner):
         surroundings = Surroundings(
             device, compute_dtype(config.precision.compute, device), self._timesteps, batches.cached.conditioning
         )
-        super().__init__(config, family, networks, surroundings, strategy or without_budget(self._ladder), kernels)
+        strategy = strategy or without_budget(self._ladder)
+        super().__init__(config, family, networks, surroundings, strategy, kernels, order)
         self.family: Family = family
         self.attention = use_attention(self.denoiser, config.attention, device, self.dtype)
         self.average = Average(self.trained, self._exact, config.train.ema) if config.train.ema else None

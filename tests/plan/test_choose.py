@@ -67,6 +67,9 @@ class Peaks:
     def saving(self):
         return Phase("saving", {})
 
+    def use(self, strategy):
+        assert strategy in self.looked_at
+
 
 @given(needed=st.lists(st.integers(1, 9), min_size=8, max_size=8), limit=st.integers(0, 9), falling=st.booleans())
 @example(needed=[9, 9, 5, 6, 6, 4, 3, 2], limit=5, falling=False)  # as the trace of a miniature has been seen to do
