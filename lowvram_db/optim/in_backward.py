@@ -225,8 +225,8 @@ class InBackward(torch.optim.Optimizer, ABC):
                 self.state[p] = placement.keep(p, self.state[p])
 
     def at_rest(self) -> AbstractContextManager[None]:
-        """While state is read, or written, by others than a step. Each way in waits for copies, where state is streamed:
-        one around all is faster."""
+        """While others than a step read or write state. Where that is streamed each entry waits for copies: one around
+        all of them is faster."""
         return self._placement.at_rest()
 
     def state_dict(self) -> dict[str, Any]:

@@ -106,7 +106,7 @@ class Learner:
             max_norm=config.train.max_norm,
             kernels=kernels,
             device=self.device,
-            placement=self._placement(),
+            placement=self._placement(strategy),
         )
         for weight in idle(family, self.modules):  # which the optimizer does not see
             weight.data = weight.data.to(stored)
@@ -128,18 +128,18 @@ class Learner:
 
     def use(self, strategy: Strategy) -> None:
         """Trade time for memory in this way from now on. Raises DoesNotFit where the RAM it takes is not free."""
-        self._recompute(strategy)
-        moves, self.strategy = strategy.streamed != self.strategy.streamed, strategy
-        if moves:
+        if strategy.streamed != self.strategy.streamed:
             assert isinstance(self.optimizer, StepsInBackward)
-            self.optimizer.place(self._placement())
+            self.optimizer.place(self._placement(strategy))
+        self._recompute(strategy)
+        self.strategy = strategy
 
-    def _placement(self) -> Placement:
-        """Where the strategy has the optimizer's state."""
+    def _placement(self, strategy: Strategy) -> Placement:
+        """Where a strategy has the optimizer's state."""
         rest = range(len(self.parameters) - 1, -1, -1)
         order = [self.parameters[place] for place in dict.fromkeys([*self.order, *rest]) if place in rest]
         large = [parameter for parameter in order if parameter.numel() >= SMALLEST]
-        return placement(self.strategy, large, self.config.weights, self.device, self.surroundings.imagined)
+        return placement(strategy, large, self.config.weights, self.device, self.surroundings.imagined)
 
     def _recompute(self, strategy: Strategy) -> None:
         self.denoiser.enable_gradient_checkpointing(_recomputing(self.denoiser))

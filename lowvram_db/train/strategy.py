@@ -48,5 +48,5 @@ def ladder(config: Config, blocks: int) -> list[Strategy]:
 
 
 def without_budget(rungs: list[Strategy]) -> Strategy:
-    """What to do where nothing is known of the memory there is: save it, short of splitting batches and of streaming."""
+    """What to do where nothing is known of the memory there is: save it, without splitting batches or streaming."""
     return [rung for rung in rungs if rung.parts == 1 and not rung.streamed][-1]

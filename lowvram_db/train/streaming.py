@@ -21,6 +21,10 @@ from lowvram_db.train.strategy import EIGHTHS, Strategy
 
 ROOM = 256 * 2**20  # bytes of the card that state passes through, at the most
 PASSING = 2  # of the largest states at the least: one is stepped while the other comes
+LESS_RAM = (
+    "close other programs, or let less of the optimizer's state live there: by a larger --vram, a smaller "
+    "train.resolution or train.batch"
+)
 PINNED = 1, 1 / 2, 1 / 4, 1 / 8  # of the RAM, tried in turn
 
 
@@ -64,10 +68,7 @@ def _share(order: Sequence[nn.Parameter], eighths: int, weights: Weights) -> dic
 def _check_free(wanted: int) -> None:
     free = psutil.virtual_memory().available
     if wanted > free:
-        raise DoesNotFit(
-            f"the optimizer's state needs {gib(wanted)} of RAM, {gib(free)} are free; close other programs, or give a "
-            "larger --vram, so that less of it is streamed"
-        )
+        raise DoesNotFit(f"needs {gib(wanted)} of RAM for the optimizer's state, {gib(free)} are free; {LESS_RAM}")
 
 
 def _ram(total: int, device: torch.device) -> tuple[Ram, Lanes]:

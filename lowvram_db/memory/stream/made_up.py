@@ -41,8 +41,8 @@ class Done(NamedTuple):
 class MadeUpTime:
     """duration(lane, bytes): what each copy, and each "compute", takes, in the order in which they are asked for.
 
-    now: made-up time. timeline: what was done last, in the order in which it was asked for. card_bytes: what would be on
-    the card.
+    now: made-up time. timeline: what was done last, in the order in which it was asked for. card_bytes: what would be
+    on the card.
     """
 
     def __init__(self, duration: Callable[[str, int], float]) -> None:

@@ -1,0 +1,137 @@
+"""A trainer whose state lives in RAM is, to the bit, one whose state does not; the way may change at any step."""
+
+import random
+
+import pytest
+import torch
+
+from lowvram_db.demo.miniature import write_sdxl
+from lowvram_db.errors import DoesNotFit
+from lowvram_db.memory.stream.made_up import MadeUpTime
+from lowvram_db.optim.placement import state_bytes
+from lowvram_db.train import checkpoint, streaming
+from lowvram_db.train.strategy import Strategy
+
+RESIDENT, HALF, ALL = (Strategy(5, 5, streamed=eighths) for eighths in (0, 4, 8))
+FULL = "CUDA out of memory. Tried to allocate 2.00 GiB."
+
+
+@pytest.fixture(autouse=True)
+def delays(monkeypatch):
+    """Copies and computations take anything between nothing and very long."""
+    generator = random.Random(0)
+
+    def made_up(duration):
+        return MadeUpTime(lambda lane, size: size * generator.choice([0.0, 0.1, 1.0, 20.0]) * generator.random())
+
+    monkeypatch.setattr(streaming, "MadeUpTime", made_up)
+
+
+@pytest.fixture
+def sdxl(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sdxl") / "model"
+    write_sdxl(folder)
+    return folder
+
+
+def exact(trainer):
+    """All that is trained, all of the state, and the average."""
+    tensors = {name: p.detach().clone() for name, p in trainer.trained.items()}
+    for place, state in trainer.optimizer.state_dict()["state"].items():
+        tensors |= {f"{place}/{k}": v.clone() for k, v in state.items() if isinstance(v, torch.Tensor)}
+    return tensors | (trainer.average.weights if trainer.average else {})
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+SECTIONS = {
+    "text encoder, residuals, average": (
+        False,
+        {
+            "text_encoder": {"train": True},
+            "precision": {"compute": "bf16", "weights": "bf16+residual"},
+            "train": {"ema": 0.9},
+        },
+    ),
+    "SDXL, its text encoders, gathered batches": (True, {"text_encoder": {"train": True}, "train": {"accumulate": 2}}),
+    "fp16, clipped": (False, {"precision": {"compute": "fp16"}, "train": {"max_norm": 0.1}}),
+}
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_streamed_in_part_in_whole_and_not_at_all_are_the_same(make_config, make_trainer, sdxl, tmp_path, name):
+    """Each step in another way, with a checkpoint in the middle that is taken up in yet another one."""
+    is_sdxl, sections = SECTIONS[name]
+    model = {"model": {"name": str(sdxl)}} if is_sdxl else {}
+    config = make_config(**{"precision": {"compute": "bf16"}, **model, **sections})
+    straight, changing, resumed = (make_trainer(config) for _ in range(3))
+    for number, way in enumerate((HALF, ALL, RESIDENT, ALL)):
+        straight.train_step()
+        changing.use(way)
+        changing.train_step()
+        if number == 1:
+            checkpoint.save(tmp_path / "step-000002", changing.contents())
+            resumed.use(HALF)
+            resumed.restore(tmp_path / "step-000002")
+        elif number > 1:
+            resumed.train_step()
+    wanted = exact(straight)
+    for trainer in (changing, resumed):
+        assert_same(exact(trainer), wanted)
+        trainer.finish()
+    straight.finish()
+    for trainer in (changing, resumed):
+        assert_same(dict(trainer.trained), dict(straight.trained))
+
+
+@pytest.mark.parametrize("where", ["conv_out.weight", "mid_block.resnets.0.conv1.weight"])
+def test_out_of_memory_moves_state_into_ram_and_loses_no_step(make_config, make_trainer, where, capfd):
+    """From the smallest way without streaming, in backward: at its beginning, and halfway; both as where it never
+    streams, and where it always has."""
+
+    def trained(way):
+        trainer, failed = make_trainer(make_config(precision={"compute": "bf16"})), []
+
+        def fail(_):
+            if trainer.step == 1 and not failed:
+                failed.append(True)
+                raise torch.OutOfMemoryError(FULL)
+
+        trainer.use(way)
+        trainer._ladder = [way, HALF]
+        trainer.denoiser.get_parameter(where).register_hook(fail)
+        for _ in range(3):
+            trainer.train_step()
+        assert failed and trainer.strategy == HALF
+        return trainer
+
+    assert_same(exact(trained(RESIDENT)), exact(trained(ALL)))
+    assert "Repeated, and on from here, with checkpointing everywhere, 4/8 of the state in RAM" in capfd.readouterr().err
+
+
+def test_the_ladder_goes_on_into_ram_where_it_is_adam8s_state_of_whole_networks(make_config, make_trainer):
+    for sections, last in [
+        ({}, ALL),
+        ({"train": {"gradient_checkpointing": False}}, Strategy(0, 5, streamed=8)),
+        ({"optimizer": {"name": "adafactor"}}, RESIDENT),
+        ({"optimizer": {"name": "adamw"}}, Strategy(5, 5, parts=2)),
+        ({"method": {"name": "lora"}}, RESIDENT),
+    ]:
+        trainer = make_trainer(make_config(**sections))
+        assert trainer._ladder[-1] == last
+        assert not trainer.strategy.streamed, "nothing is known of the memory"
+
+
+def test_ram_that_is_not_free_is_said_before_anything_is_moved(make_config, make_trainer, monkeypatch):
+    trainer = make_trainer(make_config(precision={"compute": "bf16"}))
+    large = [p for p in trainer.parameters if p.numel() >= 4096]
+    wanted = sum(state_bytes(p.numel(), "bf16") for p in large)
+    memory = streaming.psutil.virtual_memory()
+    monkeypatch.setattr(streaming.psutil, "virtual_memory", lambda: memory._replace(available=wanted - 1))
+    with pytest.raises(DoesNotFit, match=r"needs 0\.\d\d GiB of RAM .* are free; close other programs, or .* --vram"):
+        trainer.use(ALL)
+    trainer.use(HALF)
+    trainer.train_step()
