@@ -29,10 +29,12 @@ from lowvram_db.memory.trace import GRANULE, TEMPORARY, Trace
 from lowvram_db.optim.kinds import Name, StepsInBackward
 from lowvram_db.plan.quantised import as_if_quantised
 from lowvram_db.plan.result import Phase
+from lowvram_db.plan.waiting import Passage
 from lowvram_db.train.batches import Batch
 from lowvram_db.train.interrupt import stop_on_request
 from lowvram_db.train.learner import Learner, Surroundings
 from lowvram_db.train.strategy import Strategy
+from lowvram_db.train.streaming import share
 from lowvram_db.train.trained import load_networks, steps_of
 
 CPU = torch.device("cpu")  # fake tensors of a GPU cannot go backward where torch has no CUDA
@@ -134,7 +136,8 @@ class Rehearsal:
         self._names = steps_of(config, step)
         self._learner = blank_learner(config, family, Strategy(0, family.checkpoint_steps), trace, step)
         self._batch = blank_batch(config, family)
-        self._arrived: list[int] = []  # whose gradients backward has given, by their places
+        self._arrived: list[tuple[int, int]] = []  # whose gradients backward has given, by their places, and when
+        self._began = 0  # both in operations done
         for place, parameter in enumerate(self._learner.parameters):
             parameter.register_hook(partial(self._note_arrival, place))
         # Of the average of what is trained, in float32 and in the computer's memory.
@@ -163,13 +166,21 @@ class Rehearsal:
 
     def order(self) -> list[int]:
         """As a learner takes it. The same under every strategy."""
-        if len(set(self._arrived)) < len(self._learner.parameters):
+        if len(self._arrived) < len(self._learner.parameters):
             self._begin_anew()
             self._learner.backward(self._batch)
-        return list(dict.fromkeys(self._arrived))
+        return list(dict.fromkeys(place for place, _ in self._arrived))
+
+    def passages(self) -> list[Passage]:
+        """Of the state that was streamed in what was traced last, in the order of a backward."""
+        learner = self._learner
+        sizes = share(learner.arriving, learner.strategy.streamed, self._config.weights)
+        first = self._arrived[: len(learner.parameters)]  # a second batch of a step is as the first
+        came = {learner.parameters[place]: flops - self._began for place, flops in first}
+        return [Passage(size, came[parameter]) for parameter, size in sizes.items() if parameter in came]
 
     def _note_arrival(self, place: int, gradient: Tensor) -> None:
-        self._arrived.append(place)
+        self._arrived.append((place, self._trace.flops))
 
     def sampling(self, pictures: int) -> Phase:
         """So many pictures at once, on the way."""
@@ -181,6 +192,7 @@ class Rehearsal:
 
     def _begin_anew(self) -> None:
         self._arrived.clear()
+        self._began = self._trace.flops
         optimizer = self._learner.optimizer
         if isinstance(optimizer, StepsInBackward):
             optimizer.break_off()

@@ -39,6 +39,8 @@ class Rung:
     peak_bytes: int  # as far as it was traced
     cost: float | None  # arithmetic of a step, in units of one without checkpointing; None: not traced to its end
     chosen: bool = False
+    copied_bytes: int = 0  # from RAM to the card, and as many back, in a step
+    waits: float = 0.0  # seconds that a step takes longer for it
 
     @property
     def traced_to_the_end(self) -> bool:
@@ -61,6 +63,8 @@ class Plan:
     least_ram_bytes: int = 0  # of one that waits while a checkpoint is written
     average_bytes: int = 0  # of both, for the average of the weights
     order: list[int] = field(default_factory=list)  # in which gradients come: see train/learner.py
+    rates: str = ""  # by which rungs' waits were computed
+    resident: str = ""  # why no rung has state in RAM
     advice: list[str] = field(default_factory=list)
     emulation: str = ""
 
@@ -93,6 +97,8 @@ class Plan:
             "least_ram_bytes",
             "average_bytes",
             "order",
+            "rates",
+            "resident",
             "advice",
             "emulation",
         )

@@ -134,12 +134,16 @@ class Learner:
         self._recompute(strategy)
         self.strategy = strategy
 
-    def _placement(self, strategy: Strategy) -> Placement:
-        """Where a strategy has the optimizer's state."""
+    @property
+    def arriving(self) -> list[nn.Parameter]:
+        """Larger tensors in the order of their gradients."""
         rest = range(len(self.parameters) - 1, -1, -1)
         order = [self.parameters[place] for place in dict.fromkeys([*self.order, *rest]) if place in rest]
-        large = [parameter for parameter in order if parameter.numel() >= SMALLEST]
-        return placement(strategy, large, self.config.weights, self.device, self.surroundings.imagined)
+        return [parameter for parameter in order if parameter.numel() >= SMALLEST]
+
+    def _placement(self, strategy: Strategy) -> Placement:
+        """Where a strategy has the optimizer's state."""
+        return placement(strategy, self.arriving, self.config.weights, self.device, self.surroundings.imagined)
 
     def _recompute(self, strategy: Strategy) -> None:
         self.denoiser.enable_gradient_checkpointing(_recomputing(self.denoiser))

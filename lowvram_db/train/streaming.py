@@ -37,26 +37,28 @@ def placement(
 ) -> Placement:
     """order: of larger tensors' gradients in backward. imagined: gives so many bytes of the card, where tensors have no
     values. Raises DoesNotFit where the RAM is not free."""
-    chosen = _share(order, strategy.streamed, weights) if strategy.streamed else {}
+    chosen = share(order, strategy.streamed, weights)
     if not chosen:
         return Resident()
-    total, room = sum(chosen.values()), room_for(list(chosen.values()))
+    total, room = sum(chosen.values()), room_for(list(chosen.values()), strategy.streamed)
     if imagined:
         return Imagined(chosen, imagined(room))
     _check_free(total)
     return Streamed(list(chosen), room, *_ram(total, device))
 
 
-def room_for(sizes: Sequence[int]) -> int:
-    """Bytes of the card that states of these sizes pass through."""
-    return max(PASSING * max(sizes), min(ROOM, sum(sizes) // 4))
+def room_for(sizes: Sequence[int], eighths: int) -> int:
+    """Bytes of the card that states of these sizes pass through: with the last eighth the least there can be, for who
+    comes to that has no more to give."""
+    least = PASSING * max(sizes)
+    return least if eighths == EIGHTHS else max(least, min(ROOM, sum(sizes) // 4))
 
 
-def _share(order: Sequence[nn.Parameter], eighths: int, weights: Weights) -> dict[nn.Parameter, int]:
+def share(order: Sequence[nn.Parameter], eighths: int, weights: Weights) -> dict[nn.Parameter, int]:
     """Those whose state is streamed, and its bytes: spread over backward, so that the copies are."""
     chosen: dict[nn.Parameter, int] = {}
     seen = taken = 0
-    for p in order:
+    for p in order if eighths else ():
         size = state_bytes(p.numel(), weights)
         seen += size
         if (taken + size) * EIGHTHS <= seen * eighths:

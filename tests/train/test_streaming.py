@@ -109,7 +109,8 @@ def test_out_of_memory_moves_state_into_ram_and_loses_no_step(make_config, make_
         return trainer
 
     assert_same(exact(trained(RESIDENT)), exact(trained(ALL)))
-    assert "Repeated, and on from here, with checkpointing everywhere, 4/8 of the state in RAM" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "Repeated, and on from here, with checkpointing everywhere, 4/8 of the state in RAM" in said
 
 
 def test_the_ladder_goes_on_into_ram_where_it_is_adam8s_state_of_whole_networks(make_config, make_trainer):
