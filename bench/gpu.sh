@@ -34,6 +34,7 @@ part layout 30 bench/layout.py --model sd15 --steps 10
 part plan 80 bench/plan_accuracy.py --only accuracy
 part adam8 30 bench/adam8.py --model sd15
 part noise 20 bench/noise_loss.py
+part stream 40 bench/streaming_proof.py --model sd15
 part caps 75 bench/compare.py --model sd15 --vram 4,6,8,12GiB --steps 5
 part profile 25 bench/profile_step.py --model sd15
 [[ -z ${PEER:-} ]] || part peer 60 bench/compare.py --recipes classic --checkpointed 9 --steps 10 --peer "$PEER"
