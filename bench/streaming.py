@@ -34,7 +34,8 @@ from lowvram_db.optim.placement import state_bytes
 from lowvram_db.optim.storage import SMALLEST
 from lowvram_db.plan import predict
 from lowvram_db.plan.waiting import BEGIN
-from lowvram_db.train.streaming import ROOM
+from lowvram_db.train.strategy import EIGHTHS
+from lowvram_db.train.streaming import ROOM, room_for
 
 MODELS = {"sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", 512),
           "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0", 1024)}  # fmt: skip
@@ -82,7 +83,8 @@ def main() -> None:
         for card_name, card in CARDS.items():
             for system, rate in LANE.items():
                 if system <= card.newest:
-                    _report(model, card_name, system, traced, card, rate * card.lanes)
+                    for room in rooms(traced):
+                        report(model, card_name, system, traced, card, rate * card.lanes, room)
 
 
 def trace(work: Work) -> Traced:
@@ -111,8 +113,13 @@ def timings(traced: Traced, model: str, card: Card, copy_rate: float) -> list[Ti
     ]
 
 
-def run_by_the_engine(sizes: Sequence[int], visits: Sequence[Visit], times: Sequence[Timing]) -> list[float]:
-    """The same by the engine itself, in made-up time."""
+def rooms(traced: Traced) -> list[int]:
+    """Bytes of the card that state passes through: what all but the last of a plan's rungs take, and what that does."""
+    return [ROOM, room_for([state_bytes(size, "bf16") for size in traced.sizes], EIGHTHS)]
+
+
+def run_by_the_engine(sizes: Sequence[int], visits: Sequence[Visit], times: Sequence[Timing], room: int) -> list[float]:
+    """When each step ends by the engine itself, in made-up time: seconds."""
     asked = {"compute": 0, "up": 0, "down": 0}
 
     def duration(lane: str, size: int) -> float:
@@ -126,7 +133,7 @@ def run_by_the_engine(sizes: Sequence[int], visits: Sequence[Visit], times: Sequ
     lanes = MadeUpTime(duration)
     ram = Ram(lanes, sum(sizes), sum(sizes))
     homes = [ram.home(size) for size in sizes]
-    stream = Stream(visits, homes, ram, lanes, ROOM // SCALE)
+    stream = Stream(visits, homes, ram, lanes, room)
     for _ in range(ROUNDS):
         for parcel in range(len(sizes)):
             lanes.work()
@@ -137,14 +144,14 @@ def run_by_the_engine(sizes: Sequence[int], visits: Sequence[Visit], times: Sequ
     return ends[len(sizes) - 1 :: len(sizes)]
 
 
-def _report(model: str, name: str, system: str, traced: Traced, card: Card, copy_rate: float) -> None:
+def report(model: str, name: str, system: str, traced: Traced, card: Card, copy_rate: float, room: int) -> None:
     times = timings(traced, model, card, copy_rate)
     uses = [Use(parcel, True) for parcel in range(len(times))]
     small = [-(-state_bytes(size, "bf16") // SCALE // GRANULE) * GRANULE for size in traced.sizes]
-    visits = planned(uses, small, ROOM // SCALE)
-    by_engine, alone = run_by_the_engine(small, visits, times), simulated(visits, times, ROUNDS)
+    visits = planned(uses, small, room // SCALE)
+    by_engine, alone = run_by_the_engine(small, visits, times, room // SCALE), simulated(visits, times, ROUNDS)
     differs = max(abs(a - b) / b for a, b in zip(by_engine, alone, strict=True))
-    ends = simulated(planned(uses, [state_bytes(size, "bf16") for size in traced.sizes], ROOM), times, ROUNDS)
+    ends = simulated(planned(uses, [state_bytes(size, "bf16") for size in traced.sizes], room), times, ROUNDS)
     resident = sum(time.before + time.own for time in times)
     step = ends[-1] - ends[-2]
     row = {
@@ -152,7 +159,7 @@ def _report(model: str, name: str, system: str, traced: Traced, card: Card, copy
         "system": f"{system} x{card.lanes}",
         "model": model,
         "streamed": "state",
-        "room_mib": ROOM // 2**20,
+        "room_mib": room // 2**20,
         "copied_gb_each_way": f"{sum(state_bytes(size, 'bf16') for size in traced.sizes) / 1e9:.2f}",
         "copies_s_each_way": f"{sum(time.up for time in times):.3f}",
         "resident_s": f"{resident:.3f}",
