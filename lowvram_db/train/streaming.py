@@ -84,6 +84,6 @@ def _ram(total: int, device: torch.device) -> tuple[Ram, Lanes]:
             return Ram(gpu, total, int(total * share)), gpu
         except MemoryError as error:
             gpu.close()
-            say(f"{error}: what is not pinned is copied once more on its way to the card")
+            say(f"{error}: what is not is copied once more on its way to the card")
     gpu = Cuda(device, staged=True)
     return Ram(gpu, total, 0), gpu

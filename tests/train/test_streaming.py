@@ -7,8 +7,10 @@ import torch
 
 from lowvram_db.demo.miniature import write_sdxl
 from lowvram_db.errors import DoesNotFit
+from lowvram_db.families import open_blank
 from lowvram_db.memory.stream.made_up import MadeUpTime
 from lowvram_db.optim.placement import state_bytes
+from lowvram_db.plan import predict
 from lowvram_db.train import checkpoint, streaming
 from lowvram_db.train.strategy import Strategy
 
@@ -136,3 +138,50 @@ def test_ram_that_is_not_free_is_said_before_anything_is_moved(make_config, make
         trainer.use(ALL)
     trainer.use(HALF)
     trainer.train_step()
+
+
+@pytest.mark.parametrize("pinnable", [1.0, 0.6, 0.3, 0.0])
+def test_as_much_ram_is_pinned_as_can_be(monkeypatch, capfd, pinnable):
+    """Half as much in turn, where the system has refused; with threads for the stages where any is not."""
+    total, asked = 64 * 2**20, []
+
+    class Card(MadeUpTime):
+        def __init__(self, device, staged):
+            super().__init__(lambda lane, size: 0.0)
+            self.staged, self.closed = staged, False
+            asked.append(self)
+
+        def home(self, size, pinned):
+            if pinned and size > pinnable * total:
+                raise MemoryError(f"{size} bytes cannot be pinned")
+            return super().home(size, pinned)
+
+        def close(self):
+            self.closed = True
+
+    monkeypatch.setattr(streaming, "Cuda", Card)
+    ram, lanes = streaming._ram(total, torch.device("cuda"))
+    homes = [ram.home(2**20) for _ in range(64)]
+    pinned = sum(home.pinned for home in homes)
+    assert pinned == 64 * next(share for share in (1, 1 / 2, 1 / 4, 0) if share <= pinnable)
+    assert lanes is asked[-1] and lanes.staged == (pinned < 64)
+    assert [card.closed for card in asked] == [True] * (len(asked) - 1) + [False]
+    assert capfd.readouterr().err.count("cannot be pinned: what is not is copied once more") == len(asked) - 1
+
+
+def test_what_a_plan_counts_on_the_card_is_what_the_lanes_do(make_config, make_trainer, miniature):
+    config = make_config(precision={"compute": "bf16"})
+    trainer = make_trainer(config)
+    made: list[MadeUpTime] = []
+    lanes = streaming.MadeUpTime
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streaming, "MadeUpTime", lambda duration: made.append(lanes(duration)) or made[-1])
+        trainer.use(ALL)
+    trainer.train_step()
+    with predict.rehearsal(config, open_blank(miniature)) as traced:
+        resident, streamed = (traced.steps(way)[1] for way in (RESIDENT, ALL))
+    homes = [v for s in trainer.optimizer.state_dict()["state"].values() if "codes" in s for v in s.values()]
+    held = sum(-(-v.nbytes // 512) * 512 for v in homes if isinstance(v, torch.Tensor))
+    assert streamed.ram_bytes == held
+    gone = resident.components["optimizer"] - streamed.components["optimizer"]
+    assert gone == held - made[0].card_bytes
