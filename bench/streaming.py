@@ -29,13 +29,16 @@ from lowvram_db.memory.stream.engine import Stream
 from lowvram_db.memory.stream.made_up import MadeUpTime
 from lowvram_db.memory.stream.ram import Ram
 from lowvram_db.memory.stream.schedule import GRANULE, Use, Visit, planned
+from lowvram_db.memory.stream.timeline import Timing, simulated
 from lowvram_db.optim.placement import state_bytes
 from lowvram_db.optim.storage import SMALLEST
 from lowvram_db.plan import predict
+from lowvram_db.plan.waiting import BEGIN
+from lowvram_db.train.strategy import EIGHTHS
+from lowvram_db.train.streaming import ROOM, room_for
 
 MODELS = {"sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", 512),
           "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0", 1024)}  # fmt: skip
-ROOM = 256 * 2**20  # bytes of the card
 SCALE = 256  # by which parcels are smaller where the engine itself runs
 ROUNDS = 3  # steps that are simulated; the last counts
 
@@ -43,7 +46,6 @@ TENSOR_SHARE, MEMORY_SHARE = 0.6, 0.85
 ADAM8_BYTES = 10.03  # moved a weight and step
 BYTES_A_FLOP = {"sd15": 23 / 176 * 504e9 / 34.8e12, "sdxl": 166 / 1485 * 504e9 / 34.8e12}
 LANE = {"PCIe 3.0": 0.75e9, "PCIe 4.0": 1.5e9, "PCIe 5.0": 3e9}  # bytes a second that arrive
-BEGIN = 10e-6  # seconds
 
 
 class Card(NamedTuple):
@@ -71,14 +73,6 @@ class Traced(NamedTuple):
     total: int  # of the whole step
 
 
-class Timing(NamedTuple):
-    """Seconds of a visit."""
-
-    before: float  # computation since the visit before
-    own: float  # the optimizer's
-    copy: float  # each way
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--simulate", action="store_true", required=True, help="there is nothing else yet")
@@ -89,7 +83,8 @@ def main() -> None:
         for card_name, card in CARDS.items():
             for system, rate in LANE.items():
                 if system <= card.newest:
-                    _report(model, card_name, system, traced, card, rate * card.lanes)
+                    for room in rooms(traced):
+                        report(model, card_name, system, traced, card, rate * card.lanes, room)
 
 
 def trace(work: Work) -> Traced:
@@ -113,44 +108,32 @@ def timings(traced: Traced, model: str, card: Card, copy_rate: float) -> list[Ti
     weight = ADAM8_BYTES / (MEMORY_SHARE * card.gigabytes_a_second * 1e9)
     done = [traced.flops[-1] - traced.total, *traced.flops]  # what follows the last gradient comes before the first
     return [
-        Timing((now - before) * flop, size * weight, BEGIN + state_bytes(size, "bf16") / copy_rate)
+        Timing((now - before) * flop, size * weight, *[BEGIN + state_bytes(size, "bf16") / copy_rate] * 2)
         for size, (before, now) in zip(traced.sizes, pairwise(done), strict=True)
     ]
 
 
-def simulated(visits: Sequence[Visit], times: Sequence[Timing]) -> list[float]:
-    """When each step ends: seconds."""
-    free: list[float] = []  # since when each visit's place is
-    up = down = computed = 0.0  # until when each is busy
-    ends = []
-    for number in range(ROUNDS * len(visits)):
-        visit, time = visits[number % len(visits)], times[number % len(visits)]
-        waits = [free[number - ago] for ago in (*visit.after, visit.renewed or 0) if 0 < ago <= number]
-        up = max([up, *waits]) + time.copy
-        computed = max(computed + time.before, up) + time.own
-        down = max(down, computed) + time.copy
-        free.append(down)
-        if (number + 1) % len(visits) == 0:
-            ends.append(computed)
-    return ends
+def rooms(traced: Traced) -> list[int]:
+    """Bytes of the card that state passes through: what all but the last of a plan's rungs take, and what that does."""
+    return [ROOM, room_for([state_bytes(size, "bf16") for size in traced.sizes], EIGHTHS)]
 
 
-def run_by_the_engine(sizes: Sequence[int], visits: Sequence[Visit], times: Sequence[Timing]) -> list[float]:
-    """The same by the engine itself, in made-up time."""
+def run_by_the_engine(sizes: Sequence[int], visits: Sequence[Visit], times: Sequence[Timing], room: int) -> list[float]:
+    """When each step ends by the engine itself, in made-up time: seconds."""
     asked = {"compute": 0, "up": 0, "down": 0}
 
     def duration(lane: str, size: int) -> float:
         number = asked[lane]
         asked[lane] += 1
         if lane != "compute":
-            return times[number % len(times)].copy
+            return times[number % len(times)].up
         time = times[number // 2 % len(times)]
         return time.own if size else time.before
 
     lanes = MadeUpTime(duration)
     ram = Ram(lanes, sum(sizes), sum(sizes))
     homes = [ram.home(size) for size in sizes]
-    stream = Stream(visits, homes, ram, lanes, ROOM // SCALE)
+    stream = Stream(visits, homes, ram, lanes, room)
     for _ in range(ROUNDS):
         for parcel in range(len(sizes)):
             lanes.work()
@@ -161,14 +144,14 @@ def run_by_the_engine(sizes: Sequence[int], visits: Sequence[Visit], times: Sequ
     return ends[len(sizes) - 1 :: len(sizes)]
 
 
-def _report(model: str, name: str, system: str, traced: Traced, card: Card, copy_rate: float) -> None:
+def report(model: str, name: str, system: str, traced: Traced, card: Card, copy_rate: float, room: int) -> None:
     times = timings(traced, model, card, copy_rate)
     uses = [Use(parcel, True) for parcel in range(len(times))]
     small = [-(-state_bytes(size, "bf16") // SCALE // GRANULE) * GRANULE for size in traced.sizes]
-    visits = planned(uses, small, ROOM // SCALE)
-    by_engine, alone = run_by_the_engine(small, visits, times), simulated(visits, times)
+    visits = planned(uses, small, room // SCALE)
+    by_engine, alone = run_by_the_engine(small, visits, times, room // SCALE), simulated(visits, times, ROUNDS)
     differs = max(abs(a - b) / b for a, b in zip(by_engine, alone, strict=True))
-    ends = simulated(planned(uses, [state_bytes(size, "bf16") for size in traced.sizes], ROOM), times)
+    ends = simulated(planned(uses, [state_bytes(size, "bf16") for size in traced.sizes], room), times, ROUNDS)
     resident = sum(time.before + time.own for time in times)
     step = ends[-1] - ends[-2]
     row = {
@@ -176,9 +159,9 @@ def _report(model: str, name: str, system: str, traced: Traced, card: Card, copy
         "system": f"{system} x{card.lanes}",
         "model": model,
         "streamed": "state",
-        "room_mib": ROOM // 2**20,
+        "room_mib": room // 2**20,
         "copied_gb_each_way": f"{sum(state_bytes(size, 'bf16') for size in traced.sizes) / 1e9:.2f}",
-        "copies_s_each_way": f"{sum(time.copy for time in times):.3f}",
+        "copies_s_each_way": f"{sum(time.up for time in times):.3f}",
         "resident_s": f"{resident:.3f}",
         "streamed_s": f"{step:.3f}",
         "times_resident": f"{step / resident:.3f}",

@@ -46,6 +46,7 @@ def examine(folder: Path) -> list[Line]:
         "attention": _attention,
         "GPU memory": _gpu_memory,
         "RAM": _ram,
+        "copies": _copies,
         "bitsandbytes": _bitsandbytes,
         "Triton": _triton,
         "C++": _native,
@@ -156,6 +157,18 @@ def _ram() -> Line:
         return Line("RAM", "ok", detail)
     mend = "memory=12GB (or what you can spare) under [wsl2] in .wslconfig in your Windows user folder, wsl --shutdown"
     return Line("RAM", "ok", f"{detail}; WSL takes half of the computer's unless it is told otherwise", mend)
+
+
+def _copies() -> Line:
+    """Between RAM and card, where the optimizer's state may pass."""
+    from lowvram_db.memory.stream.rates import measured
+    from lowvram_db.plan.waiting import ASSUMED
+
+    if _device().type != "cuda":
+        return Line("copies", "absent", f"no GPU; plans go by {ASSUMED}")
+    rates = [(kind, measured(_device(), pinned=kind == "pinned")) for kind in ("pinned", "pageable")]
+    said = (f"{kind} {rate.up / 1e9:.1f} GB/s up, {rate.down / 1e9:.1f} down" for kind, rate in rates)
+    return Line("copies", "ok", "; ".join(said))
 
 
 def _bitsandbytes() -> Line:

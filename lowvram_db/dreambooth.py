@@ -48,6 +48,7 @@ from lowvram_db.train import checkpoint
 from lowvram_db.train.batches import Batches
 from lowvram_db.train.loop import Trainer, optional, train
 from lowvram_db.train.resume import check_content, check_settings, choose, whole
+from lowvram_db.train.streaming import LESS_RAM
 from lowvram_db.train.trained import trains_text
 
 
@@ -146,14 +147,18 @@ def _plan(config: Config, device: torch.device) -> Plan:
         raise DoesNotFit(does_not_fit(plan))
     cap(budget, device)
     say(f"plan: {summary(plan)}")
-    _warn_of_little_ram(plan, device)
+    _check_ram(plan, device)
     return plan
 
 
-def _warn_of_little_ram(plan: Plan, device: torch.device) -> None:
+def _check_ram(plan: Plan, device: torch.device) -> None:
+    """Raises DoesNotFit where the way that the plan goes would swap all the time; warns where loading may."""
     free = psutil.virtual_memory().available
-    if device.type == "cuda" and free < plan.least_ram_bytes:
-        say(f"{gib(free)} of RAM are free, and about {gib(plan.least_ram_bytes)} are wanted; close other programs")
+    if device.type != "cuda" or free >= plan.least_ram_bytes:
+        return
+    if plan.strategy.streamed:
+        raise DoesNotFit(f"needs {gib(plan.least_ram_bytes)} of RAM, {gib(free)} are free; {LESS_RAM}")
+    say(f"{gib(free)} of RAM are free, and about {gib(plan.least_ram_bytes)} are wanted; close other programs")
 
 
 def _photos(config: Config, run: Run) -> list[Path]:
@@ -239,7 +244,7 @@ def _train(
         family = family.with_tuned(checkpoint.frozen(start))
     cached = encode_all(config, family, store, concept, device, meter.begins, began_at)
     batches = Batches(concept, cached, config.train.batch, config.train.seed, config.train.hold_out)
-    trainer = Trainer(config, family, batches, device, plan.strategy, began_at)
+    trainer = Trainer(config, family, batches, device, plan.strategy, began_at, plan.order)
     if start is not None:
         trainer.restore(start)
         say(f"going on from {start}, at step {trainer.step}")

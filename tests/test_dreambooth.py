@@ -3,6 +3,7 @@ import gc
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,8 +20,10 @@ from lowvram_db.config import load
 from lowvram_db.demo.miniature import write_sd2, write_sdxl
 from lowvram_db.dreambooth import build_cache, run_dreambooth
 from lowvram_db.errors import DoesNotFit, UserError
+from lowvram_db.families import open_blank
 from lowvram_db.families.sd import StableDiffusion
 from lowvram_db.memory.device import pick_device
+from lowvram_db.plan.choose import choose
 from lowvram_db.sheet import read_grid
 from lowvram_db.train import checkpoint
 
@@ -480,3 +483,16 @@ def test_what_keeps_a_run_from_its_gpu_comes_first(make_config, monkeypatch, cap
         run_dreambooth(make_config())
     said = capfd.readouterr().err
     assert torch.cuda.is_available() or "training on the CPU, though there is an NVIDIA driver (470.256.02)" in said
+
+
+def test_a_run_that_would_swap_all_the_time_does_not_begin(make_config, miniature, monkeypatch, capfd):
+    plan = choose(make_config(), open_blank(miniature), 2**40)
+    streamed = replace(plan, strategy=replace(plan.strategy, streamed=8), least_ram_bytes=int(10.4 * 2**30))
+    memory = room.psutil.virtual_memory()
+    monkeypatch.setattr(room.psutil, "virtual_memory", lambda: memory._replace(available=int(9.1 * 2**30)))
+    with pytest.raises(DoesNotFit, match=r"^needs 10\.40 GiB of RAM, 9\.10 GiB are free; close other .*--vram"):
+        room._check_ram(streamed, torch.device("cuda"))
+    room._check_ram(replace(streamed, least_ram_bytes=9 * 2**30), torch.device("cuda"))
+    assert capfd.readouterr().err == ""
+    room._check_ram(replace(streamed, strategy=plan.strategy), torch.device("cuda"))  # which swaps once, while it loads
+    assert "9.10 GiB of RAM are free, and about 10.40 GiB are wanted" in capfd.readouterr().err

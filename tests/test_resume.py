@@ -15,6 +15,9 @@ from safetensors.torch import load_file
 from lowvram_db.demo.miniature import write_pipeline, write_sdxl
 from lowvram_db.dreambooth import run_dreambooth
 from lowvram_db.errors import UserError
+from lowvram_db.families import open_blank
+from lowvram_db.memory.overheads import MARGIN
+from lowvram_db.plan.choose import choose
 from lowvram_db.run import Run
 from lowvram_db.train.checkpoint import latest
 
@@ -59,6 +62,10 @@ def straight_run(config_of, _straight_runs):
         return _straight_runs[optimizer]
 
     return run
+
+
+def command_of(*words):
+    return [sys.executable, "-c", "from lowvram_db.cli import main; main()", *map(str, words)]
 
 
 def step_of(run):
@@ -129,8 +136,7 @@ def test_ctrl_c_saves_says_where_and_goes_on_exactly(config_of, straight_run, tm
     config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"every": 0})})
     stopped, toml = Run.of(config), tmp_path / "stopped.toml"
     toml.write_text(config.to_toml(), encoding="utf-8")
-    command = [sys.executable, "-c", "from lowvram_db.cli import main; main()", "train", str(toml)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command_of("train", toml), stderr=subprocess.PIPE, text=True) as process:
         while not (stopped.metrics.exists() and stopped.metrics.read_text()):
             assert process.poll() is None
             time.sleep(0.005)
@@ -141,6 +147,42 @@ def test_ctrl_c_saves_says_where_and_goes_on_exactly(config_of, straight_run, tm
     assert message.endswith(f"saved {saved}; the same command goes on from there")
     assert "Traceback" not in message
     assert_same_result(straight, run_dreambooth(config))
+
+
+def test_streamed_killed_and_interrupted_it_ends_as_if_state_had_never_left_the_card(
+    config_of, straight_run, processes, miniature, tmp_path
+):
+    """In half, killed with -9 in the middle of a step; in whole, stopped by Ctrl-C; and then not at all."""
+    straight = straight_run("adam8")
+    rungs = choose(config_of("explained", "adam8"), open_blank(miniature), 2**40, True).rungs
+
+    def config(eighths):
+        peak = next(rung.peak_bytes for rung in rungs if rung.strategy.streamed == eighths)
+        vram = {"vram": f"{int(peak * (1 + MARGIN) / 2**10) + 1}KiB"} if eighths else {}
+        settings = config_of("killed", "adam8")
+        return settings.model_copy(update={"memory": settings.memory.model_copy(update=vram)})
+
+    def planned_for():
+        return json.loads(run.plan.read_text())["strategy"]["streamed"]
+
+    run, toml = Run.of(config(0)), tmp_path / "stopped.toml"
+    process = processes.Process(target=run_dreambooth, args=(config(4),))
+    process.start()
+    while step_of(run) < 3:
+        assert process.is_alive()
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+    assert planned_for() == 4 and step_of(run) < STEPS - 2
+    toml.write_text(config(8).to_toml(), encoding="utf-8")
+    with subprocess.Popen(command_of("train", toml), stderr=subprocess.PIPE, text=True) as process:
+        while step_of(run) < 6:
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.send_signal(signal.SIGINT)
+        assert "the same command goes on from there" in process.communicate()[1].splitlines()[-1]
+    assert planned_for() == 8 and step_of(run) < STEPS
+    assert_same_result(straight, run_dreambooth(config(0)))
 
 
 def test_more_steps_go_on_and_keep_the_first_model(config_of):

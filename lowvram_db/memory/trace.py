@@ -9,6 +9,8 @@ of training: whoever runs it says what a storage is for (`label`) and which stre
         start = trace.mark()
         network(x).sum().backward()
     trace.peak(start)  # {"weights": bytes, "": bytes of everything without a label}
+
+What stands for the computer's own memory, beside the GPU, is fake tensors on the device "meta".
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ from lowvram_db.memory.repeats import Repeats
 
 GRANULE = 512  # bytes: CUDACachingAllocator hands out multiples of kMinBlockSize
 TEMPORARY = "temporary"  # label of what an operation needs only while it runs
+
+_RAM = torch.device("meta")
 
 _aten = torch.ops.aten
 # The flop counter knows the GPU's names for the fused attention that a trace on CPU tensors meets.
@@ -65,7 +69,7 @@ class Trace(TorchDispatchMode):
     stopping(): raise KeyboardInterrupt as soon as it says so. No signal handler may raise while a trace runs: PyTorch
         also calls Python from C++ that lets no exception through, and then the process aborts.
     limit: raise OverLimit as soon as more bytes are in use; may be set on the way.
-    live: bytes in use now.
+    live: bytes in use now. in_ram: of the computer's memory.
     flops: floating point operations in matrix products, convolutions and attention so far.
     """
 
@@ -78,7 +82,7 @@ class Trace(TorchDispatchMode):
         self.limit: int | None = None
         self.flops = 0
         self._temporaries, self._stopping = temporaries, stopping
-        self.live = 0
+        self.live = self.in_ram = 0
         self._alive: dict[int, tuple[int, weakref.ref[Any]]] = {}  # storages by address: their number
         self._labels: list[str] = []  # by number
         self._log: list[tuple[int, int]] = []  # (number, bytes that come or go)
@@ -88,7 +92,7 @@ class Trace(TorchDispatchMode):
     def label(self, name: str, tensors: Iterable[Tensor]) -> None:
         """Say what the storages of these tensors are for, from their beginning on."""
         for tensor in tensors:
-            self._labels[self._note(tensor.untyped_storage())] = name
+            self._labels[self._note(tensor)] = name
 
     def mark(self) -> int:
         """This moment."""
@@ -116,7 +120,7 @@ class Trace(TorchDispatchMode):
         outputs = output if isinstance(output, (tuple, list)) else (output,)
         for tensor in outputs:
             if isinstance(tensor, Tensor):
-                self._note(tensor.untyped_storage())
+                self._note(tensor)
         if func._overloadpacket in _ARITHMETIC:
             self.flops += _ARITHMETIC[func._overloadpacket](*args, **(kwargs or {}), out_val=output)
         if self._temporaries is not None:
@@ -128,22 +132,27 @@ class Trace(TorchDispatchMode):
                     self._add(self._temporary, -size)
         return output
 
-    def _note(self, storage: torch.UntypedStorage) -> int:
-        """The number of a storage; a new one is logged."""
+    def _note(self, tensor: Tensor) -> int:
+        """The number of a tensor's storage; a new one is logged."""
+        storage = tensor.untyped_storage()
         address = storage._cdata
         if address not in self._alive:
+            add = self._add_in_ram if type(tensor) is FakeTensor and tensor.fake_device == _RAM else self._add
             number, size = self._new_number(""), -(-storage.nbytes() // GRANULE) * GRANULE
-            self._alive[address] = number, weakref.ref(storage, partial(self._free, address, number, size))
-            self._add(number, size)
+            self._alive[address] = number, weakref.ref(storage, partial(self._free, address, number, size, add))
+            add(number, size)
         return self._alive[address][0]
 
     def _new_number(self, label: str) -> int:
         self._labels.append(label)
         return len(self._labels) - 1
 
-    def _free(self, address: int, number: int, size: int, _: Any) -> None:
+    def _free(self, address: int, number: int, size: int, add: Callable[[int, int], None], _: Any) -> None:
         del self._alive[address]
-        self._add(number, -size)
+        add(number, -size)
+
+    def _add_in_ram(self, number: int, size: int) -> None:
+        self.in_ram += size
 
     def _add(self, number: int, size: int) -> None:
         self.live += size

@@ -13,6 +13,7 @@ from lowvram_db.kernels.launch import Choice, Implementation
 from lowvram_db.optim.adafactor import Adafactor
 from lowvram_db.optim.adam8 import Adam8
 from lowvram_db.optim.in_backward import InBackward
+from lowvram_db.optim.placement import Placement
 from lowvram_db.optim.storage import Weights
 from lowvram_db.progress import say
 from lowvram_db.sections import OptimizerConfig
@@ -54,12 +55,14 @@ def build(
     max_norm: float | None = None,
     kernels: Choice | Implementation = "auto",
     device: torch.device | None = None,
+    placement: Placement | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer of the settings over groups of float32 parameters.
 
     groups: as torch has them, "params" with their names, and each with its own "lr".
     weights, device, seed (of the rounding), micro_batches, max_norm, kernels: for those that step in backward, which
     bring the parameters there and store them so. Whoever calls another one gathers its gradients, and clips them.
+    placement: of the state, for those that stream; else resident.
     """
     betas = (settings.beta1, settings.beta2)
     if settings.name == "adam8":
@@ -74,6 +77,7 @@ def build(
             max_norm=max_norm,
             kernels=kernels,
             device=device,
+            placement=placement,
         )
     if settings.name == "adafactor":
         return Adafactor(

@@ -10,6 +10,7 @@ import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from itertools import chain
 from typing import Any
 
@@ -214,9 +215,23 @@ class InBackward(torch.optim.Optimizer, ABC):
             raise FloatingPointError(f"the gradient of {self._names[place]} was not finite in {longest} steps in a row")
         return count
 
+    @torch.no_grad()
+    def place(self, placement: Placement) -> None:
+        """Let the state of larger tensors live there from now on; nothing else changes."""
+        self._placement.end()
+        self._placement = placement
+        for p in self._places:
+            if p.numel() >= SMALLEST:
+                self.state[p] = placement.keep(p, self.state[p])
+
+    def at_rest(self) -> AbstractContextManager[None]:
+        """While others than a step read or write state. Where that is streamed each entry waits for copies: one around
+        all of them is faster."""
+        return self._placement.at_rest()
+
     def state_dict(self) -> dict[str, Any]:
         """As torch's: its tensors are those that the next step will change."""
-        with self._placement.at_rest():
+        with self.at_rest():
             return super().state_dict()
 
     @torch.no_grad()
@@ -226,7 +241,7 @@ class InBackward(torch.optim.Optimizer, ABC):
         Raises ValueError where it is of another optimizer, or of parameters of other shapes.
         """
         saved = state_dict["state"]
-        with self._placement.at_rest():
+        with self.at_rest():
             self._take_up(saved)
         self._note_calls(saved[0]["calls"] if saved else 0)
 
@@ -254,7 +269,8 @@ class InBackward(torch.optim.Optimizer, ABC):
         if "residual" not in state:
             return state.get("master", p.detach())
         exact = torch.empty_like(p, dtype=torch.float32)
-        flat(exact).copy_(bits.join_bf16(flat(p.detach()), state["residual"].to(p.device)))
+        with self.at_rest():
+            flat(exact).copy_(bits.join_bf16(flat(p.detach()), state["residual"].to(p.device)))
         return exact
 
     @torch.no_grad()

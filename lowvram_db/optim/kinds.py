@@ -16,12 +16,13 @@ class Kind:
     steps_in_backward: bool  # no gradient waits for another; but a batch cannot be split, for it has stepped by then
     stores_weights: bool  # brings them to the device in half precision, and loses no update in rounding; else float32
     keeps_layout: bool  # steps weights as they lie in memory, channels last or not; else makes them contiguous
+    streams: bool = False  # its state may live in RAM and pass through the card
     packages: tuple[str, ...] = ()  # that it needs
     lacks: tuple[str, ...] = ()  # settings that mean nothing to it
 
 
 KINDS: dict[Name, Kind] = {
-    "adam8": Kind(steps_in_backward=True, stores_weights=True, keeps_layout=True),
+    "adam8": Kind(steps_in_backward=True, stores_weights=True, keeps_layout=True, streams=True),
     "adafactor": Kind(
         steps_in_backward=True,
         stores_weights=True,
@@ -51,6 +52,12 @@ class StepsInBackward(Protocol):
     def check_skipped(self, skipped: list[int]) -> int:
         """How many tensors a step left as they were, for a gradient was not finite: by what `skipped` held after it.
         Raises FloatingPointError where that goes on."""
+
+    def place(self, placement: Any) -> None:
+        """Let the state live elsewhere from now on, where the kind streams: an optim/placement.py's Placement."""
+
+    def at_rest(self) -> Any:
+        """While much of the state is read between two steps: a context manager."""
 
     def exact(self, p: Any) -> Any:
         """What is known of a parameter at best, in whichever precision that has."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
@@ -18,18 +18,21 @@ from lowvram_db.optim.storage import Weights
 
 State = dict[str, Any]
 
+_RAM = torch.device("meta")  # as a Trace takes it
+
 
 class Placement(Protocol):
     """What Adam8 asks for the state of a large tensor."""
 
     def keep(self, p: nn.Parameter, state: State) -> State:
-        """The new state of a parameter, with its tensors where they will live."""
+        """The state of a parameter, new or of another placement that has ended, with its tensors where they will
+        live."""
 
     def lent(self, p: nn.Parameter, state: State) -> AbstractContextManager[State]:
         """The kept state beside the weight, for a step of it."""
 
     def at_rest(self) -> AbstractContextManager[None]:
-        """While others read and write kept tensors."""
+        """While others read and write kept tensors. May be entered again inside."""
 
     def end(self) -> None:
         """There is no further step; kept tensors are as the last one left them."""
@@ -39,7 +42,7 @@ class Resident:
     """State lives where it is used."""
 
     def keep(self, p: nn.Parameter, state: State) -> State:
-        return state
+        return {**state, **{name: tensor.to(p.device) for name, tensor in _tensors(state).items()}}
 
     def lent(self, p: nn.Parameter, state: State) -> AbstractContextManager[State]:
         return nullcontext(state)
@@ -65,15 +68,18 @@ class Streamed:
         self._number = {p: number for number, p in enumerate(order)}
         self._room, self._ram, self._lanes = room, ram, lanes
         self._homes: dict[int, Home] = {}
-        self._stream: Stream | None = None  # from the first step on, when all homes are known
+        self._stream: Stream | None = None  # from when all homes are known to the end
+        self._resting = False
 
     def keep(self, p: nn.Parameter, state: State) -> State:
         if p not in self._number:
-            return state
+            return Resident().keep(p, state)
         home = self._homes[self._number[p]] = self._ram.home(_size(state))
         kept = _parts(home.memory, state)
         for name, tensor in kept.items():
             tensor.copy_(state[name])
+        if len(self._homes) == len(self._number):
+            self._start()
         return {**state, **kept}
 
     @contextmanager
@@ -82,15 +88,24 @@ class Streamed:
         if number is None:
             yield state
             return
-        stream = self._started()
-        place = stream.take(number)
+        assert self._stream is not None
+        place = self._stream.take(number)
         try:
             yield {**state, **_parts(place, state)}
         finally:
-            stream.give_back(number)
+            self._stream.give_back(number)
 
-    def at_rest(self) -> AbstractContextManager[None]:
-        return self._stream.at_rest() if self._stream else nullcontext()
+    @contextmanager
+    def at_rest(self) -> Iterator[None]:
+        if self._stream is None or self._resting:
+            yield
+            return
+        self._resting = True
+        try:
+            with self._stream.at_rest():
+                yield
+        finally:
+            self._resting = False
 
     def end(self) -> None:
         if self._stream:
@@ -98,13 +113,32 @@ class Streamed:
             self._stream = None
         self._lanes.close()
 
-    def _started(self) -> Stream:
-        if self._stream is None:
-            homes = [self._homes[number] for number in range(len(self._number))]
-            uses = [Use(number, changes=True) for number in range(len(homes))]
-            visits = planned(uses, [home.memory.nbytes for home in homes], self._room)
-            self._stream = Stream(visits, homes, self._ram, self._lanes, self._room)
-        return self._stream
+    def _start(self) -> None:
+        homes = [self._homes[number] for number in range(len(self._number))]
+        uses = [Use(number, changes=True) for number in range(len(homes))]
+        visits = planned(uses, [home.memory.nbytes for home in homes], self._room)
+        self._stream = Stream(visits, homes, self._ram, self._lanes, self._room)
+
+
+class Imagined:
+    """What Streamed takes of the card and of RAM, for state without values, which nobody reads."""
+
+    def __init__(self, streamed: Collection[nn.Parameter], room: Tensor) -> None:
+        self._streamed, self._room = streamed, room
+
+    def keep(self, p: nn.Parameter, state: State) -> State:
+        device = _RAM if p in self._streamed else p.device
+        kept = {name: torch.empty_like(tensor, device=device) for name, tensor in _tensors(state).items()}
+        return {**state, **kept}
+
+    def lent(self, p: nn.Parameter, state: State) -> AbstractContextManager[State]:
+        return nullcontext(state)
+
+    def at_rest(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def end(self) -> None:
+        pass
 
 
 def state_bytes(n: int, weights: Weights) -> int:

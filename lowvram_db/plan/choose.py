@@ -25,6 +25,7 @@ from lowvram_db.memory.trace import OverLimit
 from lowvram_db.optim.kinds import KINDS
 from lowvram_db.plan import predict
 from lowvram_db.plan.result import Phase, Plan, Rung
+from lowvram_db.plan.waiting import Passage, rates, waiting
 from lowvram_db.train.strategy import Strategy, ladder, without_budget
 from lowvram_db.train.trained import stage_end
 
@@ -36,14 +37,17 @@ def choose(config: Config, family: Blank, budget: int | None, explain: bool = Fa
     limit = None if budget is None else int(budget / (1 + MARGIN))
     with _another_process() as beside:
         others = beside(_others, config, family, limit)
-        training, rungs, on_the_way, average = _training(config, family, limit, explain)
+        training, rungs, on_the_way, average, order, by = _training(config, family, limit, explain)
         drawn, encoding, sampling, batch, at_the_end = others()
     phases = [*drawn, *encoding, *training, *sampling]
     fits = None if limit is None else all(phase.peak_bytes <= limit for phase in phases)
     chosen = next(rung.strategy for rung in rungs if rung.chosen)
     steps = [phase for phase in training if phase.flops]
     ram = predict.host_memory(steps, [*drawn, *encoding, *sampling], average, config.sample.every > 0)
-    plan = Plan(fits, budget, chosen, batch, min(on_the_way, at_the_end), phases, rungs, *ram, average)
+    at_once = min(on_the_way, at_the_end)
+    plan = Plan(fits, budget, chosen, batch, at_once, phases, rungs, *ram, average, order=order, rates=by)
+    if not config.optimizer.kind.streams:
+        plan.resident = f"{config.optimizer.name} keeps its state on the card; only adam8's can live in RAM"
     if fits is False:
         plan.advice = list(_advice(config, family, budget))
     if problem := emulation(config.precision.compute, torch.device("cuda" if torch.cuda.is_available() else "cpu")):
@@ -60,23 +64,28 @@ def check_resolution(config: Config, family: Blank) -> None:
 
 def _training(
     config: Config, family: Blank, limit: int | None, explain: bool
-) -> tuple[list[Phase], list[Rung], int, int]:
-    """The phases of the chosen rung, all rungs looked at, how many pictures are made at once on the way, and the bytes
-    of the weights' average."""
+) -> tuple[list[Phase], list[Rung], int, int, list[int], str]:
+    """The phases of the chosen rung, all rungs looked at, how many pictures are made at once on the way, the bytes of
+    the weights' average, the order of gradients, and by which rates a streamed rung waits."""
     strategies = ladder(config, family.checkpoint_steps)
     most = max(strategy.checkpointed for strategy in strategies)
     rungs: dict[Strategy, Rung] = {}
     steps: dict[Strategy, list[Phase]] = {}
+    passages: dict[Strategy, list[Passage]] = {}
+
+    def look(strategy: Strategy, limit: int | None) -> None:
+        rungs[strategy], steps[strategy] = _look(traced, strategy, limit)
+        passages[strategy] = traced.passages() if strategy.streamed else []
 
     def fits(strategy: Strategy) -> bool:
         # The last ones to the end: should none fit, the smallest of them is the answer.
-        rungs[strategy], steps[strategy] = _look(traced, strategy, None if strategy.checkpointed == most else limit)
+        look(strategy, None if strategy.checkpointed == most else limit)
         return limit is not None and rungs[strategy].traced_to_the_end and rungs[strategy].peak_bytes <= limit
 
     with predict.rehearsal(config, family) as traced:
         if explain:
             for strategy in strategies:
-                rungs[strategy], steps[strategy] = _look(traced, strategy, None)
+                look(strategy, None)
         elif limit is None:
             fits(without_budget(strategies))
         elif not fits(strategies[0]):
@@ -90,13 +99,20 @@ def _training(
         seen = [rungs[strategy] for strategy in strategies if strategy in rungs]
         chosen = _choice(seen, limit)
         chosen.chosen = True
+        order = traced.order() if config.optimizer.kind.streams else []
+        traced.use(chosen.strategy)
         phases, pictures = steps[chosen.strategy], config.sample.pictures_a_row
         if config.sample.every:
             sampling, pictures = _as_many(pictures, traced.sampling, limit)
             phases = [*phases, sampling]
         phases, average = [*phases, traced.saving()], traced.average_bytes
+    by = rates(limit) if any(passages.values()) else None
+    for rung in seen:
+        if by and passages[rung.strategy]:
+            rung.copied_bytes = sum(passage.size for passage in passages[rung.strategy])
+            rung.waits = waiting(passages[rung.strategy], rung.strategy.streamed, by)
     later = _later_steps(config, family, chosen.strategy)
-    return [*phases[:2], *later, *phases[2:]], _relative(seen), pictures, average
+    return [*phases[:2], *later, *phases[2:]], _relative(seen), pictures, average, order, str(by or "")
 
 
 def _later_steps(config: Config, family: Blank, strategy: Strategy) -> list[Phase]:

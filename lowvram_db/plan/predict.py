@@ -29,10 +29,12 @@ from lowvram_db.memory.trace import GRANULE, TEMPORARY, Trace
 from lowvram_db.optim.kinds import Name, StepsInBackward
 from lowvram_db.plan.quantised import as_if_quantised
 from lowvram_db.plan.result import Phase
+from lowvram_db.plan.waiting import Passage
 from lowvram_db.train.batches import Batch
 from lowvram_db.train.interrupt import stop_on_request
 from lowvram_db.train.learner import Learner, Surroundings
 from lowvram_db.train.strategy import Strategy
+from lowvram_db.train.streaming import share
 from lowvram_db.train.trained import load_networks, steps_of
 
 CPU = torch.device("cpu")  # fake tensors of a GPU cannot go backward where torch has no CUDA
@@ -134,14 +136,18 @@ class Rehearsal:
         self._names = steps_of(config, step)
         self._learner = blank_learner(config, family, Strategy(0, family.checkpoint_steps), trace, step)
         self._batch = blank_batch(config, family)
+        self._arrived: list[tuple[int, int]] = []  # whose gradients backward has given, by their places, and when
+        self._began = 0  # both in operations done
+        for place, parameter in enumerate(self._learner.parameters):
+            parameter.register_hook(partial(self._note_arrival, place))
         # Of the average of what is trained, in float32 and in the computer's memory.
         self.average_bytes = 4 * sum(p.numel() for p in self._learner.parameters) if config.train.ema else 0
 
     def steps(self, strategy: Strategy, limit: int | None = None) -> list[Phase]:
         """First and steady step, as if there had been none before. Raises OverLimit."""
         trace, learner = self._trace, self._learner
+        self.use(strategy)
         self._begin_anew()
-        learner.use(strategy)
         held, trace.limit = trace.live, _inside(limit)
         try:
             first = _step(learner, self._batch, trace, self._names[0])
@@ -150,6 +156,31 @@ class Rehearsal:
         finally:
             trace.limit = None
         return [first, replace(first, name=self._names[1])]  # the first has left nothing behind: all are like it
+
+    def use(self, strategy: Strategy) -> None:
+        """For what is traced from now on."""
+        if strategy.streamed and not self._learner.order:
+            self._learner.order = self.order()
+        self._learner.use(strategy)
+        self._trace.label("optimizer", state(self._learner.optimizer))
+
+    def order(self) -> list[int]:
+        """As a learner takes it. The same under every strategy."""
+        if len(self._arrived) < len(self._learner.parameters):
+            self._begin_anew()
+            self._learner.backward(self._batch)
+        return list(dict.fromkeys(place for place, _ in self._arrived))
+
+    def passages(self) -> list[Passage]:
+        """Of the state that was streamed in what was traced last, in the order of a backward."""
+        learner = self._learner
+        sizes = share(learner.arriving, learner.strategy.streamed, self._config.weights)
+        first = self._arrived[: len(learner.parameters)]  # a second batch of a step is as the first
+        came = {learner.parameters[place]: flops - self._began for place, flops in first}
+        return [Passage(size, came[parameter]) for parameter, size in sizes.items() if parameter in came]
+
+    def _note_arrival(self, place: int, gradient: Tensor) -> None:
+        self._arrived.append((place, self._trace.flops))
 
     def sampling(self, pictures: int) -> Phase:
         """So many pictures at once, on the way."""
@@ -160,6 +191,8 @@ class Rehearsal:
         return _saving(self._learner, self._trace)
 
     def _begin_anew(self) -> None:
+        self._arrived.clear()
+        self._began = self._trace.flops
         optimizer = self._learner.optimizer
         if isinstance(optimizer, StepsInBackward):
             optimizer.break_off()
@@ -170,17 +203,20 @@ class Rehearsal:
 
 def host_memory(training: list[Phase], others: list[Phase], average: int, samples: bool) -> tuple[int, int]:
     """Bytes of RAM that a run on a GPU takes, with and without a checkpoint's copy. The networks of a phase pass
-    through it on their way to the card, the trained ones as they are stored there.
+    through it on their way to the card, the trained ones as they are stored there. What lives there and passes through
+    the card is there from before they have gone, to the end.
 
     average: bytes of the average of what is trained, which is there for as long as that. samples: whether it is sampled
     on the way, for which the weights wait beside it.
     """
     weights = max(phase.components["weights"] for phase in training)
-    saved = max(phase.components["weights"] + phase.components["optimizer"] for phase in training)
+    streamed = max(phase.ram_bytes for phase in training)
+    saved = max(phase.components["weights"] + phase.components["optimizer"] for phase in training) + streamed
     loaded = max(phase.components["weights"] for phase in [*training, *others])
     waiting = weights if average and samples else 0
     least = max(loaded, average + waiting)
-    return RAM_WITH_CUDA + max(least, average + saved + average + waiting), RAM_WITH_CUDA + least
+    beside = RAM_WITH_CUDA + streamed
+    return beside + max(least, average + saved + average + waiting), beside + least
 
 
 def autocasts(config: Config) -> bool:
@@ -199,7 +235,12 @@ def _step(learner: Learner, batch: Batch, trace: Trace, name: str) -> Phase:
 
 
 def blank_learner(config: Config, family: Blank, strategy: Strategy, trace: Trace, step: int = 0) -> Learner:
-    surroundings = Surroundings(CPU, DTYPES[config.precision.compute], _timesteps, family.cached_text, are_real=False)
+
+    def imagined(size: int) -> Tensor:
+        trace.label("optimizer", [room := torch.empty(size, dtype=torch.uint8)])
+        return room
+
+    surroundings = Surroundings(CPU, DTYPES[config.precision.compute], _timesteps, family.cached_text, imagined)
     networks = load_networks(config, family, step)
     if config.optimizer.kind.keeps_layout:  # as memory.device.lay_out has them on a GPU; Module.to refuses fake tensors
         for weight in _tensors(networks.values()):
@@ -277,7 +318,7 @@ def _phase(name: str, trace: Trace, start: int = 0, flops: int = 0) -> Phase:
         "workspace": peak[TEMPORARY] + CUBLAS_WORKSPACES,
         "context": CONTEXT,
     }
-    return Phase(name, components, flops)
+    return Phase(name, components, flops, ram_bytes=trace.in_ram)
 
 
 @contextmanager

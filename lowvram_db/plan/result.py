@@ -18,6 +18,7 @@ class Phase:
     components: dict[str, int]  # bytes, by COMPONENTS
     flops: int = 0
     least: bool = False  # where more is free, it takes more
+    ram_bytes: int = 0  # of the computer's memory, for what lives there and passes through the card
     measured_bytes: int | None = None  # of the run it was made for: the allocator's, or a CPU's whole process
 
     @property
@@ -38,6 +39,8 @@ class Rung:
     peak_bytes: int  # as far as it was traced
     cost: float | None  # arithmetic of a step, in units of one without checkpointing; None: not traced to its end
     chosen: bool = False
+    copied_bytes: int = 0  # from RAM to the card, and as many back, in a step
+    waits: float = 0.0  # seconds that a step takes longer for it
 
     @property
     def traced_to_the_end(self) -> bool:
@@ -59,6 +62,9 @@ class Plan:
     ram_bytes: int = 0  # host memory of a run on a GPU, with a checkpoint's copy
     least_ram_bytes: int = 0  # of one that waits while a checkpoint is written
     average_bytes: int = 0  # of both, for the average of the weights
+    order: list[int] = field(default_factory=list)  # in which gradients come: see train/learner.py
+    rates: str = ""  # by which rungs' waits were computed
+    resident: str = ""  # why no rung has state in RAM
     advice: list[str] = field(default_factory=list)
     emulation: str = ""
 
@@ -90,6 +96,9 @@ class Plan:
             "ram_bytes",
             "least_ram_bytes",
             "average_bytes",
+            "order",
+            "rates",
+            "resident",
             "advice",
             "emulation",
         )

@@ -1,5 +1,7 @@
 """A plan for people: a table of phases, bars of the components, and the ladder it was chosen from."""
 
+from collections.abc import Iterator
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -10,6 +12,7 @@ from lowvram_db.plan.result import COMPONENTS, Phase, Plan, Rung
 _COLORS = dict(zip(COMPONENTS, ("blue", "cyan", "magenta", "green", "yellow", "bright_black"), strict=True))
 _LETTERS = dict(zip(COMPONENTS, "WOGA-C", strict=True))  # where there are no colours
 _HEADINGS = ("weights", "state", "grads", "activ.", "work", "context")
+_SEEN = 0.5e-3  # seconds of a step that are worth a word
 _BAR = 54  # characters of the largest phase's bar
 
 
@@ -23,6 +26,8 @@ def show(plan: Plan, explain: bool = False, console: Console | None = None) -> N
         console.print(f"on this machine {plan.emulation}", markup=False, highlight=False, soft_wrap=True)
     if explain:
         console.print(_ladder(plan))
+        for line in streaming(plan):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _phases(plan: Plan) -> Table:
@@ -79,9 +84,24 @@ def _ladder(plan: Plan) -> Table:
         table.add_column(heading)
     for rung in plan.rungs:
         peak = gib(rung.peak_bytes) if rung.traced_to_the_end else f"over {gib(rung.peak_bytes)}"
-        cost = f"{rung.cost:.2f}" if rung.cost is not None else "?"
-        table.add_row(str(rung.strategy), peak, cost, _why(rung, plan))
+        table.add_row(str(rung.strategy), peak, _cost(rung), _why(rung, plan))
     return table
+
+
+def _cost(rung: Rung) -> str:
+    if rung.cost is None:
+        return "?"
+    waits = f", + {1000 * rung.waits:.0f} ms" if rung.waits >= _SEEN else ", copies hidden"
+    return f"{rung.cost:.2f}" + (waits if rung.copied_bytes else "")
+
+
+def streaming(plan: Plan) -> Iterator[str]:
+    """Lines on state that lives in RAM, for whoever wants the plan explained."""
+    if plan.rates:
+        most = max(rung.copied_bytes for rung in plan.rungs)
+        yield f"a step copies up to {gib(most)} each way, hidden behind its arithmetic as far as it lasts; {plan.rates}"
+    if plan.resident:
+        yield plan.resident
 
 
 def _why(rung: Rung, plan: Plan) -> str:

@@ -4,7 +4,7 @@ It reads no files and waits for no value, so that a plan runs the very same code
 """
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,10 +24,12 @@ from lowvram_db.memory.widening import widen
 from lowvram_db.optim.choices import build, make_state
 from lowvram_db.optim.kinds import StepsInBackward
 from lowvram_db.optim.loss_scale import LossScale
-from lowvram_db.optim.storage import DTYPES
+from lowvram_db.optim.placement import Placement
+from lowvram_db.optim.storage import DTYPES, SMALLEST
 from lowvram_db.train import objective
 from lowvram_db.train.batches import Batch
 from lowvram_db.train.strategy import Strategy
+from lowvram_db.train.streaming import placement
 from lowvram_db.train.trained import groups, idle, trained
 
 
@@ -51,7 +53,8 @@ class Surroundings:
     dtype: torch.dtype  # of the arithmetic
     timesteps: Callable[[int, int], Tensor]  # of so many rows of the batch of that number: int64 [rows], on the CPU
     text: Callable[[list[str]], Conditioning]  # what the text encoders said of prompts, where they are not trained
-    are_real: bool = True  # False: tensors have no values, and are where they have to be
+    # Where tensors have no values, and are where they have to be: gives so many bytes of the card, uint8.
+    imagined: Callable[[int], Tensor] | None = None
 
 
 class Learner:
@@ -65,9 +68,12 @@ class Learner:
         surroundings: Surroundings,
         strategy: Strategy,
         kernels: Implementation,
+        order: Sequence[int] = (),
     ):
         """networks: by their names in the model folder, on the CPU; they move to the device, weights as the config
-        stores them. Backward steps them from now on, where the optimizer is of that kind."""
+        stores them. Backward steps them from now on, where the optimizer is of that kind. order: places among what is
+        trained, in the order in which backward gives their gradients; what is missing comes from the last to the first.
+        A wrong order of state that is streamed costs time."""
         self.config, self.family, self.surroundings = config, family, surroundings
         self.device, self.dtype = surroundings.device, surroundings.dtype
         self.triton = kernels == "triton"  # for noise and loss
@@ -88,7 +94,9 @@ class Learner:
                 lay_out(network, self.device)
         if not config.optimizer.kind.stores_weights:  # else it brings each there by itself, in its final size
             self._move_to_device()
-        self.use(strategy)
+        self.order = order
+        self._recompute(strategy)
+        self.strategy = strategy
         self.optimizer = build(
             config.optimizer,
             groups(config, family, self.trained),
@@ -98,6 +106,7 @@ class Learner:
             max_norm=config.train.max_norm,
             kernels=kernels,
             device=self.device,
+            placement=self._placement(strategy),
         )
         for weight in idle(family, self.modules):  # which the optimizer does not see
             weight.data = weight.data.to(stored)
@@ -109,13 +118,34 @@ class Learner:
         self.scaler = self._loss_scale()
 
     def _move_to_device(self) -> None:
-        if self.surroundings.are_real:
+        if self.are_real:
             for module in self.modules.values():
                 module.to(self.device)
 
+    @property
+    def are_real(self) -> bool:
+        return self.surroundings.imagined is None
+
     def use(self, strategy: Strategy) -> None:
-        """Trade time for memory in this way from now on."""
+        """Trade time for memory in this way from now on. Raises DoesNotFit where the RAM it takes is not free."""
+        if strategy.streamed != self.strategy.streamed:
+            assert isinstance(self.optimizer, StepsInBackward)
+            self.optimizer.place(self._placement(strategy))
+        self._recompute(strategy)
         self.strategy = strategy
+
+    @property
+    def arriving(self) -> list[nn.Parameter]:
+        """Larger tensors in the order of their gradients."""
+        rest = range(len(self.parameters) - 1, -1, -1)
+        order = [self.parameters[place] for place in dict.fromkeys([*self.order, *rest]) if place in rest]
+        return [parameter for parameter in order if parameter.numel() >= SMALLEST]
+
+    def _placement(self, strategy: Strategy) -> Placement:
+        """Where a strategy has the optimizer's state."""
+        return placement(strategy, self.arriving, self.config.weights, self.device, self.surroundings.imagined)
+
+    def _recompute(self, strategy: Strategy) -> None:
         self.denoiser.enable_gradient_checkpointing(_recomputing(self.denoiser))
         for block in self.family.checkpoint_blocks(self.denoiser)[strategy.checkpointed :]:
             for module in block.modules():
@@ -132,7 +162,7 @@ class Learner:
         scaled = self.config.precision.compute == "fp16"
         if not isinstance(self.optimizer, StepsInBackward):
             # torch's own asks after every backward whether a gradient overflowed; it holds two numbers.
-            return torch.amp.GradScaler(self.device.type, enabled=scaled and self.surroundings.are_real)
+            return torch.amp.GradScaler(self.device.type, enabled=scaled and self.are_real)
         self.optimizer.attach()
         return LossScale(self.optimizer, dynamic=scaled)
 
@@ -226,7 +256,7 @@ class Learner:
 
     def _is_number(self, loss: Tensor) -> bool:
         """Waits for the device, as bitsandbytes does after every tensor."""
-        return not self.surroundings.are_real or bool(loss.isfinite())
+        return not self.are_real or bool(loss.isfinite())
 
 
 def _how(network: nn.Module) -> dict[str, Any]:

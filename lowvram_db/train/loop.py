@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
@@ -52,10 +52,11 @@ class Trainer(Learner):
         device: torch.device,
         strategy: Strategy | None = None,
         step: int = 0,
+        order: Sequence[int] = (),
     ):
         """Load the denoiser (and the text encoders, if they are trained). strategy: to begin with. step: how many have
         been done, of a checkpoint that is going to be restored; where the text encoders were trained before it and are
-        no more, the family is the one that has what came of it."""
+        no more, the family is the one that has what came of it. order: see Learner."""
         networks = load_networks(config, family, step)
         self._idle = {weight: weight.data for weight in idle(family, networks)}  # before they are rounded
         release_memory()  # the allocator keeps holes where tensors lay in float32: 8% of SDXL, for the rest of a run
@@ -71,10 +72,12 @@ class Trainer(Learner):
         surroundings = Surroundings(
             device, compute_dtype(config.precision.compute, device), self._timesteps, batches.cached.conditioning
         )
-        super().__init__(config, family, networks, surroundings, strategy or without_budget(self._ladder), kernels)
+        strategy = strategy or without_budget(self._ladder)
+        super().__init__(config, family, networks, surroundings, strategy, kernels, order)
         self.family: Family = family
         self.attention = use_attention(self.denoiser, config.attention, device, self.dtype)
-        self.average = Average(self.trained, self._exact, config.train.ema) if config.train.ema else None
+        with self._at_rest():
+            self.average = Average(self.trained, self._exact, config.train.ema) if config.train.ema else None
         self.until = stage_end(config, step)  # the last step that trains these weights
 
     def train_step(self) -> Outcome:
@@ -89,7 +92,8 @@ class Trainer(Learner):
         self.scaler.update()
         self.step, self.micro_batch = self.step + 1, 0
         if self.average:
-            self.average.update(self.step)
+            with self._at_rest():
+                self.average.update(self.step)
         self.between_steps = True
         return Outcome(loss, self.optimizer.skipped if isinstance(self.optimizer, StepsInBackward) else None)
 
@@ -179,6 +183,9 @@ class Trainer(Learner):
         for weight, exact in self._idle.items():
             weight.data = exact
 
+    def _at_rest(self) -> AbstractContextManager[None]:
+        return self.optimizer.at_rest() if isinstance(self.optimizer, StepsInBackward) else nullcontext()
+
     def _exact(self, weight: nn.Parameter) -> Tensor:
         return self.optimizer.exact(weight) if isinstance(self.optimizer, StepsInBackward) else weight.detach()
 
@@ -197,8 +204,9 @@ class Trainer(Learner):
             going_on = denoisers(self.family, self.trained)
         average = self.average.weights if self.average else {}
         frozen = dict(self.family.tuned)
-        for name in self.trained.keys() - going_on.keys():
-            frozen[name] = average[name] if average else self._exact(self.trained[name]).cpu()
+        with self._at_rest():
+            for name in self.trained.keys() - going_on.keys():
+                frozen[name] = average[name] if average else self._exact(self.trained[name]).cpu()
         averages = {name: average[name] for name in going_on} if average else {}
         return checkpoint.contents(state, going_on, self.optimizer, averages, frozen)
 

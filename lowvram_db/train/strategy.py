@@ -1,8 +1,10 @@
 """How a training step trades time for memory without changing what is learned: the rungs of a ladder, fastest first."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lowvram_db.config import Config
+
+EIGHTHS = 8
 
 
 @dataclass(frozen=True)
@@ -12,12 +14,15 @@ class Strategy:
     checkpointed: int  # how many of the denoiser's blocks recompute their activations (Architecture.checkpoint_blocks)
     blocks: int  # of how many
     parts: int = 1  # a batch goes through in so many parts, whose gradients add up
+    streamed: int = 0  # eighths of the optimizer's state that live in RAM and pass through the card
 
     def __str__(self) -> str:
         checkpointing = {0: "no checkpointing", self.blocks: "checkpointing everywhere"}.get(
             self.checkpointed, f"checkpointing {self.checkpointed} of {self.blocks} blocks"
         )
-        return checkpointing + (f", batch in {self.parts} parts" if self.parts > 1 else "")
+        parts = f", batch in {self.parts} parts" if self.parts > 1 else ""
+        share = "" if self.streamed == EIGHTHS else f"{self.streamed}/{EIGHTHS} of "
+        return checkpointing + parts + (f", {share}the state in RAM" if self.streamed else "")
 
 
 def ladder(config: Config, blocks: int) -> list[Strategy]:
@@ -27,6 +32,8 @@ def ladder(config: Config, blocks: int) -> list[Strategy]:
     Only an optimizer that keeps all gradients until its step lets a batch be split: their sum is then the same. Adam8
     has stepped by then; gathering batches (train.accumulate) it takes the mean of squares for the square of the mean,
     which is another update.
+
+    State in RAM comes last, for what it costs depends on a link that nobody has asked; a LoRA's is not worth the way.
     """
     wanted = config.train.gradient_checkpointing
     counts = range(blocks + 1) if wanted is None else [blocks if wanted else 0]
@@ -35,9 +42,11 @@ def ladder(config: Config, blocks: int) -> list[Strategy]:
     if not config.optimizer.kind.steps_in_backward:
         parts = [2**power for power in range(1, rows.bit_length()) if rows % 2**power == 0]
         rungs += [Strategy(rungs[-1].checkpointed, blocks, count) for count in parts]
+    if config.optimizer.kind.streams and config.method.name == "full":
+        rungs += [replace(rungs[-1], streamed=eighths) for eighths in range(1, EIGHTHS + 1)]
     return rungs
 
 
 def without_budget(rungs: list[Strategy]) -> Strategy:
-    """What to do where nothing is known of the memory there is: save it, short of splitting batches."""
-    return [rung for rung in rungs if rung.parts == 1][-1]
+    """What to do where nothing is known of the memory there is: save it, without splitting batches or streaming."""
+    return [rung for rung in rungs if rung.parts == 1 and not rung.streamed][-1]

@@ -79,9 +79,10 @@ def training(miniature):
                 optimizer.break_off()
             loss_of(unet, step).backward()
             optimizer.step()
+        values = [optimizer.exact(p).clone() for p in unet.parameters()]  # while copies may still be on their way
         state = optimizer.state_dict()["state"]
         # By a copy, for finish() lets the state go.
-        values = [v.clone() for s in state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+        values += [v.clone() for s in state.values() for v in s.values() if isinstance(v, torch.Tensor)]
         optimizer.finish()
         return [*values, *(p.detach() for p in unet.parameters())]
 

@@ -2,6 +2,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -10,6 +11,7 @@ from lowvram_db.errors import UserError
 from lowvram_db.families import open_blank
 from lowvram_db.formats.known import known_configs
 from lowvram_db.memory.overheads import CONTEXT, CUBLAS_WORKSPACES, MARGIN
+from lowvram_db.memory.stream.schedule import arrivals
 from lowvram_db.memory.trace import OverLimit
 from lowvram_db.plan import predict
 from lowvram_db.plan.choose import _advice, _pictures, _training, choose
@@ -21,15 +23,16 @@ SMALL = {"prior": {"batch": 1}, "train": {"resolution": 128, "batch": 4}}
 
 
 def peaks(config, family):
-    rungs = ladder(config, family.checkpoint_steps)
-    return [max(p.peak_bytes for p in predict.training(config, family, rung)) for rung in rungs]
+    with predict.rehearsal(config, family) as traced:
+        steps = [traced.steps(rung) for rung in ladder(config, family.checkpoint_steps)]
+    return [max(phase.peak_bytes for phase in phases) for phases in steps]
 
 
 def test_the_fastest_that_fits_is_taken(planned, blank):
     config = planned(**SMALL)
     needed = peaks(config, blank)
     assert needed == sorted(set(needed), reverse=True)
-    for place in (0, 2, 5):
+    for place in (0, 2, 5, 6, 13):
         just = int(needed[place] * (1 + MARGIN)) + 1
         plan = choose(config, blank, just)
         assert plan.strategy == ladder(config, 5)[place]
@@ -66,6 +69,9 @@ class Peaks:
 
     def saving(self):
         return Phase("saving", {})
+
+    def use(self, strategy):
+        assert strategy in self.looked_at
 
 
 @given(needed=st.lists(st.integers(1, 9), min_size=8, max_size=8), limit=st.integers(0, 9), falling=st.booleans())
@@ -156,10 +162,21 @@ def test_without_a_budget_memory_is_saved_and_nothing_claimed(planned, blank):
 
 def test_every_rung_is_explained(planned, blank):
     plan = choose(planned(**SMALL), blank, 2**40, explain=True)
-    assert [rung.chosen for rung in plan.rungs] == [True] + 5 * [False]
+    assert [rung.chosen for rung in plan.rungs] == [True] + (5 + 8) * [False]
     costs = [rung.cost for rung in plan.rungs]
     assert costs[0] == 1 and costs == sorted(costs) and 1.1 < costs[-1] < 4 / 3
+    assert set(costs[5:]) == {costs[5]}, "to stream is no arithmetic"
     assert [rung.peak_bytes for rung in plan.rungs] == peaks(planned(**SMALL), blank)
+
+
+def test_what_copies_cost_is_said_and_which_optimizers_have_none(planned, blank, capsys):
+    show(choose(planned(**SMALL), blank, 2**40, explain=True), explain=True)
+    streaming = capsys.readouterr().out
+    assert "assumed: an RTX 4070 on PCIe 4.0 x16" in streaming and "keeps its state" not in streaming
+    show(choose(planned(**SMALL, optimizer={"name": "bnb-adam8"}), blank, 2**40, explain=True), explain=True)
+    resident = capsys.readouterr().out
+    assert "bnb-adam8 keeps its state on the card; only adam8's can live in RAM" in resident
+    assert "GB/s" not in resident and "state in RAM" not in resident
 
 
 def test_class_images_come_fewer_at_once_unless_the_user_says_how_many(planned, blank):
@@ -212,6 +229,37 @@ def test_phases_are_all_there_in_order(planned, blank):
         "text encoding", "latent encoding", "first step", "steady step", "first step, frozen text",
         "steady step, frozen text", "saving", "sampling, denoising", "sampling, decoding",
     ]  # fmt: skip
+
+
+def test_state_in_ram_is_counted_there_beside_whatever_is_loaded(planned, blank):
+    """And once more in the copy of a checkpoint, as it is from the card."""
+    config = planned(**SMALL)
+    roomy, tight = (choose(config, blank, int(peaks(config, blank)[place] * (1 + MARGIN)) + 1) for place in (5, 13))
+    streamed = next(phase.ram_bytes for phase in tight.phases if phase.name == "steady step")
+    assert tight.strategy.streamed == 8 and streamed > 0
+    assert tight.least_ram_bytes - roomy.least_ram_bytes == streamed
+    passes = max(phase.components["optimizer"] for phase in tight.phases)
+    kept = max(phase.components["optimizer"] for phase in roomy.phases)
+    assert tight.ram_bytes - roomy.ram_bytes == 2 * streamed + passes - kept
+
+
+def test_the_order_that_a_plan_gives_is_that_of_a_real_backward(planned, blank, family):
+    """Whichever rungs its trace got through. The denoiser comes first, so the later stage's is in it."""
+    text = {"train": True, "stop": 9}
+    for budget in (2**40, CONTEXT):
+        plan = choose(planned(**SMALL, text_encoder=text), blank, budget)
+        denoiser, encoder = family.load_denoiser(), family.load_text_encoders()["text_encoder"]
+        listened_to = family.trainable("text_encoder", encoder)
+        parameters = [*denoiser.parameters(), *listened_to.values()]
+        denoiser.enable_gradient_checkpointing()
+
+        def backward(encoder=encoder, denoiser=denoiser):
+            told = family.encode_prompts({"text_encoder": encoder}, ["a dog"])
+            family.denoise(denoiser, torch.randn(1, 4, 8, 8), torch.tensor([1]), told).sum().backward()
+
+        real = arrivals(parameters, backward)
+        assert [parameters[place] for place in plan.order] == real
+    assert choose(planned(**SMALL, optimizer={"name": "adamw"}), blank, 2**40).order == []
 
 
 def test_host_memory_holds_what_a_checkpoint_copies_or_the_largest_network(planned, blank):

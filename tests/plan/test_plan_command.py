@@ -93,11 +93,13 @@ def test_a_folder_without_weights_is_enough(plan, toml, miniature, tmp_path):
 @pytest.mark.parametrize(
     ("preset", "card"),
     [
+        ("sd15-4gb", 3.75),
         ("sd15-8gb", 8),
         ("sd15-12gb", 12),
         ("sd15-t4", 14.5),
         ("sd21-12gb", 12),
-        ("sdxl-12gb", 11.75),
+        ("sdxl-8gb", 7.6),
+        ("sdxl-12gb", 11.25),
         ("sdxl-16gb", 16),
         ("sdxl-vpred", 16),
         ("person-sd15-8gb", 8),

@@ -1,5 +1,6 @@
 import os
 import signal
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -14,6 +15,8 @@ from lowvram_db.memory import trace as trace_room
 from lowvram_db.memory.overheads import CONTEXT, CUBLAS_WORKSPACES, MARGIN
 from lowvram_db.memory.trace import OverLimit, Trace
 from lowvram_db.optim.layout import is_channels_last
+from lowvram_db.optim.placement import state_bytes
+from lowvram_db.optim.storage import SMALLEST
 from lowvram_db.plan import predict
 from lowvram_db.plan.reference import tracked_bytes
 from lowvram_db.train.strategy import Strategy, ladder
@@ -146,6 +149,30 @@ def test_adam8_keeps_its_state_and_one_gradient_adamw_all_of_them(planned, blank
     step = predict.training(planned(train={"resolution": 64}), blank, Strategy(5, 5))[1]
     assert step.components["weights"] == pytest.approx(2 * weights, rel=0.3)
     assert 0 < step.components["gradients"] < 0.1 * 2 * weights, "the one that is just being used"
+
+
+@pytest.mark.parametrize("weights", ["bf16", "bf16+residual"])
+def test_state_in_ram_leaves_the_card_but_for_what_passes_through(planned, blank, weights):
+    """Nothing else of a step changes; and it comes back."""
+    config = planned(train={"resolution": 128}, precision={"weights": weights}, sample={"every": 1})
+    with predict.rehearsal(config, blank) as traced:
+        everywhere = Strategy(5, 5)
+        resident = traced.steps(everywhere)
+        large = [p.numel() for p in blank_parameters(blank) if p.numel() >= SMALLEST]
+        sizes = [state_bytes(n, weights) for n in large]
+        for eighths in (8, 3):
+            streamed = traced.steps(replace(everywhere, streamed=eighths))
+            for before, now in zip(resident, streamed, strict=True):
+                share = now.ram_bytes / sum(sizes)
+                assert eighths / 8 - max(sizes) / sum(sizes) < share <= eighths / 8
+                gone = before.components["optimizer"] - now.components["optimizer"]
+                passes, most = now.ram_bytes - gone, max(2 * max(sizes), now.ram_bytes // 4)
+                assert 2 * max(sizes) == passes if eighths == 8 else now.ram_bytes // 4 <= passes <= most
+                same = {**before.components, "optimizer": 0}
+                assert same == {**now.components, "optimizer": 0} and before.ram_bytes == 0
+        drawn, held = (phase.components["optimizer"] for phase in (traced.sampling(1), streamed[1]))
+        assert abs(drawn - held) <= trace_room.GRANULE
+        assert traced.steps(everywhere) == resident
 
 
 @pytest.mark.parametrize("optimizer", ["adam8", "adamw"])

@@ -13,6 +13,7 @@ that time, and the same again for the same durations. Threads that sleep would m
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -40,14 +41,14 @@ class Done(NamedTuple):
 class MadeUpTime:
     """duration(lane, bytes): what each copy, and each "compute", takes, in the order in which they are asked for.
 
-    now: made-up time. timeline: what was done, in the order in which it was asked for. card_bytes: what would be on the
-    card.
+    now: made-up time. timeline: what was done last, in the order in which it was asked for. card_bytes: what would be
+    on the card.
     """
 
     def __init__(self, duration: Callable[[str, int], float]) -> None:
         self._duration = duration
         self.now = 0.0
-        self.timeline: list[Done] = []
+        self.timeline: deque[Done] = deque(maxlen=2**16)  # a run has no end of them
         self.card_bytes = 0
         self._idle: dict[str, float] = {}  # by lane: since when
         self._to_come: list[tuple[float, int, Callable[[], None]]] = []

@@ -1,0 +1,128 @@
+"""Is a step with Adam's state in RAM, bit for bit, the step without? `python bench/streaming_proof.py --schedules 1000`
+
+On a CPU: miniatures of Stable Diffusion 1.5 and SDXL in turn, 20 steps of each from the same weights, with the state
+streamed in made-up time: at random an eighth to all of it, a few neighbours in the order of gradients swapped, copies
+that take between nothing and very long, all RAM pinned or none. A row says how many were the same; a canary or a race
+ends it. On a GPU, with --model: a true size once, beside the time of a step and the peak of memory.
+Rows go to bench/results/streaming_proof.csv.
+"""
+
+import argparse
+import hashlib
+import random
+import tempfile
+import time
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from machine import add_row
+from recipes import Ours, Work, everywhere
+from torch import Tensor
+
+from lowvram_db.demo.miniature import write_pipeline, write_sdxl
+from lowvram_db.memory.device import peak_bytes, pick_device, release_memory, reset_peak
+from lowvram_db.memory.stream.made_up import MadeUpTime
+from lowvram_db.memory.stream.ram import Ram
+from lowvram_db.plan import predict
+from lowvram_db.train import streaming
+from lowvram_db.train.strategy import EIGHTHS, Strategy
+
+STEPS = 20
+MODELS = {"sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", 512),
+          "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0", 1024)}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--schedules", type=int, default=0)
+    parser.add_argument("--model", choices=MODELS)
+    given = parser.parse_args()
+    if given.schedules:
+        with tempfile.TemporaryDirectory() as folder:
+            write_pipeline(Path(folder) / "sd15")
+            write_sdxl(Path(folder) / "sdxl")
+            for model in MODELS:
+                _miniature(model, Path(folder) / model, given.schedules // len(MODELS))
+    if given.model:
+        _true_size(given.model, *MODELS[given.model])
+
+
+def trained(work: Work, strategy: Strategy, order: list[int]) -> tuple[str, float]:
+    """What STEPS steps leave, weights and state, as a digest; and the seconds of one, the first left out."""
+    recipe = Ours(work, pick_device(), everywhere(work.family()), train={"lr": 1e-3})
+    recipe.learner.order = order
+    recipe.learner.use(strategy)
+    recipe.step()
+    began = _now()
+    for _ in range(STEPS - 1):
+        recipe.step()
+    seconds = (_now() - began) / (STEPS - 1)
+    states = recipe.learner.optimizer.state_dict()["state"].values()
+    state = [value for held in states for value in held.values() if isinstance(value, Tensor)]
+    digest = hashlib.sha256()
+    for tensor in (*recipe.learner.parameters, *state):
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest(), seconds
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def order_of(work: Work) -> list[int]:
+    with predict.rehearsal(work.config(), work.family()) as traced:
+        return traced.order()
+
+
+def _miniature(model: str, folder: Path, schedules: int) -> None:
+    work = Work(str(folder), 64)
+    order, strategy = order_of(work), everywhere(work.family())
+    wanted, _ = trained(work, strategy, order)
+    same = sum(_random_schedule(work, strategy, order, seed) == wanted for seed in range(schedules))
+    row = {"model": f"{model} in miniature", "steps": STEPS, "schedules": schedules, "same": same}
+    _report(row)
+
+
+def _random_schedule(work: Work, strategy: Strategy, order: list[int], seed: int) -> str:
+    generator = random.Random(seed)
+    for _ in range(generator.choice([0, 0, 3])):
+        place = generator.randrange(len(order) - 1)
+        order = [*order[:place], order[place + 1], order[place], *order[place + 2 :]]
+
+    def made_up(_: object) -> MadeUpTime:
+        return MadeUpTime(lambda lane, size: size * generator.choice([0.0, 0.1, 1.0, 20.0]) * generator.random())
+
+    def ram(lanes: MadeUpTime, total: int, pinned: int) -> Ram:
+        return Ram(lanes, total, generator.choice([0, pinned // 2, pinned]))
+
+    eighths = generator.randint(1, EIGHTHS)
+    with patch.object(streaming, "MadeUpTime", made_up), patch.object(streaming, "Ram", ram):
+        return trained(work, Strategy(strategy.checkpointed, strategy.blocks, streamed=eighths), order)[0]
+
+
+def _true_size(model: str, name: str, resolution: int) -> None:
+    work, device = Work(name, resolution), pick_device()
+    resident = everywhere(work.family())
+    order, found = order_of(work), []
+    for strategy in (resident, Strategy(resident.checkpointed, resident.blocks, streamed=EIGHTHS)):
+        reset_peak(device)
+        found.append((*trained(work, strategy, order), peak_bytes(device)))
+        release_memory()
+    (wanted, before, most), (got, now, peak) = found
+    row = {"model": model, "steps": STEPS, "schedules": 1, "same": int(wanted == got)}
+    row |= {"times_resident": f"{now / before:.3f}", "resident_gib": f"{most / 2**30:.2f}"}
+    _report(row | {"streamed_gib": f"{peak / 2**30:.2f}"})
+
+
+def _report(row: dict[str, object]) -> None:
+    row = {"model": "", "steps": "", "schedules": "", "same": "", "times_resident": "", "resident_gib": "",
+           "streamed_gib": "", **row}  # fmt: skip
+    add_row("streaming_proof", row)
+    print("  ".join(map(str, row.values())), flush=True)
+
+
+if __name__ == "__main__":
+    main()
