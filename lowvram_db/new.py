@@ -12,7 +12,8 @@ import tomli_w
 
 from lowvram_db import folder_name
 from lowvram_db.atomic import replacing_file
-from lowvram_db.concept.identifier import suggest, summary
+from lowvram_db.concept.identifier import summary
+from lowvram_db.concept.suggestions import suggest
 from lowvram_db.config import known_keys, parse
 from lowvram_db.errors import UserError
 from lowvram_db.formats.inspect import inspect
