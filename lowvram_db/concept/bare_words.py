@@ -1,8 +1,8 @@
 """What a model draws of a word alone, beside what it draws of no words from the same noise.
 
 A word without a meaning leaves a picture as it would be without it; one that the model knows moves the picture towards
-what it means. On the demo's base model rare words move pictures by 0.00 to 0.17 of what these differ by among
-themselves, names of individuals by 0.15 to 0.33, `mug` and `jellyfish` by 0.7, `snow` by 1.1.
+what it means. How varied the pictures of a word are tells less: of a noun they may differ more than those of no words
+(bench/bare_words.py).
 """
 
 from collections.abc import Sequence
