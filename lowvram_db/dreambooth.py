@@ -10,7 +10,7 @@ import torch
 
 from lowvram_db.cache import Store, catalogue_of, model_digest
 from lowvram_db.concept import Concept, check_folders, describe, subject_photos
-from lowvram_db.concept.class_images import class_images, shared_folder
+from lowvram_db.concept.class_images import class_images, own_images, shared_folder
 from lowvram_db.concept.identifier import summary as identifier_summary
 from lowvram_db.concept.look import look, tell
 from lowvram_db.config import Config
@@ -114,7 +114,7 @@ def _run(config: Config, resume: str, strict: bool) -> Run:
             return run
         start = whole(run, start)
         if start is None:
-            tell(look(photos, config.train.resolution), strict)
+            tell(look(photos, config.train.resolution, own_images(config)), strict)
         check_trainable(config.model.name, config.model.revision, config.model.reading)
         with Store(cache_folder(config, run)) as store:
             plan = _plan(config, device)  # from the config files alone: nothing large is downloaded before it fits
