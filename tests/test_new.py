@@ -77,7 +77,7 @@ def test_what_is_found_beside_the_photos_is_said(photos, tmp_path, capfd):
     Image.new("L", (64, 64), 255).save(photos / f"{first.stem}.mask.png")
     write_config(tmp_path / "b.toml", str(photos), "dog", MODEL, "pkblz")
     said, count = capfd.readouterr().err, len(rest) + 2
-    assert "64 x 64 is small: enlarged 8.0 times to 512" in said
+    assert "96 x 96 is small: enlarged 5.3 times to 512" in said
     assert f"2 of {count} photos have captions, which go before subject.prompts" in said
     assert f"1 of {count} photos have a crop" in said and f"1 of {count} photos have a mask; what it hides" in said
     (photos / "captions.jsonl").write_text("{")
