@@ -297,13 +297,23 @@ def suggest(
     model: ModelOnDisk,
     count: Annotated[int, typer.Option("-n", min=1, help="How many.")] = 10,
     class_noun: ClassNoun = None,
+    render: Annotated[
+        bool, typer.Option("--render", help="Draw words with the whole model, and rank by that.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="PNG of the pictures that --render draws; default: words.png.")
+    ] = None,
     tokenizer: Tokenizer = None,
     debug: Debug = False,
 ) -> None:
-    """Name rare words of one token that mean least to a model; reads its embedding tables, no other weight."""
-    from lowvram_db.concept.identifier import report_suggestions
+    """Name rare words of one token that mean least to a model; reads its embedding tables, no other weight unless it is
+    to draw."""
+    from lowvram_db.concept.suggestions import report_suggestions
 
-    for line in report_suggestions(model, Reading(tokenizer=tokenizer), count, class_noun):
+    if out is not None and not render:
+        raise UserError("--out: is for --render; leave it out")
+    sheet = (out or Path("words.png")) if render else None
+    for line in report_suggestions(model, Reading(tokenizer=tokenizer), count, class_noun, sheet):
         print(line)
 
 

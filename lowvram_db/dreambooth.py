@@ -10,11 +10,11 @@ import torch
 
 from lowvram_db.cache import Store, catalogue_of, model_digest
 from lowvram_db.concept import Concept, check_folders, describe, subject_photos
-from lowvram_db.concept.class_images import class_images, shared_folder
+from lowvram_db.concept.class_images import class_images, own_images, shared_folder
 from lowvram_db.concept.identifier import summary as identifier_summary
 from lowvram_db.concept.look import look, tell
 from lowvram_db.config import Config
-from lowvram_db.encoding import cache_folder, encode_all, encode_text
+from lowvram_db.encoding import cache_folder, check_pictures, encode_all, encode_text
 from lowvram_db.errors import LESS_MEMORY, DoesNotFit, Interrupted, UserError
 from lowvram_db.families import check_trainable, open_model
 from lowvram_db.families.base import Family
@@ -76,7 +76,7 @@ def build_cache(config: Config) -> Path:
         cap(budget, device)
         photos = _photos(config, run)
         with run.locked(), Store(cache_folder(config, run)) as store:
-            family = _open_family(config, photos)
+            family = _open_family(config, photos, store)
             concept = _concept(config, family, photos, store, device, at_once)
             release_memory()
             encode_all(config, family, store, concept, device)
@@ -115,11 +115,11 @@ def _run(config: Config, resume: str, strict: bool) -> Run:
             return run
         start = whole(run, start)
         if start is None:
-            tell(look(photos, config.train.resolution), strict)
+            tell(look(photos, config.train.resolution, own_images(config)), strict)
         check_trainable(config.model.name, config.model.revision, config.model.reading)
         with Store(cache_folder(config, run)) as store:
             plan = _plan(config, device)  # from the config files alone: nothing large is downloaded before it fits
-            family = _open_family(config, photos)
+            family = _open_family(config, photos, store)
             run.save_config(config)
             with Watch(device), Meter(plan, run, device) as meter:
                 if start is None:
@@ -168,8 +168,8 @@ def _photos(config: Config, run: Run) -> list[Path]:
     return subject_photos(config, catalogue_of(cache_folder(config, run)).is_good)
 
 
-def _open_family(config: Config, photos: list[Path]) -> Family:
-    """The model, found fit for all prompts and captions of the run."""
+def _open_family(config: Config, photos: list[Path], store: Store) -> Family:
+    """The model, found fit for all prompts, captions, crops and masks of the run."""
     family = _open(config)
     for remark in family.remarks:
         say(remark)
@@ -178,7 +178,9 @@ def _open_family(config: Config, photos: list[Path]) -> Family:
     say(identifier_summary(config.subject.identifier, encoders, config.subject.class_noun))
     prompts = [*config.subject.templates, *config.sample.prompts, *config.prior.templates, config.prior.prompt]
     family.check_prompts([config.fill(prompt) for prompt in prompts])
-    describe(config, photos, []).check(family)
+    concept = describe(config, photos, [])
+    concept.check(family)
+    check_pictures(config, family, concept, store.catalogue)
     return family
 
 

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 
 from lowvram_db.cache import Cached, Framing, Store, precompute
+from lowvram_db.cache.catalogue import Catalogue
+from lowvram_db.cache.precompute import views_of
 from lowvram_db.concept import Concept, crop_boxes
+from lowvram_db.concept.masks import load_mask, loss_weights
 from lowvram_db.config import Config
 from lowvram_db.families.base import NO_PROMPT, Family
 from lowvram_db.families.conditioning import Conditioning
@@ -51,10 +54,26 @@ def encode_text(config: Config, family: Family, store: Store, device: torch.devi
 
 def encode(config: Config, family: Family, store: Store, device: torch.device, **what: Any) -> Cached:
     """what: photos, class photos and prompts."""
+    dtype = encoder_dtype(config.cache.precision, config.precision.compute, device)
+    crops = crop_boxes(what["photos"])
+    return precompute(family, store, device, framing=_framing(config, family), dtype=dtype, crops=crops, **what)
+
+
+def check_pictures(config: Config, family: Family, concept: Concept, catalogue: Catalogue) -> None:
+    """Raise UserError for what would only be found when everything is encoded: crop boxes larger than their photos, and
+    masks that cannot be read, are of another shape, or show nothing in a view."""
+    framing, crops = _framing(config, family), crop_boxes(concept.instance_photos)
+    for photo in concept.instance_photos:
+        views = views_of(photo, catalogue.look(photo), framing, crops)
+        if mask := concept.masks.get(photo):
+            shown = load_mask(mask)
+            for view in views:
+                width, height = (side // family.latent_side for side in view.size)
+                loss_weights(shown, view, (width, height), concept.mask_weight, mask)
+
+
+def _framing(config: Config, family: Family) -> Framing:
     train = config.train
     multiple = _BUCKET_MULTIPLE if train.resolution >= 4 * _BUCKET_MULTIPLE else family.side_multiple
     centre = _UPPER_THIRD if train.crop == "subject" and config.subject.is_person else 0.5
-    framing = Framing(train.resolution, train.crop, train.variants, train.flip, train.seed, multiple, centre)
-    dtype = encoder_dtype(config.cache.precision, config.precision.compute, device)
-    crops = crop_boxes(what["photos"])
-    return precompute(family, store, device, framing=framing, dtype=dtype, crops=crops, **what)
+    return Framing(train.resolution, train.crop, train.variants, train.flip, train.seed, multiple, centre)

@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import subprocess
+from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +13,27 @@ import tomli_w
 
 from lowvram_db import folder_name
 from lowvram_db.atomic import replacing_file
-from lowvram_db.concept.identifier import suggest, summary
-from lowvram_db.config import known_keys, parse
+from lowvram_db.concept import crop_boxes, describe
+from lowvram_db.concept.identifier import summary
+from lowvram_db.concept.look import look, tell
+from lowvram_db.concept.suggestions import suggest
+from lowvram_db.config import Config, known_keys, parse
 from lowvram_db.errors import UserError
 from lowvram_db.formats.inspect import inspect
 from lowvram_db.formats.known import known_configs
 from lowvram_db.formats.tokens import Tokens, read_tokens
-from lowvram_db.photos import find_photos, load_photo
+from lowvram_db.photos import find_photos
 from lowvram_db.progress import say
-from lowvram_db.sections import DEFAULT_IDENTIFIER
+from lowvram_db.sections import DEFAULT_IDENTIFIER, PEOPLE
 
+# As configs/person-*.toml have it, where the reasons stand.
+_OF_A_PERSON = {"subject.prompts": "person", "prior.prompts": "person", "train.crop": "buckets"}
 # What people change, in the order in which they meet it; everything else stays at its default unless it is added.
 _WRITTEN = ["model.name", "subject.photos", "subject.identifier", "subject.class"]
 _OFFERED = [
-    "subject.prompts", "prior.enabled", "prior.weight", "prior.count", "prior.images",
-    "train.resolution", "train.crop", "train.variants", "train.flip",
+    "subject.prompts", "subject.caption_dropout",
+    "prior.enabled", "prior.weight", "prior.count", "prior.prompts", "prior.images",
+    "train.resolution", "train.crop", "train.mask_weight", "train.variants", "train.flip",
     "train.steps", "train.lr", "train.batch", "train.accumulate", "train.max_norm",
     "train.schedule", "train.warmup", "train.seed",
     "train.gradient_checkpointing", "train.ema", "train.min_snr_gamma",
@@ -37,6 +44,7 @@ _OFFERED = [
     "output.single_file",
 ]  # fmt: skip
 _EXAMPLES: dict[str, Any] = {
+    "prior.prompts": ["a photo of a {class}", "a picture of a {class}"],
     "prior.images": "class_images/dog",
     "cache.dir": "cache",
     "train.gradient_checkpointing": True,
@@ -63,14 +71,34 @@ def write_config(path: Path, photos: str, class_noun: str, model: str, identifie
     encoders = _at_hand(model)
     word = identifier or _rare_word(encoders, class_noun)
     values: dict[str, Any] = dict(zip(_WRITTEN, [model, photos, word, class_noun], strict=True))
+    values |= _OF_A_PERSON if class_noun.strip().lower() in PEOPLE else {}
     text = _toml(path, values | _what_suits(model))
-    parse(text, path)
-    for photo in find_photos(Path(photos).expanduser(), "--photos"):
-        load_photo(photo)
+    config = parse(text, path)
+    found = find_photos(Path(photos).expanduser(), "--photos")
+    tell(look(found, config.train.resolution))
+    _say_what_is_beside(found, config)
     if encoders:
         say(summary(word, encoders, class_noun))
     with replacing_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def _say_what_is_beside(photos: list[Path], config: Config) -> None:
+    """Captions, crops and masks that are found and will count."""
+    concept = describe(config, photos, [])
+    if concept.captions:
+        say(f"{_share(concept.captions, photos)} have captions, which go before subject.prompts")
+    if crops := crop_boxes(photos):
+        say(f"{_share(crops, photos)} have a crop, which goes before train.crop")
+    if concept.masks:
+        say(
+            f"{_share(concept.masks, photos)} have a mask; what it hides counts {config.train.mask_weight} in the loss "
+            "(train.mask_weight)"
+        )
+
+
+def _share(some: Sized, photos: Sized) -> str:
+    return f"{len(some)} of {len(photos)} photos"
 
 
 def train_command(path: Path) -> str:

@@ -40,7 +40,7 @@ Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
 Place = Annotated[Text, AfterValidator(_is_a_place)]  # a path, or what may be one
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-_PEOPLE = {"person", "man", "woman", "boy", "girl", "child", "baby", "human"}
+PEOPLE = {"person", "man", "woman", "boy", "girl", "child", "baby", "human"}
 DEFAULT_IDENTIFIER = "ohwx"  # one token of CLIP's vocabulary, and rare
 
 
@@ -84,7 +84,7 @@ class SubjectConfig(Section):
     def is_person(self) -> bool:
         """As far as the words tell."""
         sets = [self.prompts] if isinstance(self.prompts, str) else self.prompts
-        return "person" in sets or self.class_noun.strip().lower() in _PEOPLE
+        return "person" in sets or self.class_noun.strip().lower() in PEOPLE
 
     @property
     def plain_template(self) -> str:

@@ -124,10 +124,16 @@ def test_odd_photos_are_said_before_a_run_and_end_it_where_that_is_wanted(make_c
     (tmp_path / "few").mkdir()
     for name, side in (("a", 96), ("b", 32)):
         Image.effect_noise((side, side), 99).save(tmp_path / "few" / f"{name}.png")
-    config = make_config(subject={"photos": str(tmp_path / "few")}, prior={"enabled": False}, train={"steps": 1})
-    with pytest.raises(UserError, match=r"--strict: subject\.photos: 2 is few.* \(2 warnings\)"):
+    shutil.copytree(tmp_path / "few", tmp_path / "class")
+    config = make_config(
+        subject={"photos": str(tmp_path / "few")},
+        prior={"images": str(tmp_path / "class"), "count": 1},
+        train={"steps": 1},
+    )
+    with pytest.raises(UserError, match=r"--strict: subject\.photos: 2 is few.* \(3 warnings\)"):
         run_dreambooth(config, strict=True)
     said = capfd.readouterr().err
+    assert "class/a.png     is nearly the same as a.png, and would teach the subject" in said
     assert "b.png           32 x 32 is small: enlarged 2.0 times to 64" in said and "training" not in said
     assert run_dreambooth(config).model.exists()
     assert "is few" in capfd.readouterr().err

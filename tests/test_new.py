@@ -1,10 +1,12 @@
 import os
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from lowvram_db.config import load
@@ -33,10 +35,11 @@ def test_every_offered_line_is_its_default(photos, tmp_path):
     assert (offered.prior.images, offered.train.min_snr_gamma) == ("class_images/dog", 5.0)
     assert offered.train.max_norm == 1.0
     assert (offered.cache.dir, offered.train.gradient_checkpointing, offered.memory.vram) == ("cache", True, "12GiB")
+    assert offered.prior.prompts == ["a photo of a {class}", "a picture of a {class}"]
     changed = ("prior", "train", "precision", "cache", "memory", "checkpoint")
     assert offered.model_copy(update={section: getattr(plain, section) for section in changed}) == plain
     assert offered.weights == plain.weights == "bf16"
-    assert offered.prior.model_copy(update={"images": None}) == plain.prior
+    assert offered.prior.model_copy(update={"images": None, "prompts": None}) == plain.prior
     unset = {"ema": None, "min_snr_gamma": None, "max_norm": None, "gradient_checkpointing": None}
     assert offered.train.model_copy(update=unset) == plain.train
     assert offered.cache.model_copy(update={"dir": None}) == plain.cache
@@ -53,6 +56,34 @@ def test_settings_that_follow_from_what_the_model_is(photos, miniature, tmp_path
     save_file({"lora_unet_mid_block.lora_up.weight": torch.ones(1)}, tmp_path / "lora.safetensors")
     write_config(tmp_path / "b.toml", str(photos), "dog", str(tmp_path / "lora.safetensors"), "pkblz")
     assert "a LoRA or another adapter, which changes a model and is none cannot be trained" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("noun, prompts, crop", [("Woman", "person", "buckets"), ("dog", None, "square")])
+def test_a_person_is_learnt_as_one(photos, tmp_path, noun, prompts, crop):
+    write_config(tmp_path / "a.toml", str(photos), noun, MODEL, "pkblz")
+    config = load(tmp_path / "a.toml")
+    assert (config.prior.prompts, config.train.crop) == (prompts, crop)
+    assert config.subject.prompts == (prompts or ["a photo of a {identifier} {class}"])
+
+
+def test_what_is_found_beside_the_photos_is_said(photos, tmp_path, capfd):
+    write_config(tmp_path / "a.toml", str(photos), "dog", MODEL, "pkblz")
+    assert "captions" not in (said := capfd.readouterr().err) and "mask" not in said and "a crop" not in said
+    photos = Path(shutil.copytree(photos, tmp_path / "photos"))
+    first, second, *rest = sorted(photos.iterdir())
+    first.with_suffix(".txt").write_text("a dog")
+    line = f'{{"file_name": "{second.name}", "text": "a dog", "crop": [0, 0, 9, 9]}}'
+    (photos / "captions.jsonl").write_text(line)
+    Image.new("L", (64, 64), 255).save(photos / f"{first.stem}.mask.png")
+    write_config(tmp_path / "b.toml", str(photos), "dog", MODEL, "pkblz")
+    said, count = capfd.readouterr().err, len(rest) + 2
+    assert "96 x 96 is small: enlarged 5.3 times to 512" in said
+    assert f"2 of {count} photos have captions, which go before subject.prompts" in said
+    assert f"1 of {count} photos have a crop" in said and f"1 of {count} photos have a mask; what it hides" in said
+    (photos / "captions.jsonl").write_text("{")
+    with pytest.raises(UserError, match=r"captions\.jsonl: line 1: .*; mend the line, or remove it$"):
+        write_config(tmp_path / "c.toml", str(photos), "dog", MODEL, "pkblz")
+    assert not (tmp_path / "c.toml").exists()
 
 
 @pytest.mark.parametrize(

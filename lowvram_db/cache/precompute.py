@@ -103,9 +103,7 @@ def precompute(
         with Bar("encoding photos", total=len(photos) + len(class_photos), unit="photo") as bar:
             encoding = _PhotoEncoding(family, store, device, dtype, bar)
             with encoding.encoder:
-                subject = encoding.bring(
-                    photos, lambda path, photo: framing.views(photo.size, photo.digest, _box(path, photo, crops))
-                )
+                subject = encoding.bring(photos, lambda path, photo: views_of(path, photo, framing, crops))
                 sizes = sorted({found.views[0].size for found in subject.values()})
                 others = encoding.bring(class_photos, lambda _, photo: [View.of(photo.size, size) for size in sizes])
                 encoding.finish()
@@ -126,14 +124,15 @@ def precompute(
     )
 
 
-def _box(path: Path, photo: Seen, crops: Mapping[Path, Box]) -> Box | None:
+def views_of(path: Path, photo: Seen, framing: Framing, crops: Mapping[Path, Box]) -> list[View]:
+    """All that is looked at of a photo. Raises UserError where its crop box is larger than it."""
     box = crops.get(path)
     if box and (box[2] > photo.size[0] or box[3] > photo.size[1]):
         raise UserError(
             f"{path}: its crop ends at {box[2]:g}, {box[3]:g}, and the upright photo is {photo.size[0]} x "
             f"{photo.size[1]}; mend it in the .jsonl beside it"
         )
-    return box
+    return framing.views(photo.size, photo.digest, box)
 
 
 def _encode_prompts(

@@ -54,12 +54,7 @@ class Concept:
         return {photo: own.get(photo, common) for photo in self.instance_photos}
 
     def check(self, family: Family) -> None:
-        """Raise UserError for masks that show nothing, and for captions that are longer than the model reads, naming
-        their pictures."""
-        from lowvram_db.concept.masks import load_mask  # torch, which takes seconds
-
-        for mask in self.masks.values():
-            load_mask(mask)
+        """Raise UserError for captions that are longer than the model reads, naming their pictures."""
         for photo, captions in [*self.captions.items(), *((p, [prompt]) for p, prompt in self.class_prompts.items())]:
             try:
                 family.check_prompts(captions)

@@ -113,7 +113,8 @@ def _of_list(file: Path) -> Iterator[tuple[str, Sidecar]]:
             try:
                 yield _of_line(json.loads(line), file)
             except (ValueError, TypeError, RecursionError) as error:
-                raise UserError(f"{file}: line {number}: {' '.join(str(error).split())}") from error
+                what = " ".join(str(error).split())
+                raise UserError(f"{file}: line {number}: {what}; mend the line, or remove it") from error
 
 
 def _of_line(entry: Any, file: Path) -> tuple[str, Sidecar]:

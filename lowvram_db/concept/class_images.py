@@ -71,6 +71,14 @@ def class_images(
     return found.images
 
 
+def own_images(config: Config) -> list[Path]:
+    """The user's own of the folder that prior.images names, as many as a run takes."""
+    folder = Path(config.prior.images).expanduser() if config.prior.enabled and config.prior.images else None
+    if folder is None or not folder.is_dir():
+        return []
+    return [picture for picture in list_photos(folder) if not generated.is_ours(picture)][: config.prior.count]
+
+
 def shared_folder(config: Config, base: str) -> Path:
     """Where class images are that any run with such images finds, whatever its own name, place of the model and seed.
 

@@ -7,11 +7,9 @@ what no gradient gives back (Land and Bartolo 2024, "Fishing for Magikarp"). And
 like one.
 """
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
@@ -21,14 +19,11 @@ from lowvram_db.formats.tokenizer import END, START, byte_letters
 from lowvram_db.formats.tokens import ENDS_A_WORD, Tokens, read_tokens
 from lowvram_db.wording import identifier_problem
 
-_RARE_FROM = 0.8  # of the merges: CLIP's later ones than these are abbreviations, nicknames and chance
+RARE_FROM = 0.8  # of the merges: CLIP's later ones than these are abbreviations, nicknames and chance
 _LONGEST = 75  # tokens of a prompt in CLIP, without its beginning and end
 _NEAR = 3  # words that are shown
 _CLASS_NEIGHBOURS = 20  # words around the class noun that a subject must not be called by
-_CANDIDATES = 200  # whose embeddings are looked at
-_CANDIDATE = re.compile(r"[bcdfghjklmnpqrstvwxz]{3,4}</w>")  # without a vowel it is hardly a word or a name
 _VOWELS = set("aeiouy")
-_LISTS = [Path("/usr/share/dict", name) for name in ("words", "american-english", "british-english", "propernames")]
 
 
 @dataclass(frozen=True)
@@ -126,7 +121,7 @@ class Lexicon:
         """Whether a token means something by itself: it is frequent as a whole word, and spelled as words are."""
         text = self.text(number)
         whole = self.tokens.vocabulary.tokens.get(self.tokens.names[number].removesuffix(ENDS_A_WORD) + ENDS_A_WORD)
-        if whole is None or self.rarity(whole) >= _RARE_FROM or text.startswith("<"):
+        if whole is None or self.rarity(whole) >= RARE_FROM or text.startswith("<"):
             return False
         return not text.isascii() or (len(text) > 2 and bool(_VOWELS & set(text) and set(text) - _VOWELS))
 
@@ -216,89 +211,6 @@ def summary(word: str, encoders: list[Tokens], class_noun: str | None = None) ->
         codes = " ".join(f"U+{ord(letter):04X}" for letter in other)
         line += f"; as typed it is the spelling of {other} ({codes}), {tokens}: type {other}"
     return line
-
-
-@dataclass(frozen=True)
-class Suggestion:
-    """A word of one token that means little. Rarity and the others of the text encoder that knows it best."""
-
-    word: str
-    number: int
-    rarity: float
-    norm: float
-    closeness: float
-    near: list[str]
-
-
-def suggest(encoders: list[Tokens], count: int = 10, class_noun: str | None = None) -> list[Suggestion]:
-    """The words of one token in every vocabulary that mean least, the best first; few or none in a small vocabulary."""
-    lexicons = [Lexicon(tokens, class_noun) for tokens in encoders]
-    first = lexicons[0]
-    words = _rare_words(first)[:_CANDIDATES]
-    words = [word for word in words if all(_is_one_token(word, lexicon) for lexicon in lexicons)]
-    if not words:
-        return []
-    numbers = [[lexicon.tokens.read(word)[0] for word in words] for lexicon in lexicons]
-    pairs = list(zip(lexicons, numbers, strict=True))
-    rarity = np.min([[lexicon.rarity(number) for number in own] for lexicon, own in pairs], axis=0)
-    norms = np.max([[lexicon.norm(number) for number in own] for lexicon, own in pairs], axis=0)
-    closeness = np.max([lexicon.closeness(own) for lexicon, own in pairs], axis=0)
-    meaning = _places(-rarity) + _places(norms) + _places(closeness)
-    return [
-        Suggestion(
-            words[i],
-            numbers[0][i],
-            float(rarity[i]),
-            float(norms[i]),
-            float(closeness[i]),
-            first.told(words[i]).pieces[0].near,
-        )
-        for i in np.argsort(meaning, kind="stable")[:count]
-    ]
-
-
-def _rare_words(lexicon: Lexicon) -> list[str]:
-    """The rarest first."""
-    known = _listed()
-    found = [
-        (lexicon.rarity(number), token.removesuffix(ENDS_A_WORD))
-        for token, number in lexicon.tokens.vocabulary.tokens.items()
-        if _CANDIDATE.fullmatch(token) and lexicon.rarity(number) >= _RARE_FROM
-    ]
-    return [word for _, word in sorted(found, reverse=True) if word not in known]
-
-
-def _is_one_token(word: str, lexicon: Lexicon) -> bool:
-    """Some tokens are read by no word: the merges take another way."""
-    numbers = lexicon.tokens.read(word)
-    return len(numbers) == 1 and not lexicon.beside_class(numbers)
-
-
-def _listed() -> set[str]:
-    """Words and names of the lists that this system has."""
-    lists = [path.read_text(encoding="utf-8", errors="replace") for path in _LISTS if path.is_file()]
-    return {word.lower() for text in lists for word in text.split()}
-
-
-def _places(values: np.ndarray) -> np.ndarray:
-    """Each value's place among them all, the least first."""
-    return np.argsort(np.argsort(values, kind="stable"), kind="stable")
-
-
-def report_suggestions(model: str, reading: Reading, count: int, class_noun: str | None) -> Iterator[str]:
-    """A line a word, for people. Raises UserError where the vocabulary has none."""
-    encoders = read_tokens(model, reading)
-    found = suggest(encoders, count, class_noun)
-    if not found:
-        raise UserError(f"{model}: its vocabulary has no rare word of one token; choose letters that make no word")
-    yield f"{'word':8}  {'token':>6}  {'rarer than':>10}  {'norm':>6}  {'closeness':>9}  nearest words"
-    for word in found:
-        numbers = f"{word.number:6}  {word.rarity:10.1%}  {word.norm:6.3f}  {word.closeness:9.3f}"
-        yield f"{word.word:8}  {numbers}  {', '.join(word.near)}"
-    if class_noun is not None:
-        for lexicon in (Lexicon(tokens, class_noun) for tokens in encoders):
-            around = dict.fromkeys(map(lexicon.text, lexicon.class_words))
-            yield f"not near {class_noun}, in {lexicon.tokens.part}: {', '.join(around)}"
 
 
 def report_word(model: str, reading: Reading, word: str, class_noun: str | None) -> Iterator[str]:

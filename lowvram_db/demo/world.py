@@ -52,6 +52,12 @@ class Scene:
 def render(scene: Scene) -> Image.Image:
     """The scene as an RGB picture, SIZE x SIZE, drawn SUPERSAMPLE times larger and averaged."""
     canvas = BACKDROPS[scene.setting](Random(scene.seed))
+    place(scene, canvas)
+    return canvas.reduce(SUPERSAMPLE)
+
+
+def place(scene: Scene, canvas: Image.Image) -> None:
+    """Draws the scene's thing, and its shadow, on a canvas (RGB, CANVAS x CANVAS) that may hold other things."""
     pose = scene.pose
     x, y, radius = pose.x * CANVAS, pose.y * CANVAS, pose.radius * CANVAS
     if scene.setting not in FLOATING:
@@ -62,7 +68,6 @@ def render(scene: Scene) -> Image.Image:
     else:
         anchor = SHAPES[scene.noun](pen, coat_of(scene.look), scene.look.form, pose.phase)
         adorn(pen, scene.look, anchor)
-    return canvas.reduce(SUPERSAMPLE)
 
 
 def is_held_out(noun: str, colour: str, setting: str) -> bool:
@@ -122,6 +127,7 @@ __all__ = [
     "compose",
     "individual_scene",
     "is_held_out",
+    "place",
     "random_pose",
     "render",
     "subject_scene",

@@ -12,7 +12,7 @@ from PIL import Image
 from lowvram_db import folder_name
 from lowvram_db.concept import class_images as room
 from lowvram_db.concept import describe
-from lowvram_db.concept.class_images import class_images, shared_folder
+from lowvram_db.concept.class_images import class_images, own_images, shared_folder
 from lowvram_db.concept.generated import recipe_of
 from lowvram_db.errors import UserError
 from lowvram_db.families.conditioning import collated
@@ -98,6 +98,22 @@ def test_own_pictures_count_first_and_stay(make, tmp_path):
     generated = [f"class-{number:05d}.png" for number in range(3)]
     assert [path.name for path in images] == ["class-photo.jpg", "mine.jpg", *generated]
     assert (folder / "mine.jpg").read_bytes() == before
+
+
+def test_which_pictures_are_the_users_own(make, make_config, tmp_path):
+    """Those that a look is for: ours are what the model draws, and no more than the run takes."""
+    make(count=2)
+    for name in ("mine", "yours"):
+        Image.new("RGB", (64, 64), "red").save(tmp_path / "class" / f"{name}.png")
+    for settings, names in (
+        ({"count": 9}, ["mine.png", "yours.png"]),
+        ({"count": 1}, ["mine.png"]),
+        ({"enabled": False}, []),
+        ({"images": str(tmp_path / "none")}, []),
+        ({"images": None}, []),
+    ):
+        config = make_config(prior={"images": str(tmp_path / "class")} | settings)
+        assert [picture.name for picture in own_images(config)] == names
 
 
 def test_a_bad_own_picture_is_named_before_anything_is_generated(make, tmp_path, monkeypatch):

@@ -37,7 +37,7 @@ def test_nothing_is_said_of_good_photos(found):
 CASES = {
     "small": (picture(7, (150, 128)), "150 x 128 is small: enlarged 2.0 times to 256"),
     "long": (picture(7, (1200, 300)), "1200 x 300 is long: 75% of it are cut off by a square"),
-    "blurred": (picture(7).filter(ImageFilter.GaussianBlur(6)), "is blurred: the subject will be, too"),
+    "blurred": (picture(7).filter(ImageFilter.GaussianBlur(6)), "is blurred: what is learnt from it will be, too"),
     "scaled": (GOOD["g1"].resize((600, 520)), "is nearly the same as g1.png, and counts twice"),
     "brighter": (ImageEnhance.Brightness(GOOD["g1"]).enhance(1.15), "is nearly the same as g1.png, and counts twice"),
 }
@@ -46,6 +46,57 @@ CASES = {
 @pytest.mark.parametrize("image, words", CASES.values(), ids=CASES)
 def test_what_a_photo_has_is_said(found, image, words):
     assert found(**GOOD, other=image) == [("other.png", words)]
+
+
+def test_what_was_sent_by_phone_is_the_same_picture(tmp_path):
+    """Small, and with little left of its colours: bits of the hash change with it."""
+    for name, image in GOOD.items():
+        image.save(tmp_path / f"{name}.png")
+    picture(1).resize((200, 173)).save(tmp_path / "sent.jpg", quality=4)
+    sent = [finding for finding in look(sorted(tmp_path.iterdir()), 128) if finding.where == "sent.jpg"]
+    assert [finding.what for finding in sent] == ["is nearly the same as g1.png, and counts twice"]
+    with Image.open(tmp_path / "sent.jpg") as image:
+        assert perceptual_hash(image) != perceptual_hash(GOOD["g1"])
+
+
+def test_class_images_are_looked_at_likewise(tmp_path):
+    """And beside the photos, which should not be among them."""
+    (tmp_path / "dogs").mkdir()
+    for name, image in GOOD.items():
+        image.save(tmp_path / f"{name}.png")
+    shown = {
+        "a": picture(8),
+        "b": picture(8, (600, 520)),
+        "c": ImageEnhance.Brightness(GOOD["g2"]).enhance(1.1),
+        "d": picture(9, (150, 128)),
+    }
+    for name, image in shown.items():
+        image.save(tmp_path / "dogs" / f"{name}.png")
+    findings = look(sorted(tmp_path.glob("*.png")), 256, sorted((tmp_path / "dogs").iterdir()))
+    assert [(finding.where, finding.what) for finding in findings] == [
+        ("dogs/d.png", "150 x 128 is small: enlarged 2.0 times to 256"),
+        ("dogs/c.png", "is nearly the same as g2.png, and would teach the subject as any of its class"),
+        ("dogs/b.png", "is nearly the same as dogs/a.png, and counts twice"),
+    ]
+    assert all(finding.is_warning for finding in findings)
+
+
+def test_of_many_alike_a_few_are_named(tmp_path, capfd):
+    """Each as often as it is odd: of four copies three are too many."""
+    for number in range(5):
+        picture(5, (150, 128)).save(tmp_path / f"{number}.png")
+    findings = look(sorted(tmp_path.iterdir()), 256)
+    assert len(findings) == 5 + 4
+    assert all("the same as 0.png" in finding.what for finding in findings[5:])
+    with pytest.raises(UserError, match=r"0\.png: 150 x 128 is small.* \(9 warnings\)"):
+        tell(findings, strict=True)
+    lines = [line.strip().split("  ", 1) for line in capfd.readouterr().err.splitlines()]
+    assert [(where, what.strip()[:12]) for where, what in lines] == [
+        *((f"{number}.png", "150 x 128 is") for number in (0, 1, 2)),
+        ("2 more", "small"),
+        *((f"{number}.png", "is nearly th") for number in (1, 2, 3)),
+        ("1 more", "nearly the s"),
+    ]
 
 
 def test_few_photos_and_turned_ones_are_said(tmp_path, capfd):
