@@ -256,15 +256,15 @@ def _intervals(own: Scores) -> dict[str, Any]:
 def _written(run: Run, result: dict[str, Any]) -> dict[str, Any]:
     """The result, in the run's folder too; where that cannot be written it is said."""
     rows = [(0, result["base"]), *((one["step"], one["scores"]) for one in result["checkpoints"])]
+    figures = ("mean", "low", "high")
     try:
         with replacing_file(run.folder / "evaluation.csv") as temporary, temporary.open("w", newline="") as file:
             table = csv.writer(file)
-            table.writerow(["step", "score", "mean", "low", "high", "backbone"])
+            table.writerow(["step", "score", *figures, "backbone"])
             for step, own in rows:
                 for name, value in own.items():
-                    table.writerow(
-                        [step, name, *(value or dict.fromkeys(("mean", "low", "high"))).values(), result["backbone"]]
-                    )
+                    known = [value and value[figure] for figure in figures]
+                    table.writerow([step, name, *known, result["backbone"]])
         with replacing_file(run.folder / "evaluation.json") as temporary:
             temporary.write_text(json.dumps(result, indent=1), encoding="utf-8")
     except (OSError, UserError) as error:
