@@ -6,8 +6,8 @@ Trains configs/demo.toml for 300 steps with six checkpoints for every seed, and 
 higher learning rates and for 30 steps; evaluates them, and appends a row for every checkpoint to
 bench/results/evaluation.csv: its scores and findings, whether it is the one recommended, and `truth`, the likeness of
 the pictures that were judged to true pictures of the subject that no run has seen, as a share of what those reach among
-themselves. Scores by seed, which the rule goes by, are kept in tests/evaluate/judged.json for the tests of it. Runs that
-are there already are not trained again.
+themselves. Scores by seed, which the rule goes by, are kept in tests/evaluate/judged.json for its tests. Runs that are
+there already are not trained again.
 """
 
 import argparse
