@@ -36,7 +36,6 @@ from lowvram_db.memory.device import pick_device, release_memory
 from lowvram_db.photos import load_photo
 from lowvram_db.progress import Bar, say
 from lowvram_db.run import Run
-from lowvram_db.train import checkpoint
 
 _FORMAT = 1
 _PLAIN = 6  # pictures of the class prompt a seed
@@ -116,7 +115,7 @@ def _plan(config: Config, run: Run, own: list[str] | None, backbone: str, seeds:
     base = base_of(config, catalogue)
     judged = candidates(config, run, base, catalogue)
     found = find(backbone, base.digest == model_digest(open_model(str(_DEMO_BASE)), catalogue))
-    photos = _photos(config, judged, run, catalogue)
+    photos = _photos(config, judged, catalogue)
     templates = own or found.prompts(config.subject.class_noun, photos.trained)
     subject, plain = [config.fill(template) for template in templates], config.fill(config.prior.prompt)
     base.family.check_prompts([*subject, plain])
@@ -135,15 +134,14 @@ def _without(template: str, config: Config) -> str:
     return template.format_map({"identifier": "", "class": config.subject.class_noun})
 
 
-def _photos(config: Config, judged: list[Candidate], run: Run, catalogue: Catalogue) -> _Photos:
+def _photos(config: Config, judged: list[Candidate], catalogue: Catalogue) -> _Photos:
     """In the order in which training chose what to hold back."""
     paths = subject_photos(config, catalogue.is_good)
     digests = {path: catalogue.look(path).digest for path in paths}
     paths.sort(key=digests.__getitem__)
-    if (last := judged[-1]).trained:
-        before = checkpoint.read_state(run.folder / last.path).content.get("photos")
-        if before != sorted(digests.values()):
-            say(f"{config.subject.photos}: these are not the photos that {last.path} was trained on")
+    last = judged[-1]
+    if last.photos is not None and last.photos != sorted(digests.values()):
+        say(f"{config.subject.photos}: these are not the photos that {last.path} was trained on")
     side, kept_back = config.train.resolution, config.train.hold_out
     cut = [_cut(load_photo(path), side) for path in paths]
     return _Photos(cut[kept_back:], cut[:kept_back], [digests[path] for path in paths])
