@@ -35,6 +35,7 @@ from lowvram_db.families import open_model
 from lowvram_db.memory.device import pick_device, release_memory
 from lowvram_db.photos import load_photo
 from lowvram_db.progress import Bar, say
+from lowvram_db.report import write_report
 from lowvram_db.run import Run
 
 _FORMAT = 1
@@ -252,7 +253,7 @@ def _intervals(own: Scores) -> dict[str, Any]:
 
 
 def _written(run: Run, result: dict[str, Any]) -> dict[str, Any]:
-    """The result, in the run's folder too; where that cannot be written it is said."""
+    """The result, in the run's folder too, and on its page; where that cannot be written it is said."""
     rows = [(0, result["base"]), *((one["step"], one["scores"]) for one in result["checkpoints"])]
     figures = ("mean", "low", "high")
     try:
@@ -265,6 +266,7 @@ def _written(run: Run, result: dict[str, Any]) -> dict[str, Any]:
                     table.writerow([step, name, *known, result["backbone"]])
         with replacing_file(run.folder / "evaluation.json") as temporary:
             temporary.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        write_report(run.folder)
     except (OSError, UserError) as error:
-        say(f"{run.folder}: the evaluation is not written ({error})")
+        say(f"{run.folder}: not all of the evaluation is written ({error})")
     return result

@@ -16,7 +16,10 @@ from lowvram_db.report.markup import plain
 from lowvram_db.report.page import LARGEST
 from lowvram_db.report.story import tell
 
-HEADINGS = {"Before and after", "Over the steps", "Guidance scales", "Scores", "Curves", "Memory", "Photos", "Settings"}
+HEADINGS = {
+    *("Before and after", "Over the steps", "Guidance scales", "Scores", "Curves", "Memory", "Identifier", "Photos"),
+    "Settings",
+}
 VOID = {"br", "img", "input", "link", "meta"}
 
 
@@ -62,6 +65,7 @@ def test_everything_that_a_run_has_is_on_its_page(make_run):
         "3 photos",
         "1.25 GiB",
         "recommended",
+        "97% of the vocabulary",
         "identifier = ",
     ):
         assert said in page.text or said == "3 photos"
@@ -93,9 +97,10 @@ def with_words(folder, word):
     """A run in which every text that a stranger may have written says `word`."""
     config = (folder / "config.toml").read_text(encoding="utf-8").replace("pkblz", "WORD").replace("ball", "WORD")
     (folder / "config.toml").write_text(config.replace("WORD", json.dumps(word)[1:-1]), encoding="utf-8")
-    for name in ("plan.json", "evaluation.json"):
+    for name in ("plan.json", "evaluation.json", "identifier.json"):
         tree = (folder / name).read_text(encoding="utf-8")
-        for old in ("no checkpointing", "first step", "dinov2", "As near, and drifts less."):
+        told = ("identifier pkblz: one token (48136)", "pkblz", "blz", "text_encoder")
+        for old in ("no checkpointing", "first step", "dinov2", "As near, and drifts less.", *told):
             tree = tree.replace(json.dumps(old), json.dumps(word))
         (folder / name).write_text(
             tree.replace('"findings": []', f'"findings": [{json.dumps(word)}]'), encoding="utf-8"
@@ -152,6 +157,11 @@ SPOILS = {
     "a plan of another form": (lambda run: (run / "plan.json").write_text("[]"), "plan.json", HEADINGS - {"Memory"}),
     "a plan of nonsense": (
         lambda run: (run / "plan.json").write_text('{"phases": [3]}'), "plan: cannot be read", HEADINGS - {"Memory"}),
+    "a cut check of the identifier": (
+        lambda run: cut(run / "identifier.json"), "identifier.json: cannot be read", HEADINGS - {"Identifier"}),
+    "a check of the identifier of nonsense": (
+        lambda run: (run / "identifier.json").write_text('{"encoders": [3]}'), "identifier: cannot be read",
+        HEADINGS - {"Identifier"}),
     "a cut evaluation": (lambda run: cut(run / "evaluation.json"), "evaluation.json", HEADINGS - {"Scores"}),
     "an evaluation of another version": (
         lambda run: (run / "evaluation.json").write_text('{"format": 2}'), "format 2", HEADINGS - {"Scores"}),
