@@ -67,6 +67,7 @@ def test_a_run_is_judged_once(finished, monkeypatch, text_encoder):
     assert len(subjects) == 3, "every checkpoint draws with its own weights"
     assert json.loads((run.folder / "evaluation.json").read_text()) == result
     assert len((run.folder / "evaluation.csv").read_text().splitlines()) == 1 + 4 * 5
+    assert f"Keep step {result['recommended']['step']}." in run.report.read_text(encoding="utf-8")
 
     monkeypatch.setattr(Candidate, "pictures", lambda *_: pytest.fail("drawn again"))
     monkeypatch.setattr(Colours, "embed", lambda *_: pytest.fail("looked at again"))

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowvram_db.errors import UserError
+from lowvram_db.evaluate.recommend import FORGOTTEN, MEMORISED, NOT_LEARNED, RUINED
 from lowvram_db.report import write_comparison, write_report
 from lowvram_db.report.markup import plain
 from lowvram_db.report.page import LARGEST
@@ -179,6 +180,38 @@ def test_a_spoiled_part_is_left_out_and_said(make_run, spoiled):
     spoil(folder)
     page = Read(write_report(folder))
     assert said in page.text and set(page.headings) >= headings - {"Settings"}
+
+
+def test_of_one_seed_scores_are_shown_without_an_interval(make_run):
+    folder = make_run()
+    tree = json.loads((folder / "evaluation.json").read_text())
+    for scores in (tree["base"], *(one["scores"] for one in tree["checkpoints"])):
+        scores["subject"] = {"mean": 0.7, "low": None, "high": None}
+    (folder / "evaluation.json").write_text(json.dumps(tree))
+    page = Read(write_report(folder))
+    assert "0.700" in page.texts and "0.300 (0.250 to 0.350)" in page.texts
+
+
+def test_a_finding_is_a_sentence_at_the_top(make_run):
+    findings = {
+        NOT_LEARNED: "train for more steps",
+        MEMORISED: "train for fewer",
+        FORGOTTEN: "prior.weight",
+        RUINED: "lower",
+    }
+    for finding, mend in findings.items():
+        folder = make_run(f"run {finding}")
+        tree = (folder / "evaluation.json").read_text()
+        (folder / "evaluation.json").write_text(tree.replace('"findings": []', f'"findings": ["{finding}"]'))
+        said = [text for text in Read(write_report(folder)).texts if mend in text]
+        assert len(said) == 1 and finding in said[0].lower()
+
+
+def test_a_run_that_has_made_a_lora_is_finished(make_run):
+    folder = make_run()
+    (folder / "model").rmdir()
+    (folder / "lora.safetensors").write_bytes(b"")
+    assert tell(folder).finished
 
 
 def test_photos_that_moved_are_said(make_run, tmp_path):
