@@ -17,6 +17,7 @@ from statistics import median
 
 import torch
 from machine import add_row
+from usage import settle
 
 from lowvram_db.cache import Store
 from lowvram_db.concept import describe, subject_photos
@@ -117,11 +118,13 @@ def passes(trainer: Trainer) -> int:
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
-    began = time.perf_counter()
+    """On a CPU the processor's own, for other work may run beside it."""
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    settle(device)
+    began = clock()
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+    settle(device)
+    return clock() - began
 
 
 if __name__ == "__main__":
