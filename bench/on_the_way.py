@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, Store(Path(folder) / "cache") as store:
-        changes = ["train.steps=800", "sample.every=400", "sample.steps=10", f"output.dir={folder}"]
+        changes = ["train.steps=800", "sample.every=400", f"output.dir={folder}"]
         config = load(CONFIG, changes)
         trainer, run = trainer_of(config, store), Run.of(config)
         sample_base(config, run, trainer.family, trainer.device, config.sample.seeds, lambda stage: None)
