@@ -24,7 +24,7 @@ from lowvram_db.demo.looks import Look
 from lowvram_db.demo.names import individuals
 from lowvram_db.demo.pen import CANVAS, SUPERSAMPLE
 from lowvram_db.demo.photos import photo_scenes, write_photos
-from lowvram_db.demo.showcase import SUBJECT
+from lowvram_db.demo.subjects import SUBJECT
 from lowvram_db.demo.world import Pose, Scene, place
 from lowvram_db.dreambooth import run_dreambooth
 

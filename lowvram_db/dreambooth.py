@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -11,7 +12,7 @@ import torch
 from lowvram_db.cache import Store, catalogue_of, model_digest
 from lowvram_db.concept import Concept, check_folders, describe, subject_photos
 from lowvram_db.concept.class_images import class_images, own_images, shared_folder
-from lowvram_db.concept.identifier import summary as identifier_summary
+from lowvram_db.concept.identifier import told_as_json
 from lowvram_db.concept.look import look, tell
 from lowvram_db.config import Config
 from lowvram_db.encoding import cache_folder, check_pictures, encode_all, encode_text
@@ -76,7 +77,7 @@ def build_cache(config: Config) -> Path:
         cap(budget, device)
         photos = _photos(config, run)
         with run.locked(), Store(cache_folder(config, run)) as store:
-            family = _open_family(config, photos, store)
+            family, _ = _open_family(config, photos, store)
             concept = _concept(config, family, photos, store, device, at_once)
             release_memory()
             encode_all(config, family, store, concept, device)
@@ -111,6 +112,7 @@ def _run(config: Config, resume: str, strict: bool) -> Run:
             check_settings(checkpoint.read_state(start), config, start)
         if _finished(config, start, run, photos):
             say(f"{run.folder}: already trained for {steps} steps")
+            _report(run)  # scores may have come since
             write_single_file(config, run)
             return run
         start = whole(run, start)
@@ -119,9 +121,10 @@ def _run(config: Config, resume: str, strict: bool) -> Run:
         check_trainable(config.model.name, config.model.revision, config.model.reading)
         with Store(cache_folder(config, run)) as store:
             plan = _plan(config, device)  # from the config files alone: nothing large is downloaded before it fits
-            family = _open_family(config, photos, store)
+            family, identifier = _open_family(config, photos, store)
             run.save_config(config)
-            with Watch(device), Meter(plan, run, device) as meter:
+            optional(partial(run.save_identifier, identifier), "identifier.json")
+            with _reported(run), Watch(device), Meter(plan, run, device) as meter:
                 if start is None:
                     check_prediction(config, family, store, photos, device, meter.begins)
                 concept = _concept(config, family, photos, store, device, plan.prior_batch, meter.begins)
@@ -134,9 +137,23 @@ def _run(config: Config, resume: str, strict: bool) -> Run:
                 release_memory()
                 sample = partial(sample_result, config, run, device, plan.sample_batch, meter.begins)
                 optional(sample, "pictures of the result")
-            optional(partial(write_report, run.folder), "report")
             write_single_file(config, run)
     return run
+
+
+@contextlib.contextmanager
+def _reported(run: Run) -> Iterator[None]:
+    """A page on the run once it is over, or stopped by Ctrl-C."""
+    try:
+        yield
+    except Interrupted:
+        _report(run)
+        raise
+    _report(run)
+
+
+def _report(run: Run) -> None:
+    optional(partial(write_report, run.folder), "report")
 
 
 def _plan(config: Config, device: torch.device) -> Plan:
@@ -168,20 +185,22 @@ def _photos(config: Config, run: Run) -> list[Path]:
     return subject_photos(config, catalogue_of(cache_folder(config, run)).is_good)
 
 
-def _open_family(config: Config, photos: list[Path], store: Store) -> Family:
-    """The model, found fit for all prompts, captions, crops and masks of the run."""
+def _open_family(config: Config, photos: list[Path], store: Store) -> tuple[Family, dict[str, Any]]:
+    """The model, found fit for all prompts, captions, crops and masks of the run, and what it makes of the
+    identifier."""
     family = _open(config)
     for remark in family.remarks:
         say(remark)
     place = Path(config.model.name).expanduser()
     encoders = read_tokens(str(place if place.is_file() else family.folder), config.model.reading)
-    say(identifier_summary(config.subject.identifier, encoders, config.subject.class_noun))
+    identifier = told_as_json(config.subject.identifier, encoders, config.subject.class_noun)
+    say(identifier["said"])
     prompts = [*config.subject.templates, *config.sample.prompts, *config.prior.templates, config.prior.prompt]
     family.check_prompts([config.fill(prompt) for prompt in prompts])
     concept = describe(config, photos, [])
     concept.check(family)
     check_pictures(config, family, concept, store.catalogue)
-    return family
+    return family, identifier
 
 
 def _open(config: Config) -> Family:

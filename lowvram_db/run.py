@@ -1,9 +1,11 @@
 """The folder of one run: where everything is, and who may write to it."""
 
 import contextlib
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from filelock import Timeout
 
@@ -13,7 +15,7 @@ from lowvram_db.errors import UserError
 from lowvram_db.lock import hold, hold_by_existence
 
 _HEADER = "# The settings of this run as they were resolved, written by lowvram-db.\n"
-_OWN = r"config\.toml|plan\.json|metrics\.jsonl|report\.html|model"
+_OWN = r"config\.toml|plan\.json|identifier\.json|metrics\.jsonl|report\.html|model"
 _STEP = r"step-(\d{6,})"  # names of checkpoints
 
 
@@ -24,6 +26,7 @@ class Run:
         self.folder = folder
         self.config = folder / "config.toml"
         self.plan = folder / "plan.json"
+        self.identifier = folder / "identifier.json"
         self.cache = folder / "cache"
         self.checkpoints = folder / "checkpoints"
         self.samples = folder / "samples"
@@ -82,6 +85,11 @@ class Run:
             raise UserError(f"{self.config}: is not of a run; move it elsewhere, or choose another output.name")
         with replacing_file(self.config) as temporary:
             temporary.write_text(_HEADER + config.to_toml(), encoding="utf-8")
+
+    def save_identifier(self, told: dict[str, Any]) -> None:
+        """Write down what the model made of the identifier."""
+        with replacing_file(self.identifier) as temporary:
+            temporary.write_text(json.dumps(told, indent=1), encoding="utf-8")
 
 
 def _steps(folder: Path, suffix: str = "") -> list[int]:

@@ -3,6 +3,7 @@ import gc
 import json
 import shutil
 import subprocess
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,11 +20,12 @@ from lowvram_db import dreambooth as room
 from lowvram_db.config import load
 from lowvram_db.demo.miniature import write_sd2, write_sdxl
 from lowvram_db.dreambooth import build_cache, run_dreambooth
-from lowvram_db.errors import DoesNotFit, UserError
+from lowvram_db.errors import DoesNotFit, Interrupted, UserError
 from lowvram_db.families import open_blank
 from lowvram_db.families.sd import StableDiffusion
 from lowvram_db.memory.device import pick_device
 from lowvram_db.plan.choose import choose
+from lowvram_db.run import Run
 from lowvram_db.sheet import read_grid
 from lowvram_db.train import checkpoint
 
@@ -311,6 +313,20 @@ def test_sampling_on_the_way_changes_nothing(make_config):
     plain = unet_of(run_dreambooth(make_config(output={"name": "plain"})))
     sampled = unet_of(run_dreambooth(make_config(output={"name": "sampled"}, sample={"every": 1})))
     assert all(torch.equal(tensor, sampled[name]) for name, tensor in plain.items())
+
+
+def test_a_page_is_there_when_a_run_is_stopped_and_when_a_finished_one_is_asked_for_again(make_config, monkeypatch):
+    config = make_config(train={"steps": 2})
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        patched.setattr("lowvram_db.train.loop.stop_on_request", lambda: nullcontext(lambda: True))
+        run_dreambooth(config)
+    page = Run.of(config).report
+    assert "It stands at step 1 of 2" in page.read_text("utf-8") and "Identifier" in page.read_text("utf-8")
+    run_dreambooth(config)
+    assert "It stands at" not in page.read_text("utf-8")
+    page.unlink()
+    run_dreambooth(config)
+    assert "step 2" in page.read_text("utf-8")
 
 
 def test_a_finished_run_is_left_alone(make_config, capfd):

@@ -8,8 +8,9 @@ like one.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -203,8 +204,18 @@ def _decoded(encode: Callable[[], bytes]) -> str | None:
 
 def summary(word: str, encoders: list[Tokens], class_noun: str | None = None) -> str:
     """One line on a word. Raises UserError as check does."""
-    told = dict.fromkeys(map(str, check(word, encoders, class_noun)))  # text encoders often share their vocabulary
-    line = f"identifier {word}: {' / '.join(told)}"
+    return _line(word, encoders, check(word, encoders, class_noun))
+
+
+def told_as_json(word: str, encoders: list[Tokens], class_noun: str | None = None) -> dict[str, Any]:
+    """That line, and of every text encoder the tokens that it reads. Raises UserError as check does."""
+    told = check(word, encoders, class_noun)
+    return {"word": word, "said": _line(word, encoders, told), "encoders": [asdict(one) for one in told]}
+
+
+def _line(word: str, encoders: list[Tokens], told: list[Told]) -> str:
+    said = dict.fromkeys(map(str, told))  # text encoders often share their vocabulary
+    line = f"identifier {word}: {' / '.join(said)}"
     if other := meant(word, encoders[0]):
         numbers = encoders[0].read(other)
         tokens = f"one token ({numbers[0]})" if len(numbers) == 1 else f"{len(numbers)} tokens"

@@ -17,8 +17,8 @@
       "recommended": {"step": 600, "path": "checkpoints/step-000600", "reason": "one sentence"}
     }
 
-SCORES is {name: {"mean": m, "low": l, "high": h} or null}, the interval one of 95% over seeds, null what the backbone
-cannot measure:
+SCORES is {name: {"mean": m, "low": l, "high": h, "by_seed": [...]} or null}, the interval one of 95% over seeds, null
+what the backbone cannot measure:
 
     subject          similarity of pictures of the subject's prompts to its photos
     prompt           agreement of those pictures with their prompts
@@ -27,6 +27,6 @@ cannot measure:
     memorised        share of the subject's pictures that are nearer to one training photo than any two photos are to
                      each other
 
-"findings" are of: "not yet learned", "memorised", "the class is forgotten". Paths are relative to the run's folder.
-"recommended" is null where there is nothing to choose from.
+"findings" are of: "not yet learned", "memorised", "the class is forgotten", "the model is ruined". Paths are relative
+to the run's folder.
 """

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from lowvram_db.cache import model_digest
@@ -14,30 +13,40 @@ from lowvram_db.config import Config
 from lowvram_db.errors import UserError
 from lowvram_db.evaluate.pictures import Candidate
 from lowvram_db.families import open_model
-from lowvram_db.families.base import Family
+from lowvram_db.formats.merged import changes
+from lowvram_db.methods import method_of
 from lowvram_db.progress import say
 from lowvram_db.run import Run
-from lowvram_db.train import checkpoint
+from lowvram_db.train import checkpoint, would_be
+from lowvram_db.train.adapter import lora_of_weights
 
 
 def base_of(config: Config, catalogue: Catalogue) -> Candidate:
     """The model that a run began with."""
     family = open_model(config.model.name, config.model.revision, config.model.reading)
-    return Candidate(0, config.model.name, model_digest(family, catalogue), family, {})
+    return Candidate(0, config.model.name, model_digest(family, catalogue), family)
 
 
 def candidates(config: Config, run: Run, base: Candidate, catalogue: Catalogue) -> list[Candidate]:
     """By step. What is damaged is said and left out. Raises UserError where nothing is left."""
-    found = list(_checkpoints(run, base))
-    if not found and run.model.is_dir():
-        family = open_model(str(run.model))
-        found = [Candidate(config.train.steps, run.model.name, model_digest(family, catalogue), family, {})]
+    found = list(_checkpoints(run, base)) or list(_finished(config, run, catalogue))
     if not found:
         raise UserError(
-            f"{run.folder}: has neither a whole checkpoint nor a model/ to evaluate; train it, with "
-            "checkpoint.keep = 10 to have several to choose from"
+            f"{run.folder}: has neither a whole checkpoint nor a {method_of(config).place(run).name} to evaluate; "
+            "train it, with checkpoint.keep = 10 to have several to choose from"
         )
     return found
+
+
+def _finished(config: Config, run: Run, catalogue: Catalogue) -> Iterator[Candidate]:
+    place = method_of(config).place(run)
+    if not place.exists():
+        return
+    family = method_of(config).open(config, run)
+    digest = model_digest(family, catalogue)
+    if place.is_file():  # what is added to the model
+        digest = _digest(digest, catalogue.file_digest(place))
+    yield Candidate(config.train.steps, place.name, digest, family)
 
 
 def _checkpoints(run: Run, base: Candidate) -> Iterator[Candidate]:
@@ -51,17 +60,20 @@ def _checkpoints(run: Run, base: Candidate) -> Iterator[Candidate]:
 
 
 def _checkpoint(step: int, path: Path, base: Candidate) -> Candidate:
-    """Raises UserError for one that is damaged, or of another version of the program."""
-    state = checkpoint.read_state(path)
-    weights = {f"{part}.safetensors": part for part in _parts(base.family)}
-    checksums = {file: checksum for file, checksum in state.checksums.items() if file in weights}
-    if not checksums:
-        raise UserError(f"{path}: holds no network's weights")
-    checkpoint.check_files(path, replace(state, checksums=checksums))
-    digest = hashlib.sha256(json.dumps([base.digest, checksums]).encode()).hexdigest()
-    files = {weights[file]: path / file for file in checksums}
-    return Candidate(step, f"checkpoints/{path.name}", digest, base.family, files)
+    """What a run would have made of it. Raises UserError for one that is damaged, of another version of the program or
+    of another model."""
+    state = would_be.made_of(path)
+    if state.content.get("model") != [base.digest]:
+        raise UserError(f"{path}: was trained from another model than {base.path}")
+    checkpoint.check_files(path, state)
+    weights, method = would_be.Weights(path, state), state.config.method
+    if method.name == "lora":
+        family = base.family.with_added(changes(lora_of_weights(weights, method.scale)))
+    else:
+        family = base.family.with_tuned(weights)
+    digest = _digest(base.digest, state.checksums)
+    return Candidate(step, f"checkpoints/{path.name}", digest, family, state.content.get("photos"))
 
 
-def _parts(family: Family) -> list[str]:
-    return [family.denoiser_part, "text_encoder", "text_encoder_2"]
+def _digest(*follows_from: object) -> str:
+    return hashlib.sha256(json.dumps(follows_from).encode()).hexdigest()

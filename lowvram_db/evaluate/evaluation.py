@@ -35,8 +35,8 @@ from lowvram_db.families import open_model
 from lowvram_db.memory.device import pick_device, release_memory
 from lowvram_db.photos import load_photo
 from lowvram_db.progress import Bar, say
+from lowvram_db.report import write_report
 from lowvram_db.run import Run
-from lowvram_db.train import checkpoint
 
 _FORMAT = 1
 _PLAIN = 6  # pictures of the class prompt a seed
@@ -116,7 +116,7 @@ def _plan(config: Config, run: Run, own: list[str] | None, backbone: str, seeds:
     base = base_of(config, catalogue)
     judged = candidates(config, run, base, catalogue)
     found = find(backbone, base.digest == model_digest(open_model(str(_DEMO_BASE)), catalogue))
-    photos = _photos(config, judged, run, catalogue)
+    photos = _photos(config, judged, catalogue)
     templates = own or found.prompts(config.subject.class_noun, photos.trained)
     subject, plain = [config.fill(template) for template in templates], config.fill(config.prior.prompt)
     base.family.check_prompts([*subject, plain])
@@ -135,15 +135,14 @@ def _without(template: str, config: Config) -> str:
     return template.format_map({"identifier": "", "class": config.subject.class_noun})
 
 
-def _photos(config: Config, judged: list[Candidate], run: Run, catalogue: Catalogue) -> _Photos:
+def _photos(config: Config, judged: list[Candidate], catalogue: Catalogue) -> _Photos:
     """In the order in which training chose what to hold back."""
     paths = subject_photos(config, catalogue.is_good)
     digests = {path: catalogue.look(path).digest for path in paths}
     paths.sort(key=digests.__getitem__)
-    if (last := judged[-1]).trained:
-        before = checkpoint.read_state(run.folder / last.path).content.get("photos")
-        if before != sorted(digests.values()):
-            say(f"{config.subject.photos}: these are not the photos that {last.path} was trained on")
+    last = judged[-1]
+    if last.photos is not None and last.photos != sorted(digests.values()):
+        say(f"{config.subject.photos}: these are not the photos that {last.path} was trained on")
     side, kept_back = config.train.resolution, config.train.hold_out
     cut = [_cut(load_photo(path), side) for path in paths]
     return _Photos(cut[kept_back:], cut[:kept_back], [digests[path] for path in paths])
@@ -254,19 +253,20 @@ def _intervals(own: Scores) -> dict[str, Any]:
 
 
 def _written(run: Run, result: dict[str, Any]) -> dict[str, Any]:
-    """The result, in the run's folder too; where that cannot be written it is said."""
+    """The result, in the run's folder too, and on its page; where that cannot be written it is said."""
     rows = [(0, result["base"]), *((one["step"], one["scores"]) for one in result["checkpoints"])]
+    figures = ("mean", "low", "high")
     try:
         with replacing_file(run.folder / "evaluation.csv") as temporary, temporary.open("w", newline="") as file:
             table = csv.writer(file)
-            table.writerow(["step", "score", "mean", "low", "high", "backbone"])
+            table.writerow(["step", "score", *figures, "backbone"])
             for step, own in rows:
                 for name, value in own.items():
-                    table.writerow(
-                        [step, name, *(value or dict.fromkeys(("mean", "low", "high"))).values(), result["backbone"]]
-                    )
+                    known = [value and value[figure] for figure in figures]
+                    table.writerow([step, name, *known, result["backbone"]])
         with replacing_file(run.folder / "evaluation.json") as temporary:
             temporary.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        write_report(run.folder)
     except (OSError, UserError) as error:
-        say(f"{run.folder}: the evaluation is not written ({error})")
+        say(f"{run.folder}: not all of the evaluation is written ({error})")
     return result

@@ -7,11 +7,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 
 from lowvram_db.atomic import replacing_file
 from lowvram_db.errors import UserError
@@ -19,7 +18,6 @@ from lowvram_db.families import draw
 from lowvram_db.families.base import NO_PROMPT, Family
 from lowvram_db.families.conditioning import collated
 from lowvram_db.families.text import encoded
-from lowvram_db.files.reader import Reader
 from lowvram_db.memory.device import picture_dtypes, release_memory
 from lowvram_db.progress import Bar
 
@@ -45,13 +43,13 @@ class How:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model that draws: a family, and files with what was trained of it by the part's name."""
+    """A model that draws."""
 
     step: int
     path: str  # in the run's folder
     digest: str  # of all that it draws with
     family: Family
-    trained: dict[str, Path]
+    photos: list[str] | None = None  # digests of those that it was trained on, where that is known
 
     def pictures(self, wanted: Sequence[Wanted], how: How, folder: Path, device: torch.device, bar: Bar) -> None:
         """Draw into the folder what is not there yet. No network of it is alive afterwards.
@@ -65,10 +63,9 @@ class Candidate:
         bar.advance(len(wanted) - sum(map(len, missing.values())))
         if not missing:
             return
-        family: Any = _Trained(self.family, self.trained) if self.trained else self.family
         dtype, _ = picture_dtypes(how.compute, device)
-        told = dict(encoded(family, [*missing, NO_PROMPT], device, dtype))
-        drawer = draw.drawer_for(family, how.compute, device, max(map(len, missing.values())))
+        told = dict(encoded(self.family, [*missing, NO_PROMPT], device, dtype))
+        drawer = draw.drawer_for(self.family, how.compute, device, max(map(len, missing.values())))
         for prompt, seeds in missing.items():
             conditioning = collated([told[prompt], told[NO_PROMPT]])
             across = [draw.Wanted(seed, how.guidance) for seed in seeds]
@@ -84,40 +81,6 @@ class Candidate:
         """Where a picture stands."""
         follows_from = [_VERSION, self.digest, wanted.prompt, wanted.seed, *how.__dict__.values()]
         return folder / f"{hashlib.sha256(json.dumps(follows_from).encode()).hexdigest()}.png"
-
-
-class _Trained:
-    """A family whose trained parts are those of a checkpoint."""
-
-    def __init__(self, family: Family, files: dict[str, Path]):
-        self._family, self._files = family, files
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._family, name)
-
-    def load_denoiser(self, *how: Any) -> Any:
-        return self._trained(self._family.denoiser_part, self._family.load_denoiser(*how))
-
-    def load_text_encoders(self, *how: Any) -> dict[str, Any]:
-        return {part: self._trained(part, network) for part, network in self._family.load_text_encoders(*how).items()}
-
-    @torch.no_grad()
-    def _trained(self, part: str, network: Any) -> Any:
-        """Raises UserError for a file that is not of this network."""
-        if (file := self._files.get(part)) is None:
-            return network
-        tensors = network.state_dict()
-        try:
-            with Reader(file) as stored:
-                for name in stored.names:
-                    tensors[name].copy_(stored[name])
-        except KeyError as error:
-            raise UserError(
-                f"{file}: holds {error}, which {part} has not; it is no checkpoint of this model"
-            ) from error
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise UserError(f"{file}: damaged ({' '.join(str(error).split())})") from error
-        return network
 
 
 def load(pictures: Sequence[Path]) -> list[Image.Image]:

@@ -75,14 +75,14 @@ def _copies(appearance: Tensor, trained: Tensor) -> Tensor | None:
 
 
 def interval(values: Tensor | None) -> dict[str, Any] | None:
-    """Mean and 95% interval of a score by seed; of one seed there is no interval."""
+    """Mean, 95% interval and the values themselves of a score by seed; of one seed there is no interval."""
     if values is None:
         return None
-    mean, count = values.mean().item(), len(values)
+    mean, count, by_seed = values.mean().item(), len(values), values.tolist()
     if count == 1:
-        return {"mean": mean, "low": None, "high": None}
+        return {"mean": mean, "low": None, "high": None, "by_seed": by_seed}
     half = _T[count - 2] * standard_error(values)
-    return {"mean": mean, "low": mean - half, "high": mean + half}
+    return {"mean": mean, "low": mean - half, "high": mean + half, "by_seed": by_seed}
 
 
 def standard_error(values: Tensor) -> float:

@@ -51,6 +51,7 @@ def _page(story: Story, evaluation: Evaluation | None, scale: float) -> str:
             ("Scores", scores_by_step(evaluation) if evaluation else None),
             ("Curves", sections.curves(story)),
             ("Memory", sections.memory(story)),
+            ("Identifier", sections.identifier(story)),
             ("Photos", pictures.photo_set(story, scale)),
             ("Settings", sections.reproduction(story)),
         ],

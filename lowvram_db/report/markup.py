@@ -54,6 +54,8 @@ def shortened(text: str, longest: int) -> str:
 
 def plain(text: str) -> str:
     """A text without what HTML cannot hold, which becomes U+FFFD; lines end in line feeds."""
+    if text.isascii() and text.isprintable():  # as pictures are, which are long
+        return text
     return _FORBIDDEN.sub("\ufffd", text.replace("\r\n", "\n").replace("\r", "\n"))
 
 

@@ -13,6 +13,7 @@ _MEMORISED = 0.9  # the same for a subject that is learned by heart
 _FINDINGS = {
     "not yet learned": "The subject is not yet learned: train for more steps, or at a higher learning rate.",
     "memorised": "The photos are memorised: train for fewer steps, or at a lower learning rate.",
+    "the model is ruined": "The model is ruined: it no longer draws what it is asked for; lower the learning rate.",
     "the class is forgotten": "The class is forgotten: switch prior preservation on, or raise prior.weight.",
 }
 

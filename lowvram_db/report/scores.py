@@ -18,12 +18,15 @@ _NAMES = {
 
 
 class Interval(NamedTuple):
+    """Of a mean over seeds; of one seed there is none."""
+
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f} ({self.low:.3f} to {self.high:.3f})"
+        known = self.low is not None and self.high is not None
+        return f"{self.mean:.3f} ({self.low:.3f} to {self.high:.3f})" if known else f"{self.mean:.3f}"
 
 
 @dataclass(frozen=True)
@@ -70,9 +73,9 @@ def read_evaluation(tree: dict[str, Any]) -> Evaluation | None:
 def _intervals(scores: dict[str, Any]) -> dict[str, Interval]:
     known = {}
     for name in _NAMES:
-        numbers = [finite((scores.get(name) or {}).get(part)) for part in Interval._fields]
-        if None not in numbers:
-            known[name] = Interval(*(number for number in numbers if number is not None))
+        mean, low, high = (finite((scores.get(name) or {}).get(part)) for part in Interval._fields)
+        if mean is not None:
+            known[name] = Interval(mean, low, high)
     return known
 
 

@@ -1,4 +1,4 @@
-"""The parts of a run's page that are no pictures: what it is, curves, memory, and how to make it again."""
+"""The parts of a run's page that are no pictures: what it is, curves, the identifier, memory, how to make it again."""
 
 from lowvram_db.memory.size import gib
 from lowvram_db.report.curves import Curve, chart, noisy, wide
@@ -59,6 +59,27 @@ def curves(story: Story) -> Html | None:
 def _unless_zero(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
     """Without prior preservation its loss is zero throughout."""
     return points if any(value for _, value in points) else []
+
+
+def identifier(story: Story) -> Html | None:
+    """What the model's text encoders made of the word before it was trained."""
+    if not story.identifier:
+        return None
+    titles = ("token", "number", "rarer than", "nearest words", "read by")
+    head = element("tr", *(element("th", text, scope="col") for text in titles))
+    rows = [
+        element(
+            "tr",
+            element("th", foreign(token.text, 80), scope="row"),
+            element("td", str(token.number)),
+            element("td", f"{token.rarity:.0%} of the vocabulary"),
+            element("td", foreign(", ".join(token.near), 200)),
+            element("td", foreign(token.part, 80)),
+        )
+        for token in story.tokens
+    ]
+    table = element("table", element("thead", head), element("tbody", rows))
+    return element("div", element("p", foreign(story.identifier)), wide("Tokens of the identifier", table))
 
 
 def memory(story: Story) -> Html | None:

@@ -45,6 +45,16 @@ class Phase(NamedTuple):
     measured: float | None
 
 
+class Token(NamedTuple):
+    """A piece of the identifier, as a text encoder reads it."""
+
+    text: str
+    number: int
+    rarity: float  # the share of the vocabulary that is more frequent
+    near: list[str]  # words
+    part: str  # the text encoder
+
+
 @dataclass
 class Story:
     """What is known of one run."""
@@ -56,6 +66,8 @@ class Story:
     phases: list[Phase] = field(default_factory=list)  # of plan.json
     strategy: str = ""
     budget: float | None = None  # bytes
+    identifier: str = ""  # what was said of it before training
+    tokens: list[Token] = field(default_factory=list)  # that it is read as, of every text encoder
     pictures: dict[int, dict[Drawn, Image.Image]] = field(default_factory=dict)  # by step; of step 0 the base model's
     sheets: dict[int, Image.Image] = field(default_factory=dict)  # of versions that did not tell what is where
     photos: list[Photo] = field(default_factory=list)
@@ -88,7 +100,7 @@ def tell(folder: Path) -> Story:
     if not any(part.exists() for part in (run.config, run.metrics, run.plan, run.samples)):
         raise UserError(f"{folder}: nothing of a run is in it; give a run's folder, such as runs/NAME")
     story = Story(folder.resolve().name)
-    for part in (_settings, _metrics, _plan, _pictures, _photos, _evaluation, _checkpoints):
+    for part in (_settings, _metrics, _plan, _identifier, _pictures, _photos, _evaluation, _checkpoints):
         _try(part, story, run)
     return story
 
@@ -164,6 +176,18 @@ def _evaluation(story: Story, run: Run) -> None:
     story.evaluation = _json(run.folder / "evaluation.json")
 
 
+def _identifier(story: Story, run: Run) -> None:
+    told = _json(run.identifier)
+    if told:
+        story.tokens = [_token(piece, one["part"]) for one in told["encoders"] for piece in one["pieces"]]
+        story.identifier = str(told["said"])
+
+
+def _token(piece: dict[str, Any], part: Any) -> Token:
+    near = [str(word) for word in piece["near"]]
+    return Token(str(piece["text"]), int(piece["number"]), float(piece["rarity"]), near, str(part))
+
+
 def _json(path: Path) -> dict[str, Any]:
     """Empty where there is no such file. Raises UserError for what is no object in JSON."""
     if not path.exists():
@@ -225,7 +249,7 @@ def _photos(story: Story, run: Run) -> None:
 
 
 def _checkpoints(story: Story, run: Run) -> None:
-    story.finished = run.model.is_dir()
+    story.finished = run.model.is_dir() or run.lora.is_file()
     story.checkpoints = run.checkpoint_steps()
     if not story.checkpoints:
         story.lacking.append("there is no checkpoint: training cannot go on from here")

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lowvram_db.errors import UserError
@@ -13,6 +13,7 @@ from lowvram_db.formats.lora_file import Lora, LowRank, plain
 from lowvram_db.sections import MethodConfig
 
 _NAME = "default"  # peft's own
+_DOWN, _UP = f".lora_A.{_NAME}.weight", f".lora_B.{_NAME}.weight"
 _ATTENTION = r"to_[qkv]|to_out\.0|[qkv]_proj|out_proj"
 _MLP = r"ff\.net\.0\.proj|ff\.net\.2|mlp\.fc[12]"
 # What the files that open everywhere have no name for.
@@ -60,7 +61,7 @@ def adapt(network: nn.Module, part: str, settings: MethodConfig, trainable: Iter
 
 def trainable(network: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     """Of a network's parameters those of its LoRA; all of them where it has none."""
-    own = {f"{name}.{half}.{_NAME}.weight" for name, _ in _lora_layers(network) for half in ("lora_A", "lora_B")}
+    own = {name + half for name, _ in _lora_layers(network) for half in (_DOWN, _UP)}
     return {name: parameter for name, parameter in parameters.items() if name in own or not own}
 
 
@@ -72,6 +73,22 @@ def lora_of_networks(networks: Mapping[str, nn.Module]) -> Lora:
         for part, network in networks.items()
         for name, layer in _lora_layers(network)
     }
+
+
+def lora_of_weights(weights: Mapping[str, Tensor], scale: float) -> Lora:
+    """The same out of what `trainable` names, by the names of network and tensor, as a checkpoint has it."""
+    downs = [name for name in weights if name.endswith(_DOWN)]
+    return {
+        _layer(name.removesuffix(_DOWN)): LowRank(
+            down := weights[name], weights[name.removesuffix(_DOWN) + _UP], scale * len(down)
+        )
+        for name in downs
+    }
+
+
+def _layer(name: str) -> tuple[str, str]:
+    part, _, layer = name.partition(".")
+    return part, plain(layer)
 
 
 def _ranks(network: nn.Module, targets: str, trainable: set[str]) -> dict[str, int]:

@@ -25,10 +25,10 @@ from lowvram_db.files.writer import write_tensors
 from lowvram_db.optim.in_backward import InBackward
 from lowvram_db.optim.storage import shapes
 
-_OPTIMIZER = "optimizer.safetensors"
-_AVERAGE = "ema.safetensors"  # where one is kept
-_FROZEN = "frozen.safetensors"  # where something was trained that is not any more
-_FILES = ("state.json", _OPTIMIZER)  # beside those of the trained networks
+OPTIMIZER = "optimizer.safetensors"
+AVERAGE = "ema.safetensors"  # where one is kept
+FROZEN = "frozen.safetensors"  # where something was trained that is not any more
+_FILES = ("state.json", OPTIMIZER)  # beside those of the trained networks
 _METADATA = {"format": "pt"}  # which transformers wants to see in a file of weights
 _FORMAT = 6  # and another one whenever what is stored changes its meaning, as adam8's codes may
 
@@ -110,8 +110,8 @@ def contents(
     for name, tensor in trained.items():
         file, own_name = _place(name)
         files.setdefault(file, {})[own_name] = tensor.detach()
-    files[_OPTIMIZER] = tensors
-    files |= {file: dict(of) for file, of in ((_AVERAGE, average), (_FROZEN, frozen)) if of}
+    files[OPTIMIZER] = tensors
+    files |= {file: dict(of) for file, of in ((AVERAGE, average), (FROZEN, frozen)) if of}
     return Contents(replace(state, optimizer=numbers), files)
 
 
@@ -172,7 +172,7 @@ def _checksum(file: Path) -> int:
 def frozen(folder: Path) -> dict[str, Tensor]:
     """What a checkpoint holds of what is not trained any more. Raises UserError for a file that cannot be read."""
     try:
-        with Reader(folder / _FROZEN) as file:
+        with Reader(folder / FROZEN) as file:
             return {name: file[name].clone() for name in file.names}
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{folder}: damaged ({error})") from error
@@ -189,14 +189,14 @@ def restore(
     file that does not fit."""
     try:
         if average:
-            with Reader(folder / _AVERAGE) as file:
+            with Reader(folder / AVERAGE) as file:
                 for name, mean in average.items():
                     mean.copy_(file[name])
         for name, tensors in groupby(trained, lambda name: _place(name)[0]):
             with Reader(folder / name) as file, torch.no_grad():
                 for tensor in tensors:
                     trained[tensor].copy_(file[_place(tensor)[1]])
-        with Reader(folder / _OPTIMIZER) as file:
+        with Reader(folder / OPTIMIZER) as file:
             _take_up(optimizer, _Stored(file, state.optimizer))
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: damaged ({error})") from error

@@ -67,20 +67,45 @@ def test_a_run_is_judged_once(finished, monkeypatch, text_encoder):
     assert len(subjects) == 3, "every checkpoint draws with its own weights"
     assert json.loads((run.folder / "evaluation.json").read_text()) == result
     assert len((run.folder / "evaluation.csv").read_text().splitlines()) == 1 + 4 * 5
+    assert f"Keep step {result['recommended']['step']}." in run.report.read_text(encoding="utf-8")
 
     monkeypatch.setattr(Candidate, "pictures", lambda *_: pytest.fail("drawn again"))
     monkeypatch.setattr(Colours, "embed", lambda *_: pytest.fail("looked at again"))
     assert evaluate(run.folder, seeds=2) == result
 
 
-def test_the_last_checkpoint_draws_what_the_finished_model_draws(finished):
-    run = finished(train={"steps": 2, "lr": 1e-2}, text_encoder={"train": True})
+WAYS = {
+    "text encoder": {"text_encoder": {"train": True}},
+    "text encoder, frozen since": {"text_encoder": {"train": True, "stop": 1}},
+    "average": {"train": {"steps": 2, "lr": 1e-2, "ema": 0.9}},
+    "LoRA": {"method": {"name": "lora", "rank": 4}, "text_encoder": {"train": True}, "train": {"steps": 2, "lr": 0.1}},
+    "average of a LoRA": {"method": {"name": "lora", "rank": 4}, "train": {"steps": 2, "lr": 0.1, "ema": 0.9}},
+}
+
+
+SLOW = ("text encoder", "average of a LoRA")
+
+
+@pytest.mark.parametrize("way", [pytest.param(way, marks=[pytest.mark.slow] if way in SLOW else []) for way in WAYS])
+def test_the_last_checkpoint_draws_what_the_run_has_made(finished, way):
+    run = finished(**{"train": {"steps": 2, "lr": 1e-2}, **WAYS[way]})
     last = evaluate(run.folder, seeds=1)["checkpoints"][-1]
     shutil.rmtree(run.checkpoints)
-    model = evaluate(run.folder, seeds=1)
-    assert [one["path"] for one in model["checkpoints"]] == ["model"]
-    assert model["checkpoints"][0]["scores"] == last["scores"]
-    assert last["scores"]["subject"] != model["base"]["subject"]
+    result = evaluate(run.folder, seeds=1)
+    assert [one["path"] for one in result["checkpoints"]] == ["lora.safetensors" if "LoRA" in way else "model"]
+    for name, score in last["scores"].items():
+        assert result["checkpoints"][0]["scores"][name]["by_seed"] == pytest.approx(score["by_seed"], abs=1e-5)
+    assert last["scores"]["subject"]["mean"] != pytest.approx(result["base"]["subject"]["mean"], abs=1e-3)
+
+
+def test_a_checkpoint_of_another_model_is_left_out(finished, make_config, tmp_path, miniature, capfd):
+    other = tmp_path / "other"
+    shutil.copytree(miniature, other)
+    run = finished(model={"name": str(other)}, train={"steps": 1})
+    weights = next((other / "unet").glob("*.safetensors"))
+    save_file({name: 1.1 * tensor for name, tensor in load_file(weights).items()}, weights)
+    assert steps(evaluate(run.folder, seeds=1)) == [1]
+    assert f"was trained from another model than {other}; left out" in capfd.readouterr().err
 
 
 def test_a_new_checkpoint_and_another_judge_draw_only_what_is_new(finished, make_config, monkeypatch, tmp_path):
@@ -139,7 +164,7 @@ def test_what_is_damaged_or_of_another_kind_is_said_and_left_out(finished, capfd
     assert said.count("left out") == 3
     save_file({"lora.weight": weights["conv_in.weight"]}, three / "unet.safetensors")
     shutil.rmtree(run.model)
-    with pytest.raises(UserError, match="neither a whole checkpoint nor a model/"):
+    with pytest.raises(UserError, match="neither a whole checkpoint nor a model to"):
         evaluate(run.folder, seeds=1)
 
 
@@ -166,7 +191,7 @@ def test_a_folder_that_cannot_be_written_costs_the_files_alone(finished, monkeyp
     (run.folder / "evaluation.json").mkdir()
     assert steps(evaluate(run.folder, seeds=1)) == [1]
     said = capfd.readouterr().err
-    assert "its pictures are not kept" in said and "the evaluation is not written" in said
+    assert "its pictures are not kept" in said and "not all of the evaluation is written" in said
 
 
 def test_the_command_line_prints_a_table_or_json(finished, lowvram_db, tmp_path):

@@ -1,48 +1,44 @@
-"""What evaluate said of runs of the demo, made once by bench/evaluation.py, against what the critic knows of pictures
-that no run has seen; what it says is computed here, from the scores kept."""
+"""What evaluate says of runs of the demo, made once by bench/evaluation.py, against what the critic knows of pictures
+that no run has seen. Their scores by seed are kept in judged.json; the rule is applied to them here."""
 
-import csv
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from lowvram_db.evaluate.recommend import FORGOTTEN, NOT_LEARNED, RUINED, findings, gains
+from lowvram_db.evaluate.recommend import FORGOTTEN, NOT_LEARNED, RUINED, findings, gains, recommend
 
-RESULTS = Path(__file__).parents[2] / "bench" / "results" / "evaluation.csv"
-# Of the base model with the same prompts and noise, and the photos' likeness among themselves.
-BASE = {"subject": 0.115, "prompt": 0.9375, "class_likeness": 0.253, "class_diversity": 1.0, "memorised": 0.0}
-CEILING = 0.774
-SCORES = tuple(BASE)
+JUDGED = json.loads((Path(__file__).parent / "judged.json").read_text())
+SEEDS = [run for run in JUDGED if run.startswith("seed")]
 
 
-def rows(run):
-    with RESULTS.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if row["run"] == run]
+def scores(by_seed):
+    return {name: torch.tensor(values) for name, values in by_seed.items() if name != "truth"}
 
 
-def found(row):
-    own, base = ({name: torch.tensor([float(of[name])]) for name in SCORES} for of in (row, BASE))
-    return findings(own, gains(own, base, CEILING))
+def judged(run):
+    """What the rule finds of each step of a run, and which it recommends."""
+    kept = JUDGED[run]
+    base, own = scores(kept["base"]), {int(step): scores(of) for step, of in kept["checkpoints"].items()}
+    gained = {step: gains(of, base, kept["photos_similarity"]) for step, of in own.items()}
+    found = {step: findings(own[step], gained[step]) for step in own}
+    return found, recommend(gained, found)
 
 
-def seeds():
-    with RESULTS.open(newline="") as file:
-        return sorted({row["run"] for row in csv.DictReader(file) if row["run"].startswith("seed")})
-
-
-@pytest.mark.parametrize("run", seeds())
+@pytest.mark.parametrize("run", SEEDS)
 def test_the_recommended_step_is_within_a_twentieth_of_the_best_that_is_known(run):
-    kept = [row for row in rows(run) if not found(row)]
-    chosen = next(row for row in rows(run) if row["recommended"] == "1")
-    assert chosen in kept and len(rows(run)) == 6
-    assert float(chosen["truth"]) >= 0.95 * max(float(row["truth"]) for row in kept)
+    truths = {int(step): of["truth"] for step, of in JUDGED[run]["checkpoints"].items()}
+    assert len(truths) == 6
+    found, chosen = judged(run)
+    assert truths[chosen.step] >= 0.95 * max(truths.values())
+    assert found[chosen.step] == []
 
 
 @pytest.mark.parametrize(
     ("run", "finding"), [("without prior", FORGOTTEN), ("30 steps", NOT_LEARNED), ("lr x 10", RUINED)]
 )
 def test_what_went_wrong_is_said_of_every_step(run, finding):
-    assert rows(run)
-    for row in rows(run):
-        assert found(row) == [finding] == [row["findings"]]
+    found, chosen = judged(run)
+    assert found and all(said == [finding] for said in found.values())
+    assert f"; but {finding} (" in chosen.reason

@@ -60,6 +60,7 @@ def test_intervals_hold_the_truth_nineteen_times_of_twenty():
     draws = torch.randn(4000, 4, generator=torch.Generator().manual_seed(0))
     held = [one["low"] < 0 < one["high"] for one in map(interval, draws)]
     assert np.mean(held) == pytest.approx(0.95, abs=0.012)
-    assert interval(torch.tensor([0.5])) == {"mean": 0.5, "low": None, "high": None}
+    assert interval(torch.tensor([0.5])) == {"mean": 0.5, "low": None, "high": None, "by_seed": [0.5]}
+    assert interval(torch.tensor([0.0, 1.0]))["by_seed"] == [0, 1]
     assert interval(torch.linspace(0, 1, MOST_SEEDS))["high"] > 0.5
     assert interval(None) is None

@@ -55,6 +55,12 @@ def plan():
     return {"fits": True, "budget_bytes": 8 * 2**30, "strategy": {"name": "no checkpointing"}, "phases": phases}
 
 
+def identifier():
+    pieces = [{"text": "pkblz", "number": 48136, "rarity": 0.97, "near": ["blz", "pk", "pkm"], "is_word": False}]
+    told = [{"part": "text_encoder", "pieces": pieces, "beside_class": False}]
+    return {"word": "pkblz", "said": "identifier pkblz: one token (48136)", "encoders": told}
+
+
 @pytest.fixture
 def make_run(tmp_path, photos, make_config):
     """A run's folder by the names of settings to be other than usual; everything in it is whole."""
@@ -76,6 +82,7 @@ def make_run(tmp_path, photos, make_config):
         (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
         (folder / "plan.json").write_text(json.dumps(plan()), encoding="utf-8")
         (folder / "evaluation.json").write_text(json.dumps(evaluation()), encoding="utf-8")
+        (folder / "identifier.json").write_text(json.dumps(identifier()), encoding="utf-8")
         return folder
 
     return make

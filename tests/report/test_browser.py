@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lowvram_db.report import write_report
+from lowvram_db.report import write_comparison, write_report
 
 _spec = spec_from_file_location("browser", Path(__file__).with_name("browser.py"))
 driver = module_from_spec(_spec)
@@ -68,11 +68,21 @@ def test_values_are_read_off_by_mouse_and_keys(page):
     assert page.value(said).startswith(f"{step + 1}: ")
 
 
+def of_one(make_run, tmp_path):
+    return write_report(make_run("again", prompts=[HOSTILE]))
+
+
+def of_several(make_run, tmp_path):
+    other = make_run("other", prompts=[HOSTILE, "b"], guidance=[7.0], model={"name": HOSTILE})
+    return write_comparison([make_run("again", prompts=[HOSTILE]), other], tmp_path / "page.html")
+
+
+@pytest.mark.parametrize("written", [of_one, of_several])
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (360, True)], ids=["desktop", "phone, dark"])
-def test_it_is_quiet_asks_for_nothing_and_fits(page, make_run, width, dark):
+def test_it_is_quiet_asks_for_nothing_and_fits(page, make_run, tmp_path, width, dark, written):
     page.events.clear()
-    page.open(write_report(make_run("again", prompts=[HOSTILE])), width=width, dark=dark)
-    assert page.value("document.title") == "again"
+    page.open(written(make_run, tmp_path), width=width, dark=dark)
+    assert page.value("document.title") in ("again", "2 runs compared")
     assert page.value("document.querySelectorAll('script').length") == 1
     assert page.value("document.documentElement.scrollWidth") <= width
     assert page.value("getComputedStyle(document.body).backgroundColor == 'rgb(20, 23, 27)'") == dark

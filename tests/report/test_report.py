@@ -11,12 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowvram_db.errors import UserError
+from lowvram_db.evaluate.recommend import FORGOTTEN, MEMORISED, NOT_LEARNED, RUINED
 from lowvram_db.report import write_comparison, write_report
 from lowvram_db.report.markup import plain
 from lowvram_db.report.page import LARGEST
 from lowvram_db.report.story import tell
 
-HEADINGS = {"Before and after", "Over the steps", "Guidance scales", "Scores", "Curves", "Memory", "Photos", "Settings"}
+HEADINGS = {
+    *("Before and after", "Over the steps", "Guidance scales", "Scores", "Curves", "Memory", "Identifier", "Photos"),
+    "Settings",
+}
 VOID = {"br", "img", "input", "link", "meta"}
 
 
@@ -62,6 +66,7 @@ def test_everything_that_a_run_has_is_on_its_page(make_run):
         "3 photos",
         "1.25 GiB",
         "recommended",
+        "97% of the vocabulary",
         "identifier = ",
     ):
         assert said in page.text or said == "3 photos"
@@ -93,9 +98,10 @@ def with_words(folder, word):
     """A run in which every text that a stranger may have written says `word`."""
     config = (folder / "config.toml").read_text(encoding="utf-8").replace("pkblz", "WORD").replace("ball", "WORD")
     (folder / "config.toml").write_text(config.replace("WORD", json.dumps(word)[1:-1]), encoding="utf-8")
-    for name in ("plan.json", "evaluation.json"):
+    for name in ("plan.json", "evaluation.json", "identifier.json"):
         tree = (folder / name).read_text(encoding="utf-8")
-        for old in ("no checkpointing", "first step", "dinov2", "As near, and drifts less."):
+        told = ("identifier pkblz: one token (48136)", "pkblz", "blz", "text_encoder")
+        for old in ("no checkpointing", "first step", "dinov2", "As near, and drifts less.", *told):
             tree = tree.replace(json.dumps(old), json.dumps(word))
         (folder / name).write_text(
             tree.replace('"findings": []', f'"findings": [{json.dumps(word)}]'), encoding="utf-8"
@@ -152,6 +158,11 @@ SPOILS = {
     "a plan of another form": (lambda run: (run / "plan.json").write_text("[]"), "plan.json", HEADINGS - {"Memory"}),
     "a plan of nonsense": (
         lambda run: (run / "plan.json").write_text('{"phases": [3]}'), "plan: cannot be read", HEADINGS - {"Memory"}),
+    "a cut check of the identifier": (
+        lambda run: cut(run / "identifier.json"), "identifier.json: cannot be read", HEADINGS - {"Identifier"}),
+    "a check of the identifier of nonsense": (
+        lambda run: (run / "identifier.json").write_text('{"encoders": [3]}'), "identifier: cannot be read",
+        HEADINGS - {"Identifier"}),
     "a cut evaluation": (lambda run: cut(run / "evaluation.json"), "evaluation.json", HEADINGS - {"Scores"}),
     "an evaluation of another version": (
         lambda run: (run / "evaluation.json").write_text('{"format": 2}'), "format 2", HEADINGS - {"Scores"}),
@@ -169,6 +180,38 @@ def test_a_spoiled_part_is_left_out_and_said(make_run, spoiled):
     spoil(folder)
     page = Read(write_report(folder))
     assert said in page.text and set(page.headings) >= headings - {"Settings"}
+
+
+def test_of_one_seed_scores_are_shown_without_an_interval(make_run):
+    folder = make_run()
+    tree = json.loads((folder / "evaluation.json").read_text())
+    for scores in (tree["base"], *(one["scores"] for one in tree["checkpoints"])):
+        scores["subject"] = {"mean": 0.7, "low": None, "high": None}
+    (folder / "evaluation.json").write_text(json.dumps(tree))
+    page = Read(write_report(folder))
+    assert "0.700" in page.texts and "0.300 (0.250 to 0.350)" in page.texts
+
+
+def test_a_finding_is_a_sentence_at_the_top(make_run):
+    findings = {
+        NOT_LEARNED: "train for more steps",
+        MEMORISED: "train for fewer",
+        FORGOTTEN: "prior.weight",
+        RUINED: "lower",
+    }
+    for finding, mend in findings.items():
+        folder = make_run(f"run {finding}")
+        tree = (folder / "evaluation.json").read_text()
+        (folder / "evaluation.json").write_text(tree.replace('"findings": []', f'"findings": ["{finding}"]'))
+        said = [text for text in Read(write_report(folder)).texts if mend in text]
+        assert len(said) == 1 and finding in said[0].lower()
+
+
+def test_a_run_that_has_made_a_lora_is_finished(make_run):
+    folder = make_run()
+    (folder / "model").rmdir()
+    (folder / "lora.safetensors").write_bytes(b"")
+    assert tell(folder).finished
 
 
 def test_photos_that_moved_are_said(make_run, tmp_path):
