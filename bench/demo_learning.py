@@ -43,14 +43,19 @@ def main() -> None:
 
 def measure(name: str, model: str, seed: int, overrides: list[str]) -> None:
     """Append a row for each figure of one model."""
-    pipeline = StableDiffusionPipeline.from_pretrained(model)
-    pipeline.set_progress_bar_config(disable=True)
-    config = load(CONFIG, overrides)
-    figures = learned(pipeline, load_critic(), SUBJECT, config.fill(config.subject.plain_template), each=8)
-    for metric, value in dataclasses.asdict(figures).items():
+    for metric, value in figures(model, overrides).items():
         row = {"model": name, "seed": seed, "overrides": " ".join(overrides), "metric": metric, "value": f"{value:.4f}"}
         add_row("demo_learning", row)
         print(f"{name}, seed {seed}: {metric} {value:.3f}", flush=True)
+
+
+def figures(model: str, overrides: list[str]) -> dict[str, float]:
+    """What the critic makes of a model's folder."""
+    pipeline = StableDiffusionPipeline.from_pretrained(model)
+    pipeline.set_progress_bar_config(disable=True)
+    config = load(CONFIG, overrides)
+    found = learned(pipeline, load_critic(), SUBJECT, config.fill(config.subject.plain_template), each=8)
+    return dataclasses.asdict(found)
 
 
 if __name__ == "__main__":
