@@ -274,7 +274,7 @@ class OptimizerConfig(Section):
     name: Name = Field(
         "adam8",
         description="adam8 (16 bits of state, steps inside backward) | adafactor (no state, steps inside backward) | "
-        "bnb-adam8 (bitsandbytes) | adamw (fp32)",
+        "bnb-adam8 (bitsandbytes) | adamw (fp32); default of a LoRA: adamw",
     )
     beta1: Fraction = Field(0.9, description="decay of the first moment")
     beta2: Fraction = Field(0.999, description="decay of the second moment")

@@ -43,7 +43,8 @@ def choose(config: Config, family: Blank, budget: int | None, explain: bool = Fa
     chosen = next(rung.strategy for rung in rungs if rung.chosen)
     steps = [phase for phase in training if phase.flops]
     ram = predict.host_memory(steps, [*drawn, *encoding, *sampling], average, config.sample.every > 0)
-    plan = Plan(fits, budget, chosen, batch, min(on_the_way, at_the_end), phases, rungs, *ram, average)
+    at_once = min(on_the_way, at_the_end)
+    plan = Plan(fits, budget, chosen, batch, at_once, phases, rungs, *ram, average, config.optimizer.name)
     if fits is False:
         plan.advice = list(_advice(config, family, budget))
     if problem := emulation(config.precision.compute, torch.device("cuda" if torch.cuda.is_available() else "cpu")):

@@ -59,6 +59,7 @@ class Plan:
     ram_bytes: int = 0  # host memory of a run on a GPU, with a checkpoint's copy
     least_ram_bytes: int = 0  # of one that waits while a checkpoint is written
     average_bytes: int = 0  # of both, for the average of the weights
+    optimizer: str = ""
     advice: list[str] = field(default_factory=list)
     emulation: str = ""
 
@@ -90,6 +91,7 @@ class Plan:
             "ram_bytes",
             "least_ram_bytes",
             "average_bytes",
+            "optimizer",
             "advice",
             "emulation",
         )
