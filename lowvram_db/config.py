@@ -82,7 +82,7 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _a_lora_is_stepped_by_adamw(cls, tree: Any) -> Any:
-        """Where nothing is said: over few, small tensors it is faster (bench/adam8.py), and there is nothing to save."""
+        """Where nothing is said: over few, small tensors it is faster (bench/adam8.py), and less to save."""
         method, optimizer = (tree.get(section, {}) for section in ("method", "optimizer"))
         of_lora = isinstance(method, dict) and method.get("name") == "lora"
         if of_lora and isinstance(optimizer, dict):
