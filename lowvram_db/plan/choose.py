@@ -230,7 +230,12 @@ def _smaller_ways(config: Config) -> Iterator[_Change]:
         yield {"train": {"gradient_checkpointing": True}}
     if config.train.batch > 1:
         yield {"train": {"batch": 1}}
-    if not config.optimizer.kind.stores_weights:
+    if config.method.name == "lora":
+        if compute == "fp32":
+            yield {"precision": {"compute": "bf16"}}
+        if config.method.base != "nf4" and config.method.init == "default":
+            yield {"method": {"base": "nf4"}}
+    elif not config.optimizer.kind.stores_weights:
         yield {"optimizer": {"name": "adam8"}, "precision": _all_in(config, compute)}
     elif config.weights in ("fp32", "bf16+residual"):
         yield {"precision": _all_in(config, "bf16" if compute == "fp32" else compute)}
