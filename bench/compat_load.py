@@ -137,6 +137,7 @@ def _comfyui(job: dict[str, Any], inputs: Inputs) -> Outputs:
 
 def _with_lora(patcher: Any, clip: Any, path: str) -> tuple[Any, Any]:
     """By ComfyUI's own loader, which only logs what it cannot place. Raises SystemExit for that."""
+    import comfy.model_management  # type: ignore[import-not-found]
     import comfy.utils  # type: ignore[import-not-found]
 
     said: list[str] = []
@@ -144,8 +145,7 @@ def _with_lora(patcher: Any, clip: Any, path: str) -> tuple[Any, Any]:
     listener.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     _exact(clip.cond_stage_model)  # it rounds to what it has the weights in
     patcher, clip = comfy.sd.load_lora_for_models(patcher, clip, comfy.utils.load_torch_file(path), 1.0, 1.0)
-    for one in (patcher, clip.patcher):
-        one.patch_model()
+    comfy.model_management.load_models_gpu([patcher, clip.patcher], force_patch_weights=True)
     if said:
         raise SystemExit(f"{len(said)} of its warnings: {said[0]}")
     return patcher, clip
