@@ -3,7 +3,8 @@
 Steps each optimizer over a model's whole parameter list (random weights and gradients) and appends a row a contender to
 bench/results/adam8.csv: milliseconds (median), GB/s it must move at the least beside a copy's on this machine, bytes
 held a weight. Without a GPU it takes --share of the list, the contenders step in turn, and the row names the processor:
-times on a CPU say nothing about cards. `--model small` has tensors of 4,096 weights only; `--busy` lets another process
+times on a CPU say nothing about cards. `--model small` has tensors of 4,096 weights only, `--model sd15-lora` those of
+a LoRA of rank 16 for the attention of SD 1.5, which only the contenders in fp32 step; `--busy` lets another process
 keep a core to itself meanwhile.
 """
 
@@ -22,9 +23,12 @@ from diffusers import UNet2DConditionModel
 from machine import add_row
 from torch import nn
 
-from lowvram_db.formats.known import known_config
+from lowvram_db.families import open_blank
+from lowvram_db.formats.known import family_folder, known_config
 from lowvram_db.memory.device import pick_device
 from lowvram_db.optim.adam8 import Adam8
+from lowvram_db.sections import MethodConfig
+from lowvram_db.train.adapter import adapt, trainable
 
 MODELS = {
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -64,6 +68,7 @@ CONTENDERS: dict[str, tuple[str, torch.dtype, float, Callable[[list[nn.Parameter
     "ours, bf16": ("torch", torch.bfloat16, 10.03, ours("bf16")),
     "ours, bf16+residual": ("torch", torch.bfloat16, 12.03, ours("bf16+residual")),
     "ours, bf16, as PyTorch operations": ("torch", torch.bfloat16, 10.03, ours("bf16", "torch")),
+    "ours, fp32": ("torch", torch.float32, 16.03, ours("fp32")),
     "bitsandbytes AdamW8bit, fp32": ("bitsandbytes", torch.float32, 16.06, bitsandbytes),
     "bitsandbytes AdamW8bit, bf16": ("bitsandbytes", torch.bfloat16, 10.06, bitsandbytes),
     "torchao AdamW8bit, bf16 SR": ("torchao", torch.bfloat16, 10.06, torchao),
@@ -76,6 +81,10 @@ def parameter_shapes(model: str, share: float) -> list[torch.Size]:
     """The shapes of a model's parameters; the first ones that make up `share` of its weights."""
     if model == "small":
         return [torch.Size([64, 64])] * 2000
+    if model == "sd15-lora":
+        unet: Any = open_blank(family_folder("sd1")).load_denoiser()
+        adapt(unet, "unet", MethodConfig(name="lora", rank=16), dict(unet.named_parameters()), seed=0)
+        return [parameter.shape for parameter in trainable(unet, dict(unet.named_parameters())).values()]
     with torch.device("meta"):
         unet = UNet2DConditionModel(**known_config(MODELS[model], "unet"))
     shapes = [parameter.shape for parameter in unet.parameters()]
@@ -163,7 +172,7 @@ def parts(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=[*MODELS, "small"], default="sd15")
+    parser.add_argument("--model", choices=[*MODELS, "small", "sd15-lora"], default="sd15")
     parser.add_argument("--share", type=float, help="of the model's weights; default: all on a GPU, 0.1 on a CPU")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--busy", action="store_true")
@@ -171,7 +180,8 @@ def main() -> None:
     device = pick_device()
     shapes = parameter_shapes(given.model, given.share or (1.0 if device.type == "cuda" else 0.1))
     model, copy = given.model + (", a core busy" if given.busy else ""), copy_speed(device)
-    groups = [[name] for name in CONTENDERS] if device.type == "cuda" else [list(CONTENDERS)]
+    names = [name for name in CONTENDERS if given.model != "sd15-lora" or CONTENDERS[name][1] == torch.float32]
+    groups = [[name] for name in names] if device.type == "cuda" else [names]
     for group in groups:
         optimizers = {}
         for name in group:

@@ -6,6 +6,7 @@
 
 A model of its family's true sizes with random weights in fp16 is exported, and each program's own loader opens the
 file; UNet, text encoders and VAE are called on the same inputs, and compared with the folder that the file was made of.
+So are they with a LoRA on every layer that one can name, beside a folder that `lowvram-db merge` has put it into.
 A checkout's loader runs under the Python of its own virtual environment (`venv` or `.venv` in it), or else under this
 one; ComfyUI's wants einops, torchsde, scipy, av and sentencepiece, but neither torchvision nor torchaudio. Rows go to
 bench/results/compat.csv. SDXL takes 11 GB of disk, and up to 9 GiB of memory.
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from first_step import first_steps
@@ -28,21 +30,30 @@ from peers import commit_of, python_of
 from torch import Tensor
 from true_size import write_true_size
 
+from lowvram_db.families import open_blank
+from lowvram_db.formats.export import describe_lora
+from lowvram_db.formats.lora_file import write_lora
+from lowvram_db.formats.merge import merge
+from lowvram_db.formats.stored import open_stored
+from lowvram_db.sections import MethodConfig
+from lowvram_db.train.adapter import adapt, lora_of_networks
+
 _LOADER = Path(__file__).with_name("compat_load.py")
 _NAMES = {"sd1": "SD 1.5", "sd2": "SD 2.1", "sdxl": "SDXL"}
 _UNET_IN = {"sd1": "float32", "sd2": "float32", "sdxl": "bfloat16"}  # so that no network takes 10 GB
 _PAIRS = 3
+_PARTS = ("export", "load", "first-step", "open", "lora")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--family", choices=[*_NAMES], default="sd1")
-    parser.add_argument("--only", choices=["export", "load", "first-step", "open"])
+    parser.add_argument("--only", choices=_PARTS)
     parser.add_argument("--sd-scripts", type=Path, help="checkout of kohya-ss/sd-scripts")
     parser.add_argument("--comfyui", type=Path, help="checkout of Comfy-Org/ComfyUI")
     parser.add_argument("--place", type=Path, help="folder for the models, which are deleted in the end")
     options = parser.parse_args()
-    family, wanted = options.family, [options.only] if options.only else ["export", "load", "first-step", "open"]
+    family, wanted = options.family, [options.only] if options.only else list(_PARTS)
     with tempfile.TemporaryDirectory(dir=options.place) as place:
         model, file = Path(place) / "model", Path(place) / "model.safetensors"
         write_true_size(model, family)
@@ -60,11 +71,19 @@ def main() -> None:
             }
             for words, cost in first_steps(keys, Path(place), _PAIRS).items():
                 report(family, f"up to the first training step from {words}, median of {_PAIRS}", "-", *cost)
+        checkouts = {"sd-scripts": options.sd_scripts, "comfyui": options.comfyui}
+        programs = {"folder": None, "diffusers": None, **{name: one for name, one in checkouts.items() if one}}
         if "open" in wanted:
-            checkouts = {"sd-scripts": options.sd_scripts, "comfyui": options.comfyui}
-            for program, checkout in {"folder": None, "diffusers": None, **checkouts}.items():
-                if program not in checkouts or checkout:
-                    compare(family, program, checkout, model, file)
+            for program, checkout in programs.items():
+                compare(family, program, checkout, {"model": str(model), "file": str(file)})
+        if "lora" in wanted:
+            lora, merged = Path(place) / "lora.safetensors", Path(place) / "merged"
+            write_random_lora(lora, model)
+            merge(str(model), lora, 1.0, merged, torch.float32)
+            compare(family, "folder", None, {"model": str(merged), "file": str(file), "stored": "float32"})
+            for program in programs.keys() & {"diffusers", "comfyui"}:
+                job = {"model": str(model), "file": str(file), "lora": str(lora)}
+                compare(family, program, programs[program], job)
 
 
 def loaded(words: list[str], place: Path) -> list[float]:
@@ -76,20 +95,43 @@ def loaded(words: list[str], place: Path) -> list[float]:
     return [float(word) for word in done.stdout.split()]
 
 
-def compare(family: str, program: str, checkout: Path | None, model: Path, file: Path) -> None:
-    """One program's row: how far what its networks give is from what the folder's do ("folder" makes the reference)."""
-    out, dtype = file.with_name(f"{program}.pt"), _UNET_IN[family]
-    job = {"file": str(file), "model": str(model), "checkout": str(checkout or ""), "out": str(out)}
+def write_random_lora(path: Path, model: Path) -> None:
+    """One for UNet and text encoders of a model's folder, as a run of `targets = "all"` writes it."""
+    blank, settings = open_blank(model), MethodConfig(name="lora", rank=8, targets="all")
+    networks: dict[str, Any] = {"unet": blank.load_denoiser(), **blank.load_text_encoders()}
+    for part, network in networks.items():
+        adapt(network, part, settings, blank.trainable(part, network), seed=0)
+    torch.manual_seed(0)
+    lora = {
+        layer: low._replace(up=0.02 * torch.randn(low.up.shape)) for layer, low in lora_of_networks(networks).items()
+    }
+    with open_stored(str(model)) as base:
+        write_lora(path, base.family, lora, torch.float16, describe_lora(base, path.stem, torch.float16, "base", None))
+
+
+def compare(family: str, program: str, checkout: Path | None, files: dict[str, str]) -> None:
+    """One program's row: how far what its networks give is from what the folder's do ("folder" makes the reference).
+
+    files: model (folder), file, lora if it takes one, and stored, the dtype of a folder that is not in float16.
+    """
+    place, dtype = Path(files["file"]).parent, _UNET_IN[family]
+    out = place / f"{program}.pt"
+    job = {"checkout": str(checkout or ""), "out": str(out), "family": family, "dtype": dtype, **files}
     python = python_of(checkout / "README.md") if checkout else sys.executable
-    command = [python, str(_LOADER), program, json.dumps(job | {"family": family, "dtype": dtype})]
     began = time.monotonic()
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    done = subprocess.run(
+        [python, str(_LOADER), program, json.dumps(job)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
     seconds = time.monotonic() - began
-    what = f"open in {program}" + (f" {commit_of(checkout / 'README.md')}" if checkout else "") + f", UNet in {dtype}"
+    what = "open a LoRA in" if "lora" in files else "open in"
+    what += f" {program}" + (f" {commit_of(checkout / 'README.md')}" if checkout else "") + f", UNet in {dtype}"
     if done.returncode:
         report(family, what, (done.stderr.strip().splitlines() or ["no word"])[-1][:120], seconds)
     elif program != "folder":
-        outputs, reference = torch.load(out), torch.load(file.with_name("folder.pt"))
+        outputs, reference = torch.load(out), torch.load(place / "folder.pt")
         said = ", ".join(f"{part} {furthest(outputs[part], reference[part]):.0e}" for part in reference)
         report(family, what, said, seconds)
 

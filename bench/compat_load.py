@@ -5,6 +5,7 @@ know of lowvram_db: bench/compat.py runs this.
 """
 
 import json
+import logging
 import sys
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ class Inputs(NamedTuple):
 
 def run_loader(program: str, job: dict[str, Any]) -> None:
     """job: file, model (folder), checkout, family, out, and the dtype of the UNet's arithmetic; of the others' it is
-    float32."""
+    float32. If need be a lora to be put on, and stored, the dtype of a folder that is not in float16."""
     if job["checkout"]:
         sys.path.insert(0, job["checkout"])
     job["dtype"] = getattr(torch, job["dtype"])
@@ -52,7 +53,8 @@ def _inputs(job: dict[str, Any]) -> Inputs:
 def _folder(job: dict[str, Any], inputs: Inputs) -> Outputs:
     from diffusers import DiffusionPipeline
 
-    return _of_pipeline(DiffusionPipeline.from_pretrained(job["model"], torch_dtype=torch.float16), job, inputs)
+    stored = getattr(torch, job.get("stored", "float16"))
+    return _of_pipeline(DiffusionPipeline.from_pretrained(job["model"], torch_dtype=stored), job, inputs)
 
 
 def _diffusers(job: dict[str, Any], inputs: Inputs) -> Outputs:
@@ -60,7 +62,10 @@ def _diffusers(job: dict[str, Any], inputs: Inputs) -> Outputs:
 
     kind = StableDiffusionXLPipeline if job["family"] == "sdxl" else StableDiffusionPipeline
     how = {"config": job["model"], "local_files_only": True, "torch_dtype": torch.float16}
-    return _of_pipeline(kind.from_single_file(job["file"], **how), job, inputs)
+    pipeline = kind.from_single_file(job["file"], **how)
+    if "lora" in job:
+        pipeline.load_lora_weights(job["lora"])
+    return _of_pipeline(pipeline, job, inputs)
 
 
 def _of_pipeline(pipeline: Any, job: dict[str, Any], inputs: Inputs) -> Outputs:
@@ -113,6 +118,8 @@ def _comfyui(job: dict[str, Any], inputs: Inputs) -> Outputs:
     import comfy.sd  # type: ignore[import-not-found]
 
     patcher, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(job["file"], model_options={"dtype": job["dtype"]})
+    if "lora" in job:
+        patcher, clip = _with_lora(patcher, clip, job["lora"])
     model, texts = patcher.model, clip.cond_stage_model
     outputs, added = {}, {}
     if job["family"] == "sd2":  # whose file may have a layer more than is listened to
@@ -126,6 +133,22 @@ def _comfyui(job: dict[str, Any], inputs: Inputs) -> Outputs:
     unet, latents, context = _of_unet(model.diffusion_model, job, inputs)
     outputs["unet"] = unet(latents, inputs.timestep, context=context, **added)
     return outputs | {"text encoder": hidden, "vae": _exact(vae.first_stage_model).decode(inputs.latents)}
+
+
+def _with_lora(patcher: Any, clip: Any, path: str) -> tuple[Any, Any]:
+    """By ComfyUI's own loader, which only logs what it cannot place. Raises SystemExit for that."""
+    import comfy.model_management  # type: ignore[import-not-found]
+    import comfy.utils  # type: ignore[import-not-found]
+
+    said: list[str] = []
+    logging.getLogger().addHandler(listener := logging.Handler(logging.WARNING))
+    listener.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    _exact(clip.cond_stage_model)  # it rounds to what it has the weights in
+    patcher, clip = comfy.sd.load_lora_for_models(patcher, clip, comfy.utils.load_torch_file(path), 1.0, 1.0)
+    comfy.model_management.load_models_gpu([patcher, clip.patcher], force_patch_weights=True)
+    if said:
+        raise SystemExit(f"{len(said)} of its warnings: {said[0]}")
+    return patcher, clip
 
 
 LOADERS = {"folder": _folder, "diffusers": _diffusers, "sd-scripts": _sd_scripts, "comfyui": _comfyui}

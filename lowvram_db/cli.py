@@ -358,10 +358,10 @@ def export(
     from lowvram_db.formats.export import Format, export
     from lowvram_db.memory.device import DTYPES
 
-    if form not in list(Format):
-        raise UserError(f"--format {form}: choose {' or '.join(Format)}")
+    if form not in (known := [*Format, "lora"]):
+        raise UserError(f"--format {form}: choose {' or '.join(known)}")
     reading = _reading(prediction_type, tokenizer, vae, text_encoder, text_encoder_2, ema)
-    if form == Format.lora:
+    if form == "lora":
         _export_lora(model, out, rank, base, dtype or Precision.fp16, reading)
         return
     if rank is not None or base is not None:

@@ -10,13 +10,11 @@ from lowvram_db.config import Config
 from lowvram_db.errors import UserError
 from lowvram_db.families import open_model
 from lowvram_db.families.base import Family
-from lowvram_db.files.writer import overflowing
 from lowvram_db.formats.export import describe_lora, subject_of
-from lowvram_db.formats.lora_file import read_lora, write_lora
+from lowvram_db.formats.lora_file import dtype_for, read_lora, write_lora
 from lowvram_db.formats.merged import changes
 from lowvram_db.formats.stored import open_stored
 from lowvram_db.memory.device import DTYPES
-from lowvram_db.progress import say
 from lowvram_db.run import Run
 from lowvram_db.train.adapter import lora_of_networks
 from lowvram_db.train.loop import Trainer
@@ -58,11 +56,8 @@ def _open_model(config: Config, run: Run) -> Family:
 
 
 def _write_lora(trainer: Trainer, run: Run) -> None:
-    config, dtype = trainer.config, DTYPES[trainer.config.output.dtype]
-    lora = lora_of_networks(trainer.modules)
-    if overflowing((half for low in lora.values() for half in low[:2]), dtype):
-        say(f"{run.lora.name}: holds numbers too large for {config.output.dtype}; it is saved in float32")
-        dtype = DTYPES["fp32"]
+    config, lora = trainer.config, lora_of_networks(trainer.modules)
+    dtype = dtype_for(lora, DTYPES[config.output.dtype], run.lora.name)
     with ExitStack() as stack:
         base = stack.enter_context(open_stored(config.model.name, config.model.reading))
         metadata = describe_lora(base, run.folder.name, dtype, config.model.name, subject_of(run, config))
@@ -76,7 +71,7 @@ def _write_lora(trainer: Trainer, run: Run) -> None:
 def _open_lora(config: Config, run: Run) -> Family:
     model = config.model
     with open_stored(model.name, model.reading) as base:
-        lora, _ = read_lora(run.lora, base)
+        lora = read_lora(run.lora, base, model.name)
     return open_model(model.name, model.revision, model.reading).with_added(changes(lora))
 
 

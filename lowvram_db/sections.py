@@ -231,6 +231,11 @@ class MethodConfig(Section):
         "attention", description="layers with a LoRA: attention | attention+mlp | all (linear and convolution)"
     )
     dropout: Fraction = Field(0.0, description="share of a LoRA's inputs that a step leaves out")
+    init: Literal["default", "pissa"] = Field(
+        "default",
+        description="how a LoRA begins: default (without a change) | pissa (matrices: with the largest directions of "
+        "the frozen weights, taken out of those; its file has twice the rank)",
+    )
     base: Literal["bf16", "int8", "nf4"] | None = Field(
         None,
         description="how a LoRA's frozen weights are held: bf16 | int8 | nf4 (matrices in 8 or 4 bits, by "
@@ -248,6 +253,12 @@ class MethodConfig(Section):
         said = [key for key in said if getattr(self, key) != type(self).model_fields[key].default]
         if said and self.name == "full":
             raise ValueError(f'{said[0]} is for a LoRA, and name is "full"; set name = "lora", or leave it out')
+        return self
+
+    @model_validator(mode="after")
+    def _what_a_lora_begins_with_can_be_taken_out(self) -> "MethodConfig":
+        if self.init == "pissa" and self.base in ("int8", "nf4"):
+            raise ValueError(f'init: "pissa" takes from frozen weights, which "{self.base}" cannot give; leave one out')
         return self
 
 
@@ -274,7 +285,7 @@ class OptimizerConfig(Section):
     name: Name = Field(
         "adam8",
         description="adam8 (16 bits of state, steps inside backward) | adafactor (no state, steps inside backward) | "
-        "bnb-adam8 (bitsandbytes) | adamw (fp32)",
+        "bnb-adam8 (bitsandbytes) | adamw (fp32); default of a LoRA: adamw",
     )
     beta1: Fraction = Field(0.9, description="decay of the first moment")
     beta2: Fraction = Field(0.999, description="decay of the second moment")

@@ -39,6 +39,19 @@ def test_defaults_are_the_known_recipe(toml):
     assert config.fill(config.prior.prompt) == "a photo of a dog"
 
 
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ([], "adam8"),
+        (["method.name=lora"], "adamw"),
+        (["method.name=lora", "optimizer.beta1=0.8"], "adamw"),
+        (["method.name=lora", "optimizer.name=adam8"], "adam8"),
+    ],
+)
+def test_the_optimizer_that_is_not_named_suits_the_method(toml, changes, name):
+    assert load(toml, changes).optimizer.name == name
+
+
 def test_saved_config_is_the_loaded_one(toml, tmp_path):
     config = load(toml, ["train.min_snr_gamma=5.0", 'sample.prompts=["a {class}", "\\u00e9 \\"quoted\\""]'])
     (tmp_path / "config.toml").write_text(config.to_toml(), encoding="utf-8")

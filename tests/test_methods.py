@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lowvram_db.demo.miniature import write_sdxl
+from lowvram_db.demo.miniature import write_sd2, write_sdxl
 from lowvram_db.dreambooth import run_dreambooth
 from lowvram_db.formats.export import Format, export
 from lowvram_db.methods import method_of
@@ -18,10 +18,12 @@ LORA = {"name": "lora", "rank": 4, "alpha": 2.0, "targets": "all"}
 
 
 @pytest.fixture(scope="module")
-def sdxl(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sdxl") / "model"
-    write_sdxl(folder)
-    return folder
+def models(miniature, tmp_path_factory):
+    """A folder of every family that trains."""
+    place = tmp_path_factory.mktemp("models")
+    write_sd2(place / "sd2")
+    write_sdxl(place / "sdxl")
+    return {"sd1": miniature, "sd2": place / "sd2", "sdxl": place / "sdxl"}
 
 
 def metrics(run):
@@ -29,11 +31,14 @@ def metrics(run):
     return [line for line in lines if "loss" in line]
 
 
-@pytest.mark.parametrize("kind", ["sd", "sdxl"])
-def test_a_run_leaves_a_file_that_diffusers_draws_the_same_pictures_with(kind, make_config, miniature, sdxl):
-    model, pipeline = (sdxl, StableDiffusionXLPipeline) if kind == "sdxl" else (miniature, StableDiffusionPipeline)
+@pytest.mark.parametrize(
+    ("kind", "init"), [("sd1", "default"), ("sd1", "pissa"), ("sd2", "default"), ("sdxl", "pissa")]
+)
+def test_a_run_leaves_a_file_that_diffusers_draws_the_same_pictures_with(kind, init, make_config, models):
+    model, pipeline = models[kind], StableDiffusionXLPipeline if kind == "sdxl" else StableDiffusionPipeline
     text = {"train": True, "lr": 0.02}
-    config = make_config(model={"name": str(model)}, method=LORA, text_encoder=text, train={"lr": 0.02})
+    method = LORA | {"init": init}
+    config = make_config(model={"name": str(model)}, method=method, text_encoder=text, train={"lr": 0.02})
     run = run_dreambooth(config)
     assert not run.model.exists()
     ours = method_of(config).open(config, run).pipeline()
@@ -67,21 +72,28 @@ def test_checkpoints_hold_the_adapter_alone_and_metrics_are_a_full_runs(make_con
     assert metrics(run)[0]["loss"] == pytest.approx(metrics(full)[0]["loss"], rel=1e-5)  # it begins without a change
 
 
-@pytest.mark.parametrize("optimizer", ["adam8", pytest.param("adamw", marks=pytest.mark.slow)])
-def test_a_resumed_run_is_one_that_never_stopped(make_config, optimizer):
+@pytest.mark.parametrize(
+    ("method", "optimizer", "train"),
+    [
+        ({"init": "pissa"}, "adamw", {"ema": 0.9}),
+        pytest.param({}, "adam8", {"ema": 0.9}, marks=pytest.mark.slow),
+        pytest.param({}, "adam8", {}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_resumed_run_is_one_that_never_stopped(make_config, method, optimizer, train):
     """To the bit, with what dropout leaves out."""
     sections = {
-        "method": LORA | {"dropout": 0.3},
+        "method": LORA | {"dropout": 0.3} | method,
         "text_encoder": {"train": True},
         "optimizer": {"name": optimizer},
         "checkpoint": {"every": 0},
     }
-    straight = run_dreambooth(make_config(**sections, output={"name": "straight"}))
-    other = run_dreambooth(make_config(**sections, train={"seed": 1}, output={"name": "other"}))
+    straight = run_dreambooth(make_config(**sections, train=train, output={"name": "straight"}))
+    other = run_dreambooth(make_config(**sections, train={"seed": 1, **train}, output={"name": "other"}))
     halves = {"output": {"name": "halves"}, **sections}
-    run_dreambooth(make_config(**halves, train={"steps": 2}))
+    run_dreambooth(make_config(**halves, train={"steps": 2, **train}))
     torch.manual_seed(99)
-    resumed = run_dreambooth(make_config(**halves))
+    resumed = run_dreambooth(make_config(**halves, train=train))
     one, same, another = (load_file(run.lora) for run in (straight, resumed, other))
     assert one.keys() == same.keys() and all(torch.equal(tensor, same[key]) for key, tensor in one.items())
     assert not all(torch.equal(tensor, another[key]) for key, tensor in one.items())
@@ -127,6 +139,7 @@ def test_its_run_can_be_written_as_a_whole_model(make_config, tmp_path):
         ({"name": "full", "rank": 8}, {}, 'method: rank is for a LoRA, and name is "full"; set name = "lora"'),
         ({"targets": "convolutions"}, {}, "method.targets: should be 'attention', 'attention+mlp' or 'all'"),
         ({"rank": 500}, {}, "method.rank: 500 is more than any layer of unet has, which is 64"),
+        ({"base": "nf4", "init": "pissa"}, {}, 'method: init: "pissa" takes from frozen weights, which "nf4"'),
         ({"base": "bf16"}, {}, 'method.base: "bf16" is computed in bf16, precision.compute is "fp32"; leave it out'),
         (
             {},

@@ -67,6 +67,8 @@ def _checkpoint(step: int, path: Path, base: Candidate) -> Candidate:
         raise UserError(f"{path}: was trained from another model than {base.path}")
     checkpoint.check_files(path, state)
     weights, method = would_be.Weights(path, state), state.config.method
+    if method.init == "pissa":
+        raise UserError(f"{path}: what its LoRA began with by PiSSA is not in it, only taken off the finished one")
     if method.name == "lora":
         family = base.family.with_added(changes(lora_of_weights(weights, method.scale)))
     else:

@@ -38,7 +38,6 @@ _VERSIONS = {
 class Format(StrEnum):
     single_file = "single-file"
     diffusers = "diffusers"
-    lora = "lora"
 
 
 def export(what: str, out: Path, form: Format, dtype: torch.dtype | None = None, reading: Reading = AS_IT_IS) -> None:
@@ -113,7 +112,7 @@ def _trained(run: Run, config: Config, stack: ExitStack) -> Model:
     a finer precision, and may have more than networks; or that with the run's LoRA in it."""
     if config.method.name == "lora":
         base = stack.enter_context(open_stored(config.model.name, config.model.reading, tokenizers=True))
-        return _without_averages(merged(base, read_lora(run.lora, base)[0]))
+        return _without_averages(merged(base, read_lora(run.lora, base, config.model.name)))
     finished = stack.enter_context(open_stored(str(run.model)))
     try:
         base = stack.enter_context(open_stored(config.model.name, config.model.reading))

@@ -10,7 +10,7 @@ from lowvram_db.config import load
 from lowvram_db.errors import UserError
 from lowvram_db.formats.export import describe_lora, subject_of
 from lowvram_db.formats.extract import Extracted, extract
-from lowvram_db.formats.lora_file import write_lora
+from lowvram_db.formats.lora_file import dtype_for, write_lora
 from lowvram_db.formats.reading import AS_IT_IS, Reading
 from lowvram_db.formats.stored import open_stored
 from lowvram_db.formats.written import check_place
@@ -51,6 +51,7 @@ def export_lora(
         before = stack.enter_context(open_stored(name, read_as))
         after = stack.enter_context(open_stored(str(run.model)) if config else open_stored(what, reading))
         found = extract(before, after, rank, device)
+        dtype = dtype_for(found.lora, dtype, out.name)
         metadata = describe_lora(before, out.stem, dtype, name, subject_of(run, config) if config else None)
         with replacing_file(out) as temporary:
             write_lora(temporary, before.family, found.lora, dtype, metadata)

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from lowvram_db.errors import UserError
-from lowvram_db.files.writer import Planned, values_of, write_hashed
+from lowvram_db.files.writer import Planned, overflowing, values_of, write_hashed
 from lowvram_db.formats.kinds import kind_of
 from lowvram_db.formats.layout import LAYOUTS
 from lowvram_db.formats.modelspec import HASH
 from lowvram_db.formats.names import CLIP_PREFIX, UNET
 from lowvram_db.formats.stored import Model
 from lowvram_db.formats.tensors import Tensors, tensors_of
+from lowvram_db.progress import say
 
 BASE = "lowvram_db.base"  # in the header: base_of the model it was made for
 _PREFIXES = {
@@ -130,35 +131,53 @@ def base_of(model: Model) -> str:
     return sha.hexdigest()
 
 
-def read_lora(path: Path, model: Model) -> tuple[Lora, dict[str, str]]:
-    """The LoRA in a file, float32, for the layers of this model; and its metadata.
+def dtype_for(lora: Lora, dtype: torch.dtype, name: str) -> torch.dtype:
+    """What a LoRA is written in, to a file of this name: `dtype`, or float32 where it holds numbers too large for that,
+    which is said."""
+    if overflowing((half for low in lora.values() for half in low[:2]), dtype):
+        say(f"{name}: holds numbers too large for {str(dtype).removeprefix('torch.')}; it is saved in float32")
+        return torch.float32
+    return dtype
+
+
+def read_lora(path: Path, model: Model, name: str) -> Lora:
+    """The LoRA in a file, float32, for the layers of this model. name: what the user calls the model; where the LoRA
+    says that it was made for another one, that is said.
 
     Raises UserError for what is no LoRA, for a layer that the model has not or in another shape, and for numbers that
     are not finite.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such file; name a LoRA (.safetensors)")
+        raise UserError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}; name a LoRA (.safetensors)")
     with tensors_of(path) as file:
         _check_kind(file)
         layers = _layers_by_key(model)
-        downs = {key: end for key in file.entries for end in _DOWN if key.endswith(end)}
+        ends = {key: end for key in file.entries for end in _DOWN if key.endswith(end)}
         said = _said(file)
         lora: Lora = {}
         taken: set[str] = set()
-        for key, end in downs.items():
-            begins, up = key.removesuffix(end), key.removesuffix(end) + _UP[_DOWN.index(end)]
-            if up not in file.entries:
-                raise UserError(f"{path}: has {key} and no {up}; it is damaged, or was not downloaded to its end")
+        for key, end in ends.items():
+            begins = key.removesuffix(end)
+            up = begins + _UP[_DOWN.index(end)]
             layer = _layer(path, begins, layers, model)
-            taken |= {key, up, begins + _ALPHA}
-            low = LowRank(_numbers(file, key), _numbers(file, up), 0.0)
-            alpha = _numbers(file, begins + _ALPHA).item() if begins + _ALPHA in file.entries else None
-            low = low._replace(alpha=said(begins, low.rank) if alpha is None else alpha)
-            _check_shape(path, begins, low, layers[begins][1], model)
+            if layer in lora:
+                raise UserError(f"{path}: changes {'.'.join(layer)} twice, by two names; get it as a plain LoRA")
+            low = LowRank(_matrix(file, key), _matrix(file, up), 0.0)
+            low = low._replace(alpha=_alpha(file, begins + _ALPHA, said(begins, low.rank)))
+            _check_shape(path, begins, low, layers[begins][1])
             lora[layer] = low
+            taken |= {key, up, begins + _ALPHA}
         if left := file.entries.keys() - taken:
             raise UserError(f"{path}: has {min(left)}, which is no part of a LoRA; only LoRAs can be merged")
-        return lora, file.metadata
+        _warn_of_another_base(path, file.metadata, model, name)
+        return lora
+
+
+def _warn_of_another_base(path: Path, metadata: Mapping[str, str], model: Model, name: str) -> None:
+    if metadata.get(BASE) not in (None, base_of(model)):
+        title = metadata.get("ss_sd_model_name")
+        trained_on = f"{title}, or that has been changed" if title else "another model"
+        say(f"{path.name}: was not made for {name} but for {trained_on}; pictures may differ from its own")
 
 
 def _check_kind(file: Tensors) -> None:
@@ -166,6 +185,11 @@ def _check_kind(file: Tensors) -> None:
         for part, words in _NOT_READ.items():
             if part in key:
                 raise UserError(f"{file.path}: {words}")
+        for one, other in (*zip(_DOWN, _UP, strict=True), *zip(_UP, _DOWN, strict=True)):
+            if key.endswith(one) and (half := key.removesuffix(one) + other) not in file.entries:
+                raise UserError(
+                    f"{file.path}: has {key} and no {half}; it is damaged, or was not downloaded to its end"
+                )
     if not any(key.endswith(_DOWN) for key in file.entries):
         raise UserError(f"{file.path}: is {kind_of(file.entries).words}; a LoRA was expected")
 
@@ -198,7 +222,7 @@ def _layer(path: Path, begins: str, layers: Mapping[str, tuple[Layer, tuple[int,
     raise UserError(f"{path}: changes {begins}, which the model has not; it was made for another kind of model")
 
 
-def _check_shape(path: Path, begins: str, low: LowRank, shape: tuple[int, ...], model: Model) -> None:
+def _check_shape(path: Path, begins: str, low: LowRank, shape: tuple[int, ...]) -> None:
     if low.rank == 0 or low.down.numel() == 0:
         raise UserError(f"{path}: {begins} has a rank of 0, which changes nothing; it is damaged")
     inner = low.up.flatten(1).shape
@@ -220,6 +244,21 @@ def _numbers(file: Tensors, key: str) -> Tensor:
     return tensor
 
 
+def _matrix(file: Tensors, key: str) -> Tensor:
+    """Or a convolution's, of four dimensions."""
+    if len(file.entries[key].shape) not in (2, 4):
+        raise UserError(f"{file.path}: {key} has {len(file.entries[key].shape)} dimensions, not 2 or 4; it is damaged")
+    return _numbers(file, key)
+
+
+def _alpha(file: Tensors, key: str, otherwise: float) -> float:
+    if key not in file.entries:
+        return otherwise
+    if math.prod(file.entries[key].shape) != 1:
+        raise UserError(f"{file.path}: {key} is not one number; it is damaged")
+    return _numbers(file, key).item()
+
+
 def _said(file: Tensors) -> Callable[[str, int], float]:
     """Gives the alpha of a layer that has none of its own: what diffusers and peft say in the header, else the rank."""
     try:
@@ -232,6 +271,6 @@ def _said(file: Tensors) -> Callable[[str, int], float]:
         part, _, layer = begins.partition(".")
         own = tree.get(f"{part}.alpha_pattern")
         said = (own if isinstance(own, dict) else {}).get(layer, tree.get(f"{part}.lora_alpha", rank))
-        return float(said) if isinstance(said, int | float) else float(rank)
+        return float(said) if isinstance(said, int | float) and math.isfinite(said) else float(rank)
 
     return alpha

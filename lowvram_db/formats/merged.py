@@ -23,11 +23,15 @@ class _Merged(NamedTuple):
         return self.stored.dtype
 
     @property
+    def read_as(self) -> torch.dtype:
+        """float32: to be rounded once, when it is written."""
+        return torch.float32
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return self.stored.shape
 
     def read(self) -> Tensor:
-        """float32: to be rounded once, when it is written."""
         return self.stored.read().float() + self.weight * self.low.change().reshape(self.shape)
 
 

@@ -28,7 +28,12 @@ class Readable(Protocol):
     """One tensor of a network, of which only the dtype and shape are known before it is read."""
 
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> torch.dtype:
+        """What it is written in, where nothing else is asked for."""
+
+    @property
+    def read_as(self) -> torch.dtype:
+        """What read() gives."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -48,6 +53,10 @@ class Stored(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         return DTYPES[self.file.entries[self.key].dtype]
+
+    @property
+    def read_as(self) -> torch.dtype:
+        return self.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -38,11 +38,10 @@ def dtypes_for(model: Model, dtype: torch.dtype | None) -> Dtypes:
     and for networks with numbers too large for it, which are float32 then; that is said."""
     dtypes: Dtypes = dict.fromkeys(model.parts, dtype) | {"vae": None}
     for part, network in model.parts.items():
-        if dtypes[part] == torch.float16:
-            wider = [stored for stored in network.values() if stored.dtype != torch.float16]
-            if large := sum(overflowing([stored.read()], torch.float16) for stored in wider):
-                say(f"{part}: {large} of its tensors hold numbers too large for float16; it is written in float32")
-                dtypes[part] = torch.float32
+        wider = [one for one in network.values() if (dtypes[part] or one.dtype) == torch.float16 != one.read_as]
+        if large := sum(overflowing([stored.read()], torch.float16) for stored in wider):
+            say(f"{part}: {large} of its tensors hold numbers too large for float16; it is written in float32")
+            dtypes[part] = torch.float32
     return dtypes
 
 

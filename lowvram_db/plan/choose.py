@@ -45,7 +45,7 @@ def choose(config: Config, family: Blank, budget: int | None, explain: bool = Fa
     steps = [phase for phase in training if phase.flops]
     ram = predict.host_memory(steps, [*drawn, *encoding, *sampling], average, config.sample.every > 0)
     at_once = min(on_the_way, at_the_end)
-    plan = Plan(fits, budget, chosen, batch, at_once, phases, rungs, *ram, average, order=order, rates=by)
+    plan = Plan(fits, budget, chosen, batch, at_once, phases, rungs, *ram, average, config.optimizer.name, order, by)
     if not config.optimizer.kind.streams:
         plan.resident = f"{config.optimizer.name} keeps its state on the card; only adam8's can live in RAM"
     if fits is False:
@@ -245,7 +245,12 @@ def _smaller_ways(config: Config) -> Iterator[_Change]:
         yield {"train": {"gradient_checkpointing": True}}
     if config.train.batch > 1:
         yield {"train": {"batch": 1}}
-    if not config.optimizer.kind.stores_weights:
+    if config.method.name == "lora":
+        if compute == "fp32":
+            yield {"precision": {"compute": "bf16"}}
+        if config.method.base != "nf4" and config.method.init == "default":
+            yield {"method": {"base": "nf4"}}
+    elif not config.optimizer.kind.stores_weights:
         yield {"optimizer": {"name": "adam8"}, "precision": _all_in(config, compute)}
     elif config.weights in ("fp32", "bf16+residual"):
         yield {"precision": _all_in(config, "bf16" if compute == "fp32" else compute)}

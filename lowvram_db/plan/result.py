@@ -62,6 +62,7 @@ class Plan:
     ram_bytes: int = 0  # host memory of a run on a GPU, with a checkpoint's copy
     least_ram_bytes: int = 0  # of one that waits while a checkpoint is written
     average_bytes: int = 0  # of both, for the average of the weights
+    optimizer: str = ""
     order: list[int] = field(default_factory=list)  # in which gradients come: see train/learner.py
     rates: str = ""  # by which rungs' waits were computed
     resident: str = ""  # why no rung has state in RAM
@@ -96,6 +97,7 @@ class Plan:
             "ram_bytes",
             "least_ram_bytes",
             "average_bytes",
+            "optimizer",
             "order",
             "rates",
             "resident",

@@ -63,7 +63,7 @@ def _bar(phase: Phase, longest: int) -> Text:
 
 def summary(plan: Plan) -> str:
     """One line: the peak, how it is reached, and what is left."""
-    words = f"peak {gib(plan.peak.peak_bytes)} in {plan.peak.name}, with {plan.strategy}"
+    words = f"peak {gib(plan.peak.peak_bytes)} in {plan.peak.name}, with {plan.optimizer} and {plan.strategy}"
     if any(phase.name.startswith("class images") for phase in plan.phases):
         words += f", {plan.prior_batch} class images at once"
     if plan.budget_bytes is None:

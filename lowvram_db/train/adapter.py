@@ -14,6 +14,7 @@ from lowvram_db.sections import MethodConfig
 
 _NAME = "default"  # peft's own
 _DOWN, _UP = f".lora_A.{_NAME}.weight", f".lora_B.{_NAME}.weight"
+_ROUNDS = 16  # of the subspace iteration by which PiSSA finds the largest directions, as peft's authors take them
 _ATTENTION = r"to_[qkv]|to_out\.0|[qkv]_proj|out_proj"
 _MLP = r"ff\.net\.0\.proj|ff\.net\.2|mlp\.fc[12]"
 # What the files that open everywhere have no name for.
@@ -26,6 +27,7 @@ def adapt(network: nn.Module, part: str, settings: MethodConfig, trainable: Iter
 
     trainable: names of the weights that have a part in what is learned; the others' layers get none. seed: of the
     random half. A layer that has fewer rows or columns than the rank gets as many as it has, and the same alpha / rank.
+    By PiSSA (Meng et al. 2024) a matrix' begins with the weight's largest directions, and the weight is what is left.
     Raises UserError where no layer is meant, or the rank is larger than all of them have.
     """
     ranks = _ranks(network, settings.targets, set(trainable))
@@ -57,6 +59,9 @@ def adapt(network: nn.Module, part: str, settings: MethodConfig, trainable: Iter
             for half in (layer.lora_A, layer.lora_B):
                 half[_NAME].weight = nn.Parameter(torch.empty(half[_NAME].weight.shape))
             layer.reset_lora_parameters(_NAME, init_lora_weights=True)
+            if settings.init == "pissa" and isinstance(layer.get_base_layer(), nn.Linear):
+                layer.pissa_init(_NAME, f"pissa_niter_{_ROUNDS}")
+                layer.begun = _halves(layer)
 
 
 def trainable(network: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
@@ -67,16 +72,18 @@ def trainable(network: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dic
 
 @torch.no_grad()
 def lora_of_networks(networks: Mapping[str, nn.Module]) -> Lora:
-    """What the LoRA of networks, by their names in the model folder, change; live tensors."""
+    """What the LoRA of networks, by their names in the model folder, change of the weights that those were loaded with;
+    live tensors, where they begin without a change."""
     return {
-        (part, plain(name)): LowRank(layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight, layer.lora_alpha[_NAME])
+        (part, plain(name)): _change(layer)
         for part, network in networks.items()
         for name, layer in _lora_layers(network)
     }
 
 
 def lora_of_weights(weights: Mapping[str, Tensor], scale: float) -> Lora:
-    """The same out of what `trainable` names, by the names of network and tensor, as a checkpoint has it."""
+    """The same out of what `trainable` names, by the names of network and tensor, as a checkpoint has it: of one that
+    began without a change."""
     downs = [name for name in weights if name.endswith(_DOWN)]
     return {
         _layer(name.removesuffix(_DOWN)): LowRank(
@@ -89,6 +96,26 @@ def lora_of_weights(weights: Mapping[str, Tensor], scale: float) -> Lora:
 def _layer(name: str) -> tuple[str, str]:
     part, _, layer = name.partition(".")
     return part, plain(layer)
+
+
+def _change(layer: Any) -> LowRank:
+    down, up = (half.detach() for half in (layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight))
+    alpha = layer.lora_alpha[_NAME]
+    if (begun := getattr(layer, "begun", None)) is None:
+        return LowRank(down, up, alpha)
+    # What it began with is in the frozen weight no more. The difference of the two products is small beside both, and
+    # would be lost in float16: it is put as the product of two that are as small.
+    begun_down, begun_up = (half.to(down.device) for half in begun)
+    left, upper = torch.linalg.qr(torch.cat([up, -begun_up], dim=1))
+    right, lower = torch.linalg.qr(torch.cat([down, begun_down]).T)
+    inner_up, values, inner_down = torch.linalg.svd(upper @ lower.T, full_matrices=False)
+    root = values.sqrt()
+    return LowRank(root[:, None] * (inner_down @ right.T), left @ inner_up * root, alpha / len(down) * len(values))
+
+
+def _halves(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a LoRA as it is now."""
+    return layer.lora_A[_NAME].weight.detach().clone(), layer.lora_B[_NAME].weight.detach().clone()
 
 
 def _ranks(network: nn.Module, targets: str, trainable: set[str]) -> dict[str, int]:

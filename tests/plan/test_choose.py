@@ -131,6 +131,12 @@ def test_advice_that_is_followed_helps(planned, blank):
         ),
         ({"optimizer": {"name": "bnb-adam8"}, "precision": {"compute": "fp32"}}, ['optimizer.name = "adam8"']),
         ({"train": {"gradient_checkpointing": True, "batch": 1}}, ['optimizer.name = "adafactor"']),
+        ({"method": {"name": "lora"}}, ['method.base = "nf4"']),
+        (
+            {"method": {"name": "lora", "base": "nf4"}, "precision": {"compute": "fp32"}},
+            ['precision.compute = "bf16"'],
+        ),
+        ({"method": {"name": "lora", "init": "pissa"}}, []),
         ({"optimizer": {"name": "adafactor"}}, []),
         ({"optimizer": {"beta1": 0.8}}, []),
         ({"train": {"accumulate": 2}}, []),

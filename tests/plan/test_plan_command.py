@@ -52,7 +52,7 @@ def test_table_bars_and_ladder_fit_a_terminal(plan, toml):
     assert max(map(len, out.splitlines())) <= 120
     assert "…" not in out
     assert "no checkpointing" in out and "chosen" in out and "not needed: slower" in out
-    assert "W weights" in out and "budget 8.00 GiB" in out
+    assert "W weights" in out and "budget 8.00 GiB" in out and "with adam8 and no checkpointing" in out
 
 
 def test_what_does_not_fit_is_3_and_one_line(plan, toml):

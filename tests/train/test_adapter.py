@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from lowvram_db.errors import UserError
@@ -70,6 +71,38 @@ def test_it_begins_without_a_change_exact_and_by_the_seed(family, dtype):
     assert not all(torch.equal(weight, learning[2][name]) for name, weight in learning[0].items())
     if dtype == torch.float32:
         assert torch.equal(predicted(one, family), predicted(family.load_denoiser(), family))
+
+
+def test_pissa_begins_with_the_largest_directions_of_what_is_frozen(family):
+    whole = dict(family.load_denoiser().named_parameters())
+    unet = adapted(family, init="pissa", targets="all", alpha=8.0)
+    matrices = 0
+    for name, layer in unet.named_modules():
+        if isinstance(layer, LoraLayer) and layer.base_layer.weight.dim() == 2:
+            weight, matrices = whole[f"{name}.weight"], matrices + 1
+            taken = 2.0 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+            torch.testing.assert_close(layer.base_layer.weight + taken, weight, rtol=0, atol=1e-6)
+            least = torch.linalg.svdvals(weight)[4:].norm()
+            assert least * 0.999 <= layer.base_layer.weight.norm() <= least * 1.02
+    assert matrices > 20
+    torch.testing.assert_close(predicted(unet, family), predicted(family.load_denoiser(), family), rtol=0, atol=1e-5)
+
+
+def test_what_is_told_of_pissa_is_the_change_of_the_weights_that_were_loaded(family):
+    unet = adapted(family, init="pissa", targets="all", rank=24)
+    assert all(low.change().norm() < 1e-4 for low in lora_of_networks({"unet": unet}).values())
+    torch.manual_seed(1)
+    for weight in trainable(unet, dict(unet.named_parameters())).values():
+        weight.data += 1e-3 * torch.randn_like(weight)
+    lora, trained = lora_of_networks({"unet": unet}), family.load_denoiser()
+    wanted = predicted(unet, family)
+    for (_, layer), low in lora.items():
+        weight = trained.get_submodule(layer).weight
+        halves = low._replace(down=low.down.half(), up=low.up.half())  # as the file has them
+        assert (halves.change() - low.change()).norm() <= 2e-3 * low.change().norm()
+        weight.data += low.change().reshape(weight.shape)
+    torch.testing.assert_close(predicted(trained, family), wanted, rtol=0, atol=1e-5)
+    assert (wanted - predicted(family.load_denoiser(), family)).abs().max() > 1e-3
 
 
 def test_a_drawn_number_more_or_less_elsewhere_changes_nothing(family):
