@@ -150,9 +150,12 @@ class Trainer(Learner):
         else:
             self.optimizer.zero_grad(set_to_none=True)
         release_memory()
-        self.use(smaller[0])
+        next_one = (
+            smaller[-1] if smaller[0].streamed else smaller[0]
+        )  # all of the state at once: each move takes RAM twice
+        self.use(next_one)
         note = f"; {moved} of {len(self.parameters)} tensors had made this step already and keep it" if moved else ""
-        say(f"step {self.step + 1}: out of memory ({full}). Repeated, and on from here, with {smaller[0]}{note}")
+        say(f"step {self.step + 1}: out of memory ({full}). Repeated, and on from here, with {next_one}{note}")
 
     def _timesteps(self, rows: int, batch_number: int) -> Tensor:
         return objective.timesteps(rows, len(self.table), self.config.train.seed, batch_number)
