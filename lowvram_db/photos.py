@@ -156,7 +156,7 @@ def load_photo(path: Path, ground: Colour = _WHITE) -> Image.Image:
 
     Raises UserError naming the file when it is not there, is no image, is cut off, or does not fit into memory.
     """
-    return decode_photo(read_photo(path), path, ground)
+    return _decode_over(ground, read_photo(path), path)
 
 
 def read_photo(path: Path) -> bytes:
@@ -169,8 +169,12 @@ def read_photo(path: Path) -> bytes:
         raise UserError(f"{path}: cannot be read ({error.strerror}); replace or remove it") from error
 
 
-def decode_photo(content: bytes, path: Path, ground: Colour = _WHITE) -> Image.Image:
+def decode_photo(content: bytes, path: Path) -> Image.Image:
     """As load_photo, from bytes that were read from `path`."""
+    return _decode_over(_WHITE, content, path)
+
+
+def _decode_over(ground: Colour, content: bytes, path: Path) -> Image.Image:
     try:
         try:
             return _decode(content, ground)
