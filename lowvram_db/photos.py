@@ -26,7 +26,8 @@ _MASK = ".mask.png"  # the end of the name of a photo's mask
 _ONLY_KNOWN = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow has no decoder of its own for
 _MOST_NAMES = 3
 
-_WHITE = (255, 255, 255, 255)
+Colour = tuple[int, int, int, int]
+_WHITE, BLACK = (255, 255, 255, 255), (0, 0, 0, 255)
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -149,12 +150,13 @@ def _say_passed_over(folder: Path, passed_over: list[str]) -> None:
         _say_once(f"{folder.absolute()}: passed over: {'; '.join(passed_over)}")
 
 
-def load_photo(path: Path) -> Image.Image:
-    """One photo as upright RGB in sRGB, 8 bits a channel: the first frame, EXIF orientation applied, alpha over white.
+def load_photo(path: Path, ground: Colour = _WHITE) -> Image.Image:
+    """One photo as upright RGB in sRGB, 8 bits a channel: the first frame, EXIF orientation applied, alpha over the
+    ground, which is white unless it is given.
 
     Raises UserError naming the file when it is not there, is no image, is cut off, or does not fit into memory.
     """
-    return decode_photo(read_photo(path), path)
+    return _decode_over(ground, read_photo(path), path)
 
 
 def read_photo(path: Path) -> bytes:
@@ -169,12 +171,16 @@ def read_photo(path: Path) -> bytes:
 
 def decode_photo(content: bytes, path: Path) -> Image.Image:
     """As load_photo, from bytes that were read from `path`."""
+    return _decode_over(_WHITE, content, path)
+
+
+def _decode_over(ground: Colour, content: bytes, path: Path) -> Image.Image:
     try:
         try:
-            return _decode(content)
+            return _decode(content, ground)
         except Image.DecompressionBombError:
             with _pixel_limit_by_memory():
-                return _decode(content)
+                return _decode(content, ground)
     except UnidentifiedImageError as error:
         raise UserError(f"{path}: not an image that Pillow can read; remove it or convert it") from error
     except (Image.DecompressionBombError, MemoryError) as error:
@@ -184,13 +190,13 @@ def decode_photo(content: bytes, path: Path) -> Image.Image:
         raise UserError(f"{path}: damaged or cut off ({what}); replace or remove it") from error
 
 
-def _decode(content: bytes) -> Image.Image:
+def _decode(content: bytes, ground: Colour) -> Image.Image:
     file = take_apart(content)
     with Image.open(io.BytesIO(file.pixels)) as opened:
         opened.load()
         exif = file.exif or opened.info.get("exif", b"")
         profile = file.profile or opened.info.get("icc_profile") or b""
-        photo = _flatten(to_srgb(_to_8_bits(opened), profile))
+        photo = _flatten(to_srgb(_to_8_bits(opened), profile), ground)
     photo.info = {}  # a profile and an orientation that hold no longer
     turn = _TURNS.get(orientation(exif))
     return photo if turn is None else photo.transpose(turn)
@@ -231,8 +237,8 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.clip(np.rint(values * (255.0 / full_scale)), 0, 255).astype(np.uint8))
 
 
-def _flatten(image: Image.Image) -> Image.Image:
+def _flatten(image: Image.Image, ground: Colour) -> Image.Image:
     if not image.has_transparency_data:
         return image.convert("RGB")
     with_alpha = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", with_alpha.size, _WHITE), with_alpha).convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", with_alpha.size, ground), with_alpha).convert("RGB")

@@ -57,10 +57,11 @@ def weighted(given: Templates, of_the_class: bool = False) -> dict[str, float]:
     """
     weights = given if isinstance(given, dict) else dict.fromkeys([given] if isinstance(given, str) else given, 1.0)
     shares: dict[str, float] = {}
+    largest = max(weights.values())  # beside which none is too large or too small to be added up
     for template, weight in weights.items():
         expanded = _expanded(template, of_the_class)
         for one in expanded:
-            shares[one] = shares.get(one, 0.0) + weight / len(expanded)
+            shares[one] = shares.get(one, 0.0) + weight / largest / len(expanded)
     total = sum(shares.values())
     return {template: share / total for template, share in shares.items()}
 
@@ -85,19 +86,15 @@ def as_templates(given: Any) -> Templates:
         if templates and not any(given.values()):
             raise ValueError("the weights are zero everywhere; give at least one template more")
     else:
-        raise ValueError("should be a list of templates, the name of a set, or a table of both with their weights")
+        raise ValueError("should be a list of templates, the name of a set, or a table of both with weights from 0 up")
     if not templates:
         raise ValueError("must not be empty")
     for template in templates:
         if not template.strip():
             raise ValueError("a template must not be empty")
+        template_fields(template)
     return given if isinstance(given, list) else {template: float(weight) for template, weight in given.items()}
 
 
 def _is_weight(weight: Any) -> bool:
     return type(weight) in (int, float) and math.isfinite(weight) and weight >= 0
-
-
-def fields(given: Templates, of_the_class: bool = False) -> dict[str, set[str]]:
-    """The names in braces in every template. Raises ValueError where braces do not pair."""
-    return {template: template_fields(template) for template in weighted(given, of_the_class)}

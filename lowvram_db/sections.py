@@ -36,7 +36,13 @@ def _is_a_place(place: str) -> str:
     return place
 
 
+def _is_a_template(text: str) -> str:
+    template_fields(text)
+    return text
+
+
 Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
+Template = Annotated[Text, AfterValidator(_is_a_template)]  # of a prompt
 Place = Annotated[Text, AfterValidator(_is_a_place)]  # a path, or what may be one
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -110,7 +116,7 @@ class PriorConfig(Section):
     enabled: bool = Field(True, description="prior preservation: train on class images too, so the class is kept")
     weight: float = Field(1.0, ge=0, description="lambda, the weight of the prior loss")
     count: Count = Field(200, description="class images; the missing ones are made with the base model")
-    prompt: Text = Field("a photo of a {class}", description="prompt of the class images that know no other")
+    prompt: Template = Field("a photo of a {class}", description="prompt of the class images that know no other")
     prompts: Annotated[Templates, PlainValidator(as_templates)] | None = Field(
         None,
         description="several prompts to make class images by: a list, a set (object | living | person | style), or a "
@@ -312,7 +318,7 @@ class MemoryConfig(Section):
 
 
 class SampleConfig(Section):
-    prompts: list[Text] = Field(
+    prompts: list[Template] = Field(
         ["a photo of a {identifier} {class}", "a photo of a {identifier} {class} on the beach", "a photo of a {class}"],
         min_length=1,
         description="rows of the sample grid",

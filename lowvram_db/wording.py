@@ -12,6 +12,7 @@ _STOP_WORDS = {
     "this", "to", "was", "we", "were", "which", "with", "you", "your", "photo", "picture", "image",
 }  # fmt: skip
 _JOINERS = "\u200c\u200d"  # within emoji sequences, and in scripts that need them
+_BLANKS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and symbols to Unicode, and nothing to be seen
 _INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # Unicode's categories
 
 
@@ -20,17 +21,27 @@ def identifier_problem(word: str, class_noun: str | None = None) -> str | None:
     for letter in word:
         if unicodedata.category(letter) in _INVISIBLE and letter not in _JOINERS:
             return f"has an invisible character in it (U+{ord(letter):04X}); type it anew"
-    plain = word.strip().casefold()
-    if class_noun is not None and plain == class_noun.strip().casefold():
+    if not any(unicodedata.category(letter)[0] in "LNPS" and letter not in _BLANKS for letter in word):
+        return "has nothing in it that is seen; type a word"
+    plain = _folded(word)
+    if class_noun is not None and plain == _folded(class_noun):
         return "is the class noun itself; choose a rare word, which `lowvram-db identifier suggest MODEL` names"
     if plain in _STOP_WORDS:
         return "stands in nearly every prompt; choose a rare word, which `lowvram-db identifier suggest MODEL` names"
     return None
 
 
+def _folded(word: str) -> str:
+    """As tokenizers compare them."""
+    return unicodedata.normalize("NFC", word).strip().casefold()
+
+
 def template_fields(template: str) -> set[str]:
-    """Names in braces in a prompt template. Raises ValueError where the braces do not pair."""
+    """Names in braces in a prompt template. Raises ValueError where braces do not pair, or hold more than a name."""
     try:
-        return {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
+        parts = [part for part in string.Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
-        raise ValueError(f"{template!r}: {error}") from error
+        raise ValueError(f"{template!r}: {error}; a brace that is meant as one is written twice") from error
+    if any(form or conversion for _, _, form, conversion in parts):
+        raise ValueError(f"{template!r}: write {{identifier}} and {{class}} alone, without : or !")
+    return {str(field) for _, field, _, _ in parts}

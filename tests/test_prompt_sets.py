@@ -48,6 +48,12 @@ def test_weights_are_shares_and_a_sets_is_shared_by_its_templates(weights):
     assert weighted(weights) == pytest.approx(wanted) and math.isclose(sum(wanted.values()), 1)
 
 
+@pytest.mark.parametrize("weight", [5e-324, 1e308])
+def test_weights_of_any_size_are_added_up(weight):
+    shares = weighted({"a {identifier}": weight, "b {identifier}": weight, "object": weight})
+    assert sum(shares.values()) == pytest.approx(1) and shares["a {identifier}"] == pytest.approx(1 / 3)
+
+
 WRITTEN = {
     '["a {identifier}", "b {identifier}"]': 2,
     '"person"': 25,
@@ -78,7 +84,10 @@ WRONG = {
     'subject.prompts={"a {identifier} {animal}" = 1}': "subject.prompts: {animal} is unknown",
     "subject.prompts=3": "subject.prompts: should be a list of templates",
     'prior.prompts=["a {identifier} {class}"]': "prior: prompts: only {class} may stand in a prior prompt",
-    'prior.prompts=["a {class"]': "expected '}'",
+    'prior.prompts=["a {class"]': "prior.prompts: 'a {class': expected '}'",
+    'prior.prompt="a {class!r}"': "prior.prompt: 'a {class!r}': write {identifier} and {class} alone",
+    'subject.prompts=["a {identifier:>99999999999}"]': "subject.prompts: 'a {identifier:>99999999999}': write",
+    'sample.prompts=["a", "a {identifier:9}"]': "sample.prompts.1: 'a {identifier:9}': write",
     "prior.prompts=dogs": "prior.prompts: 'dogs' is no set of prompts",
     "subject.caption_dropout=1": "subject.caption_dropout: should be less than 1",
 }

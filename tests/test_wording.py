@@ -1,6 +1,6 @@
 import pytest
 
-from lowvram_db.wording import identifier_problem
+from lowvram_db.wording import identifier_problem, template_fields
 
 
 @pytest.mark.parametrize(
@@ -10,6 +10,8 @@ from lowvram_db.wording import identifier_problem
         ("ohwx\u200f", "invisible character in it (U+200F)"),
         ("\u200b", "invisible character in it (U+200B)"),
         ("oh\udcffwx", "invisible character in it (U+DCFF)"),
+        ("\u200d", "nothing in it that is seen"),
+        ("\ufe0f \u2800\u3164", "nothing in it that is seen"),
         ("Dog ", "is the class noun itself"),
         ("the", "stands in nearly every prompt"),
         ("Photo", "stands in nearly every prompt"),
@@ -22,3 +24,26 @@ def test_a_word_that_can_name_no_subject_is_told_why(word, problem):
 @pytest.mark.parametrize("word", ["ohwx", "my ohwx", "💟", "👨\u200d👩\u200d👧", "❤\ufe0f", "שלום", "犬", "naïve"])
 def test_other_words_are_taken(word):
     assert identifier_problem(word, "dog") is None
+
+
+def test_a_noun_is_the_same_however_its_accents_are_stored():
+    assert "is the class noun itself" in identifier_problem("me\u0301duse", "m\u00e9duse")
+
+
+def test_what_a_template_asks_for():
+    assert template_fields("a {identifier} {class} {{as it is}}") == {"identifier", "class"}
+    assert template_fields("plain") == set()
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("a {identifier", "is written twice"),
+        ("a } b", "is written twice"),
+        ("a {identifier:>99999999999}", "alone, without : or !"),  # 93 GiB of spaces
+        ("a {class!z}", "alone, without : or !"),
+    ],
+)
+def test_braces_that_hold_no_name_are_refused(template, words):
+    with pytest.raises(ValueError, match=words):
+        template_fields(template)

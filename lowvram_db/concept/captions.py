@@ -112,7 +112,7 @@ def _of_list(file: Path) -> Iterator[tuple[str, Sidecar]]:
         if line.strip():
             try:
                 yield _of_line(json.loads(line), file)
-            except (ValueError, TypeError, RecursionError) as error:
+            except (ValueError, TypeError, OverflowError, RecursionError) as error:
                 what = " ".join(str(error).split())
                 raise UserError(f"{file}: line {number}: {what}; mend the line, or remove it") from error
 

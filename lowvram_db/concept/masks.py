@@ -13,14 +13,15 @@ from torch import Tensor
 
 from lowvram_db.cache.framing import Size, View
 from lowvram_db.errors import UserError
-from lowvram_db.photos import load_photo
+from lowvram_db.photos import BLACK, load_photo
 
 _SHAPE = 0.01  # how much longer or wider than the photo's a mask's shape may be: sizes are whole pixels
 
 
 def load_mask(mask: Path) -> Image.Image:
-    """8 bits a pixel, 255 where the subject is. Raises UserError for one that cannot be read, or that is all black."""
-    read = load_photo(mask).convert("L")
+    """8 bits a pixel, 255 where the subject is, 0 where nothing was painted. Raises UserError for one that cannot be
+    read, or that is all black."""
+    read = load_photo(mask, BLACK).convert("L")
     if read.getextrema()[1] == 0:
         raise UserError(f"{mask}: is black everywhere; white is the subject: paint it, or delete the mask")
     return read

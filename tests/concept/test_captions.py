@@ -108,6 +108,11 @@ WRONG = {
     "a list": ("metadata.jsonl", b'["a.jpg"]', r"line 1: is no object, such as"),
     "no picture": ("captions.jsonl", b'{"text": "x"}', r"captions\.jsonl: line 1: names no picture"),
     "a number": ("captions.jsonl", b'{"file_name": "a.jpg", "text": 3}', r"its text should be a caption"),
+    "a far edge": (
+        "captions.jsonl",
+        b'{"file_name": "a.jpg", "crop": [0, 0, ' + b"9" * 400 + b", 9]}",
+        r"line 1: int too",
+    ),
     "three edges": ("captions.jsonl", b'{"file_name": "a.jpg", "crop": [1, 2, 3]}', r"its crop should be four numbers"),
     "inside out": (
         "captions.jsonl",

@@ -69,3 +69,11 @@ def test_masks_of_any_mode_are_read(masked):
     for mode, white in (("1", 1), ("RGB", (255, 255, 255)), ("I;16", 65535)):
         folder = masked(Image.new(mode, (96, 64), white))
         assert load_mask(folder / "a.mask.png").getextrema() == (255, 255)
+
+
+def test_where_nothing_is_painted_is_no_subject(masked):
+    """As programs save it that paint the subject in white on a layer of its own."""
+    painted = Image.new("RGBA", (96, 64), (255, 255, 255, 0))
+    painted.paste((255, 255, 255, 255), (0, 0, 48, 64))
+    read = np.asarray(load_mask(masked(painted) / "a.mask.png"))
+    assert (read[:, :48] == 255).all() and (read[:, 48:] == 0).all()
