@@ -15,6 +15,7 @@ part kernels 120 -m pytest -q -p no:cacheprovider tests/kernels
 part step 420 bench/compare.py --model sd15 --resolution 256 --checkpointed 9 --steps 3
 part plan 300 bench/plan_accuracy.py
 part adam8 120 bench/adam8.py --model sd15
+part adam8-lora 60 bench/adam8.py --model sd15-lora
 part noise 60 bench/noise_loss.py
 part profile 150 bench/profile_step.py --model sd15 --resolution 256
 part growth 240 bench/growth.py batch --resolution 128 --values 1,2,4 --steps 2

@@ -33,6 +33,7 @@ part step 50 bench/compare.py --model sd15 --checkpointed 0,5,9 --steps 10
 part layout 30 bench/layout.py --model sd15 --steps 10
 part plan 80 bench/plan_accuracy.py --only accuracy
 part adam8 30 bench/adam8.py --model sd15
+part adam8-lora 15 bench/adam8.py --model sd15-lora
 part noise 20 bench/noise_loss.py
 part caps 75 bench/compare.py --model sd15 --vram 4,6,8,12GiB --steps 5
 part profile 25 bench/profile_step.py --model sd15

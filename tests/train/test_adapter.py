@@ -67,6 +67,8 @@ def test_it_begins_without_a_change_exact_and_by_the_seed(family, dtype):
     learning = [trainable(unet, dict(unet.named_parameters())) for unet in (one, same, other)]
     assert {weight.dtype for weight in learning[0].values()} == {torch.float32}
     assert {p.dtype for name, p in one.named_parameters() if name not in learning[0]} == {dtype}
+    drawn = {name: weight for name, weight in learning[0].items() if ".lora_A." in name}
+    assert all(0 < weight.abs().max() <= weight[0].numel() ** -0.5 for weight in drawn.values())  # as peft has it
     assert all(torch.equal(weight, learning[1][name]) for name, weight in learning[0].items())
     assert not all(torch.equal(weight, learning[2][name]) for name, weight in learning[0].items())
     if dtype == torch.float32:
