@@ -136,7 +136,12 @@ def _without(template: str, config: Config) -> str:
 
 
 def _photos(config: Config, judged: list[Candidate], catalogue: Catalogue) -> _Photos:
-    """In the order in which training chose what to hold back."""
+    """In the order in which training chose what to hold back. Raises UserError where there are none."""
+    if not Path(config.subject.photos).expanduser().is_dir():
+        raise UserError(
+            f"subject.photos: {config.subject.photos} is not there, as seen from this folder; say where the photos are "
+            "by --set subject.photos=FOLDER"
+        )
     paths = subject_photos(config, catalogue.is_good)
     digests = {path: catalogue.look(path).digest for path in paths}
     paths.sort(key=digests.__getitem__)

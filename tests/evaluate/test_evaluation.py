@@ -173,7 +173,7 @@ def test_photos_that_moved_are_named_and_can_be_said(finished, tmp_path, photos,
     shutil.copytree(photos, moved)
     run = finished(subject={"photos": str(moved), "identifier": "pkblz", "class": "ball"})
     shutil.rmtree(moved)
-    with pytest.raises(UserError, match=r"subject\.photos: .*moved does not exist"):
+    with pytest.raises(UserError, match=r"subject\.photos: .*moved is not there.* --set subject\.photos=FOLDER"):
         evaluate(run.folder, seeds=1)
     found = evaluate(run.folder, seeds=1, overrides=[f"subject.photos={json.dumps(str(photos))}"])
     assert "not the photos" not in capfd.readouterr().err
@@ -197,7 +197,7 @@ def test_a_folder_that_cannot_be_written_costs_the_files_alone(finished, monkeyp
 def test_the_command_line_prints_a_table_or_json(finished, lowvram_db, tmp_path):
     run = finished(train={"steps": 1})
     code, out, _ = lowvram_db("evaluate", run.folder, "--seeds", 2)
-    assert code == 0 and "recommended: checkpoints/step-000001: of 1 steps kept" in out
+    assert code == 0 and "recommended: checkpoints/step-000001: of 1 step kept" in out
     code, out, _ = lowvram_db("evaluate", run.folder, "--seeds", 2, "--json")
     assert code == 0 and json.loads(out)["backbone"] == "colours"
     (tmp_path / "p.txt").write_text("a {identifier} {class} on Mars")
