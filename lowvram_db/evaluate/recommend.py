@@ -92,8 +92,9 @@ def recommend(gained: dict[int, Gains], found: dict[int, list[str]]) -> Recommen
     best = max(front, key=lambda step: front[step].product.mean().item())
     kept = min(step for step in front if not _worse(front[step], front[best]))
     learned, follows, class_kept = gained[kept].means()
+    judged = f"{len(gained)} step{'s' if len(gained) > 1 else ''}"
     reason = (
-        f"of {len(gained)} step{'s' if len(gained) > 1 else ''} kept, {kept} has the best balance: {learned:.0%} of the way from the base model to "
+        f"of {judged} kept, {kept} has the best balance: {learned:.0%} of the way from the base model to "
         f"the photos, {follows:.0%} of its obedience to prompts and {class_kept:.0%} of the class are there"
     )
     if kept != best:

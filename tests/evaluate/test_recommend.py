@@ -82,6 +82,12 @@ def test_of_steps_that_chance_alone_parts_the_earliest_is_kept():
     assert recommend(steps, {step: [] for step in steps}).step == 300
 
 
+@pytest.mark.parametrize("lost", ["follows", "kept"])
+def test_likeness_alone_does_not_decide(lost):
+    steps = {100: made(0.8, **{lost: 0.9}), 200: made(0.9, **{lost: 0.6})}
+    assert recommend(steps, {step: [] for step in steps}).step == 100
+
+
 def test_a_step_with_a_finding_is_the_last_resort_and_says_so():
     steps = {100: made(0.9, kept=0.4), 200: made(0.65, kept=0.6)}
     assert recommend(steps, {100: [FORGOTTEN], 200: []}).step == 200

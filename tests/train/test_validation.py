@@ -60,6 +60,8 @@ def test_the_losses_are_those_of_the_first_pictures_by_digest(make_config, make_
         assert measured[f"validation_{kind}_loss"] == pytest.approx(loss, rel=1e-5)
         assert measured[f"validation_{kind}"] == 1
     assert measured["validation_class"] == 1
+    digests = sorted(frame.digest for frame in trainer.batches.cached.class_photos.values())
+    assert [picture.digest for picture in room._chosen(trainer.batches)["class"]] == digests[:4] != digests
     trainer.train_step()
     assert trainer.batches.held_out_photos == [held_out]
 
