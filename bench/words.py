@@ -5,17 +5,20 @@
 Trains configs/demo.toml in every way of WAYS (or those that are named) with one seed, and appends a row a run to
 bench/results/words.csv as it ends: the figures of bench/demo_learning.py, whose prompts say the subject's word as the
 plain instance prompt does, however it was trained. `base` is the model before training, asked by the same word.
+`--table` writes the table of docs/recipes.md, of the rows that there are.
 """
 
 import argparse
+import csv
 import tempfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import Random
+from statistics import fmean
 
 from demo_learning import CONFIG, figures
-from machine import add_row
+from machine import RESULTS, add_row
 from PIL import Image, ImageChops
 
 from lowvram_db.config import load
@@ -37,6 +40,7 @@ CLUTTER = (
 )
 SHIFT = 0.05  # of the picture's side, by which they move from photo to photo
 QUICK = ["sample.seeds=1", "sample.steps=1"]  # nobody looks at the pictures of these runs
+FIGURES = ("own", "elsewhere", "setting_right", "mistaken", "diversity")
 INSTANCE = "a photo of a {word} jellyfish"
 
 
@@ -85,8 +89,12 @@ WAYS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="the training seed")
+    parser.add_argument("--table", action="store_true", help="train nothing; print the means of the rows")
     parser.add_argument("ways", nargs="*", metavar="WAY", help=f"of {', '.join(WAYS)}; default: all of them")
     given = parser.parse_args()
+    if given.table:
+        print(table())
+        return
     with tempfile.TemporaryDirectory() as folder:
         for way in given.ways or WAYS:
             run(way, given.seed, Path(folder))
@@ -110,6 +118,21 @@ def run(way: str, seed: int, folder: Path) -> None:
         row = {metric: f"{value:.4f}" for metric, value in found.items()}
         add_row("words", {"way": name, "seed": seed, "word": word, **row})
         print(name, seed, word, row, flush=True)
+
+
+def table() -> str:
+    """The mean of every way over the seeds that all ways have rows of, in Markdown."""
+    with (RESULTS / "words.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    ways = {way: [row for row in rows if row["way"] == way] for way in dict.fromkeys(row["way"] for row in rows)}
+    seeds = set.intersection(*({row["seed"] for row in same} for same in ways.values()))
+    lines = ["| | seeds | likeness | elsewhere | in that setting | class that passes | distance |", "| --- " * 7 + "|"]
+    for way, all_seeds in ways.items():
+        same = [row for row in all_seeds if row["seed"] in seeds]
+        means = [fmean(float(row[figure]) for row in same) for figure in FIGURES]
+        shares = [f"{mean:.0%}" for mean in means[:-1]]
+        lines.append(f"| {' | '.join([way, str(len(same)), *shares, f'{means[-1]:.2f}'])} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

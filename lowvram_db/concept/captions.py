@@ -158,7 +158,7 @@ def _text(file: Path, most: int) -> str:
         except UnicodeDecodeError:
             continue
         if "\0" not in text:
-            return text.removeprefix("\ufeff")
+            return text
     raise UserError(f"{file}: is no text; save it as UTF-8, or move it elsewhere")
 
 
