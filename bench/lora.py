@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 from demo_learning import CONFIG, figures
 from machine import add_row
+from PIL import Image
 
-from lowvram_db.config import load
-from lowvram_db.demo.showcase import drawn
+from lowvram_db.config import Config, load
 from lowvram_db.dreambooth import run_dreambooth
+from lowvram_db.families import open_model
 from lowvram_db.formats.export import Format, export
 from lowvram_db.formats.extraction import export_lora
 from lowvram_db.formats.merge import merge
@@ -96,9 +97,27 @@ def draw(models: dict[str, Path]) -> None:
     subject, plain = config.fill(config.subject.plain_template), config.fill(config.prior.prompt)
     prompts = [*(subject + place for place in _PLACES), plain]
     columns = {"base": config.model.name, **{name: str(folder) for name, folder in models.items()}}
-    pictures = [drawn(model, prompts, config, 1) for model in columns.values()]
-    rows = [[column[row][0] for column in pictures] for row in range(len(prompts))]
+    pictures = [drawn(model, prompts, config) for model in columns.values()]
+    rows = [list(row) for row in zip(*pictures, strict=True)]
     draw_grid(rows, prompts, [f"trained, {_RANK}" if name == "trained" else name for name in columns]).save(SHEET)
+
+
+def drawn(model: str, prompts: list[str], config: Config) -> list[Image.Image]:
+    """A picture of each prompt from the same noise, enlarged."""
+    side = config.train.resolution
+    images = (
+        open_model(model)
+        .pipeline()(
+            prompts,
+            guidance_scale=config.sample.guidance[0],
+            num_inference_steps=config.sample.steps,
+            height=side,
+            width=side,
+            generator=[torch.Generator().manual_seed(0) for _ in prompts],
+        )
+        .images
+    )
+    return [image.resize((2 * side, 2 * side), Image.Resampling.LANCZOS) for image in images]
 
 
 if __name__ == "__main__":

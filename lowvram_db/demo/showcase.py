@@ -33,7 +33,7 @@ def before_after(trained: Run, other: Run) -> Path:
         _described(config): str(trained.model),
         _described(other_config): str(other.model),
     }
-    pictures = [drawn(model, prompts, config, SEEDS) for model in models.values()]
+    pictures = [_draw(model, prompts, config) for model in models.values()]
     rows = [[picture for model in pictures for picture in model[row]] for row in range(len(prompts))]
     labels = [f"{name}, seed {seed}" for name in models for seed in range(SEEDS)]
     path = trained.folder / "before-after.png"
@@ -46,16 +46,16 @@ def _described(config: Config) -> str:
     return "with prior" if config.prior.enabled else "no prior"
 
 
-def drawn(model: str, prompts: list[str], config: Config, seeds: int) -> list[list[Image.Image]]:
-    """Pictures of every prompt, in rows, from the noise of seeds 0, 1, ..."""
+def _draw(model: str, prompts: list[str], config: Config) -> list[list[Image.Image]]:
+    """SEEDS pictures of every prompt, in rows."""
     side = config.train.resolution
-    made = open_model(model).pipeline()(
-        [prompt for prompt in prompts for _ in range(seeds)],
+    drawn = open_model(model).pipeline()(
+        [prompt for prompt in prompts for _ in range(SEEDS)],
         guidance_scale=config.sample.guidance[0],
         num_inference_steps=config.sample.steps,
         height=side,
         width=side,
-        generator=[torch.Generator().manual_seed(seed) for _ in prompts for seed in range(seeds)],
+        generator=[torch.Generator().manual_seed(seed) for _ in prompts for seed in range(SEEDS)],
     )
-    large = [image.resize((_ENLARGED * side, _ENLARGED * side), Image.Resampling.LANCZOS) for image in made.images]
-    return [large[first : first + seeds] for first in range(0, len(large), seeds)]
+    large = [image.resize((_ENLARGED * side, _ENLARGED * side), Image.Resampling.LANCZOS) for image in drawn.images]
+    return [large[first : first + SEEDS] for first in range(0, len(large), SEEDS)]
