@@ -23,12 +23,12 @@ from cache_damage import build, damage, kills, made_up, report, write_noise
 from PIL import Image
 
 from lowvram_db.cache import Cached, Frame, Store, View, catalogue
-from lowvram_db.cache.framing import to_float
 from lowvram_db.concept import Concept
 from lowvram_db.demo.miniature import write_pipeline
 from lowvram_db.families import open_model
 from lowvram_db.families.base import Family
 from lowvram_db.formats.known import known_config
+from lowvram_db.framing import to_float
 from lowvram_db.memory.device import release_memory
 from lowvram_db.photos import load_photo
 from lowvram_db.quiet import hide_loading_bars, quiet_libraries

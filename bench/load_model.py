@@ -15,7 +15,7 @@ from usage import peaks
 
 from lowvram_db.cache import catalogue_of, model_digest
 from lowvram_db.families import open_model
-from lowvram_db.formats.reading import Reading
+from lowvram_db.reading import Reading
 
 
 def main(name: str, tokenizer: str | None = None) -> None:

@@ -29,7 +29,7 @@ from lowvram_db.families import open_model
 from lowvram_db.kernels import adam8, moment_code
 from lowvram_db.kernels.adam8_step import Step, step_numbers
 from lowvram_db.train.batches import Batches
-from lowvram_db.train.loop import Trainer
+from lowvram_db.train.trainer import Trainer
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 ELEMENTS, STEPS = 32_768, 600

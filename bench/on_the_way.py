@@ -28,7 +28,7 @@ from lowvram_db.memory.device import pick_device
 from lowvram_db.results import sample_base, sample_trainer
 from lowvram_db.run import Run
 from lowvram_db.train.batches import Batches
-from lowvram_db.train.loop import Trainer
+from lowvram_db.train.trainer import Trainer
 from lowvram_db.train.validation import Validation
 
 CONFIG = Path(__file__).parents[1] / "configs" / "demo.toml"

@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from usage import peaks, reset_peaks, settle
 
-from lowvram_db.cache.framing import View
 from lowvram_db.config import Config
 from lowvram_db.families import open_blank
 from lowvram_db.families.base import Moments
 from lowvram_db.families.blank import Blank
 from lowvram_db.families.conditioning import Conditioning, brought, collated, rows_of
 from lowvram_db.formats.source import find_configs
+from lowvram_db.framing import View
 from lowvram_db.kernels.launch import implementation
 from lowvram_db.memory.attention import use_attention
 from lowvram_db.memory.device import compute_dtype

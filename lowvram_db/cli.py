@@ -16,10 +16,10 @@ import typer
 
 from lowvram_db.config import Config, load
 from lowvram_db.errors import DoesNotFit, Interrupted, UserError
-from lowvram_db.formats.reading import Reading
 from lowvram_db.memory import segments
 from lowvram_db.memory.size import parse_size
 from lowvram_db.quiet import hide_loading_bars, quiet_libraries, skip_unneeded
+from lowvram_db.reading import Reading
 from lowvram_db.streams import patient_streams
 
 app = typer.Typer(
@@ -160,7 +160,7 @@ def _as_trained_here(settings: Config) -> Config:
     if not shutil.which("nvidia-smi"):
         return settings
     from lowvram_db.memory.device import pick_device
-    from lowvram_db.optim.choices import that_runs
+    from lowvram_db.train.optimizer import that_runs
 
     return that_runs(settings, pick_device())
 

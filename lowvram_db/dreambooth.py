@@ -27,7 +27,6 @@ from lowvram_db.memory.out_of_memory import is_out_of_memory, reason
 from lowvram_db.memory.size import gib
 from lowvram_db.memory.spill import Watch
 from lowvram_db.methods import method_of
-from lowvram_db.optim.choices import that_runs
 from lowvram_db.plan import make_plan
 from lowvram_db.plan.meter import Meter
 from lowvram_db.plan.result import Plan
@@ -47,10 +46,12 @@ from lowvram_db.results import (
 from lowvram_db.run import Run
 from lowvram_db.train import checkpoint
 from lowvram_db.train.batches import Batches
-from lowvram_db.train.loop import Trainer, optional, train
+from lowvram_db.train.loop import optional, train
+from lowvram_db.train.optimizer import that_runs
 from lowvram_db.train.resume import check_content, check_settings, choose, whole
 from lowvram_db.train.streaming import LESS_RAM
 from lowvram_db.train.trained import trains_text
+from lowvram_db.train.trainer import Trainer
 
 
 def run_dreambooth(config: Config, resume: str = "auto", strict: bool = False) -> Run:

@@ -17,7 +17,7 @@ from lowvram_db.formats.stored import open_stored
 from lowvram_db.memory.device import DTYPES
 from lowvram_db.run import Run
 from lowvram_db.train.adapter import lora_of_networks
-from lowvram_db.train.loop import Trainer
+from lowvram_db.train.trainer import Trainer
 
 
 class Method(NamedTuple):

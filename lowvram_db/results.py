@@ -20,7 +20,7 @@ from lowvram_db.progress import say
 from lowvram_db.run import Run
 from lowvram_db.sampling import grid_of_model, sample_grid
 from lowvram_db.sheet import Grid, read_grid, save_sheet
-from lowvram_db.train.loop import Trainer
+from lowvram_db.train.trainer import Trainer
 
 _BASE = "base model"
 

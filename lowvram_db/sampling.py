@@ -15,9 +15,9 @@ from lowvram_db.families.base import NO_PROMPT, Family
 from lowvram_db.families.conditioning import Conditioning, collated
 from lowvram_db.families.draw import Drawer, Wanted, drawer_for
 from lowvram_db.families.text import encoded
-from lowvram_db.formats.reading import AS_IT_IS, Reading
 from lowvram_db.memory.device import pick_device, picture_dtypes, say_emulation
 from lowvram_db.progress import Bar
+from lowvram_db.reading import AS_IT_IS, Reading
 from lowvram_db.sheet import Grid, save_sheet
 
 

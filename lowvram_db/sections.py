@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, field_validator, model_validator
 
 from lowvram_db import folder_name, toml_text
-from lowvram_db.formats.reading import Reading
 from lowvram_db.memory.size import parse_size
 from lowvram_db.optim.kinds import KINDS, Kind, Name
 from lowvram_db.prompt_sets import Templates, as_templates, weighted
+from lowvram_db.reading import Reading
 from lowvram_db.wording import identifier_problem, template_fields
 
 

@@ -10,9 +10,9 @@ docs/cache.md says what an entry is valid for and what a crash, a second process
 it; docs/cache_example.py trains a UNet of diffusers from a cache.
 """
 
-from lowvram_db.cache.framing import Framing, View
 from lowvram_db.cache.precompute import Cached, ClassFrame, Frame, model_digest, precompute
 from lowvram_db.cache.store import Report, Store, catalogue_of
+from lowvram_db.framing import Framing, View
 
 __all__ = [
     "Cached",

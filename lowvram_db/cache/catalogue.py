@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from lowvram_db.atomic import replacing_file
-from lowvram_db.cache.framing import Size
 from lowvram_db.cache.key import pixels_digest
 from lowvram_db.errors import UserError
+from lowvram_db.framing import Size
 from lowvram_db.lock import hold
 from lowvram_db.photos import DECODER, decode_photo, read_photo
 from lowvram_db.progress import say

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowvram_db.cache.framing import to_float
 from lowvram_db.families.base import Family, Moments
+from lowvram_db.framing import to_float
 from lowvram_db.memory.device import free_bytes, lay_out, peak_bytes, release_memory, reset_peak
 from lowvram_db.memory.out_of_memory import is_out_of_memory
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from PIL import Image
 from torch import Tensor
 
-from lowvram_db.cache.framing import View
 from lowvram_db.files.writer import slices_of, values_of
+from lowvram_db.framing import View
 
 FORMAT_VERSION = 3  # of entries and files; another one's folder lies beside and is not looked into
 

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from lowvram_db.cache.catalogue import Catalogue, Seen
 from lowvram_db.cache.encoder import ImageEncoder
-from lowvram_db.cache.framing import Box, Framing, Size, View
 from lowvram_db.cache.key import encoder_digest, latent_key, text_key, weights_digest
 from lowvram_db.cache.store import Store
 from lowvram_db.errors import UserError
 from lowvram_db.families.base import Family, Moments
 from lowvram_db.families.conditioning import Conditioning
 from lowvram_db.families.text import encoded
+from lowvram_db.framing import Box, Framing, Size, View
 from lowvram_db.progress import Bar, say
 
 _DECODERS = min(4, os.cpu_count() or 1)  # threads that read photos while the encoder works

@@ -16,9 +16,9 @@ from PIL import Image
 from lowvram_db.atomic import replacing_file
 from lowvram_db.families import open_model
 from lowvram_db.families.base import NO_PROMPT
-from lowvram_db.formats.reading import AS_IT_IS, Reading
 from lowvram_db.memory.arithmetic import is_native
 from lowvram_db.memory.device import DTYPES, pick_device
+from lowvram_db.reading import AS_IT_IS, Reading
 from lowvram_db.sampling import grid_of_model
 from lowvram_db.sheet import draw_grid
 

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from lowvram_db.errors import UserError
-from lowvram_db.formats.reading import Reading
 from lowvram_db.formats.tokenizer import END, START, byte_letters
 from lowvram_db.formats.tokens import ENDS_A_WORD, Tokens, read_tokens
+from lowvram_db.reading import Reading
 from lowvram_db.wording import identifier_problem
 
 RARE_FROM = 0.8  # of the merges: CLIP's later ones than these are abbreviations, nicknames and chance

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lowvram_db.cache.framing import Size, View
 from lowvram_db.errors import UserError
+from lowvram_db.framing import Size, View
 from lowvram_db.photos import BLACK, load_photo
 
 _SHAPE = 0.01  # how much longer or wider than the photo's a mask's shape may be: sizes are whole pixels

@@ -9,9 +9,9 @@ import numpy as np
 
 from lowvram_db.concept.identifier import RARE_FROM, Lexicon
 from lowvram_db.errors import UserError
-from lowvram_db.formats.reading import Reading
 from lowvram_db.formats.tokens import ENDS_A_WORD, Tokens, read_tokens
 from lowvram_db.quiet import hide_loading_bars
+from lowvram_db.reading import Reading
 
 _CANDIDATES = 200  # whose embeddings are looked at
 _CANDIDATE = re.compile(r"[bcdfghjklmnpqrstvwxz]{3,4}</w>")  # without a vowel it is hardly a word or a name

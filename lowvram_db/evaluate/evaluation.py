@@ -18,7 +18,6 @@ from torch import Tensor
 from lowvram_db.atomic import replacing_file
 from lowvram_db.cache import catalogue_of, model_digest
 from lowvram_db.cache.catalogue import Catalogue
-from lowvram_db.cache.framing import View
 from lowvram_db.concept import subject_photos
 from lowvram_db.config import Config, load
 from lowvram_db.encoding import cache_folder
@@ -32,6 +31,7 @@ from lowvram_db.evaluate.pictures import load as load_pictures
 from lowvram_db.evaluate.prompts import read_prompts
 from lowvram_db.evaluate.scores import MOST_SEEDS, Drawn, Photos, Scores
 from lowvram_db.families import open_model
+from lowvram_db.framing import View
 from lowvram_db.memory.device import pick_device, release_memory
 from lowvram_db.photos import load_photo
 from lowvram_db.progress import Bar, say

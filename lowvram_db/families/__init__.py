@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from lowvram_db.errors import UserError
 from lowvram_db.files.foreign import read_json
-from lowvram_db.formats.reading import AS_IT_IS, Reading
 from lowvram_db.formats.source import find_configs, find_model
+from lowvram_db.reading import AS_IT_IS, Reading
 
 if TYPE_CHECKING:
     from lowvram_db.families.base import Family

@@ -27,7 +27,7 @@ from lowvram_db.formats.names import CLIP_PREFIX
 from lowvram_db.wording import NO_PROMPT as NO_PROMPT
 
 if TYPE_CHECKING:
-    from lowvram_db.cache.framing import View
+    from lowvram_db.framing import View
 
 
 class Moments(NamedTuple):

@@ -16,7 +16,7 @@ from lowvram_db.families.sd import BlankStableDiffusion, StableDiffusion, Stable
 from lowvram_db.files.foreign import read_json
 
 if TYPE_CHECKING:
-    from lowvram_db.cache.framing import View
+    from lowvram_db.framing import View
 
 _SIZES = 6  # numbers that tell a picture's original size, crop corner and target size
 

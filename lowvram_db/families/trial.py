@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowvram_db.cache.framing import View
 from lowvram_db.errors import UserError
 from lowvram_db.families.blank import Blank
 from lowvram_db.families.conditioning import Conditioning, collated
 from lowvram_db.families.configs import NOT_BUILT
 from lowvram_db.files.foreign import naming
 from lowvram_db.formats.known import is_packaged
+from lowvram_db.framing import View
 
 _passed: set[tuple[bytes, ...]] = set()  # config files that stood the trial; a run opens its model more than once
 

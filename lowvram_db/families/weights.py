@@ -19,8 +19,8 @@ from lowvram_db.files.foreign import naming
 from lowvram_db.files.pickled import unpickle
 from lowvram_db.files.reader import Reader
 from lowvram_db.formats.names import CLIP_COUNT, CLIP_PREFIX, FORMERLY
-from lowvram_db.formats.reading import STAND_IN
 from lowvram_db.formats.single_file import file_behind, part_tensors
+from lowvram_db.reading import STAND_IN
 
 Narrow = Callable[[Tensor], Tensor]
 

@@ -17,10 +17,10 @@ from lowvram_db.formats.layout import EMA_PREFIX
 from lowvram_db.formats.lora_file import BASE, base_of, read_lora
 from lowvram_db.formats.merged import merged
 from lowvram_db.formats.modelspec import Subject, describe
-from lowvram_db.formats.reading import AS_IT_IS, Reading
 from lowvram_db.formats.stored import Model, open_stored, predicts, same
 from lowvram_db.formats.written import check_place, dtypes_for, write_folder, write_single_file
 from lowvram_db.progress import say
+from lowvram_db.reading import AS_IT_IS, Reading
 from lowvram_db.run import Run
 from lowvram_db.sheet import read_grid
 

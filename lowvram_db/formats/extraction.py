@@ -11,9 +11,9 @@ from lowvram_db.errors import UserError
 from lowvram_db.formats.export import describe_lora, subject_of
 from lowvram_db.formats.extract import Extracted, extract
 from lowvram_db.formats.lora_file import dtype_for, write_lora
-from lowvram_db.formats.reading import AS_IT_IS, Reading
 from lowvram_db.formats.stored import open_stored
 from lowvram_db.formats.written import check_place
+from lowvram_db.reading import AS_IT_IS, Reading
 from lowvram_db.run import Run
 
 

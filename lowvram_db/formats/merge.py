@@ -9,9 +9,9 @@ from lowvram_db.errors import UserError
 from lowvram_db.formats.export import Format, write
 from lowvram_db.formats.lora_file import read_lora
 from lowvram_db.formats.merged import merged
-from lowvram_db.formats.reading import AS_IT_IS, Reading
 from lowvram_db.formats.stored import open_stored
 from lowvram_db.formats.written import check_place
+from lowvram_db.reading import AS_IT_IS, Reading
 
 
 def merge(

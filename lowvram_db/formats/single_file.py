@@ -33,10 +33,10 @@ from lowvram_db.formats.known import family_folder
 from lowvram_db.formats.layout import LAYOUTS
 from lowvram_db.formats.names import Form
 from lowvram_db.formats.prediction import Prediction, prediction_of
-from lowvram_db.formats.reading import AS_IT_IS, STAND_IN, Reading
 from lowvram_db.formats.tensors import Tensors, tensors_of
 from lowvram_db.formats.tokenizer import END, find_vocabulary, write_tokenizer
 from lowvram_db.progress import say
+from lowvram_db.reading import AS_IT_IS, STAND_IN, Reading
 
 _PLACES = "single_file.json"  # where they are
 _FORMAT = 1  # of such folders

@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
 
 from lowvram_db.errors import UserError
 from lowvram_db.formats.known import known_configs
-from lowvram_db.formats.reading import AS_IT_IS, Reading
+from lowvram_db.reading import AS_IT_IS, Reading
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 

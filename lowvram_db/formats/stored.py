@@ -17,11 +17,11 @@ from lowvram_db.formats.forms import to_network
 from lowvram_db.formats.inspect import inspect
 from lowvram_db.formats.layout import LAYOUTS
 from lowvram_db.formats.names import CLIP_COUNT, Form, Place, in_network, name_now
-from lowvram_db.formats.reading import AS_IT_IS, Reading
 from lowvram_db.formats.single_file import as_configs, as_folder, opened
 from lowvram_db.formats.source import find_model
 from lowvram_db.formats.tensors import Tensors, tensors_of
 from lowvram_db.formats.weight_files import weight_files
+from lowvram_db.reading import AS_IT_IS, Reading
 
 
 class Readable(Protocol):

@@ -13,10 +13,10 @@ from lowvram_db.formats.content import content_of
 from lowvram_db.formats.header import Described, Header
 from lowvram_db.formats.inspect import described
 from lowvram_db.formats.names import CLIP_PREFIX
-from lowvram_db.formats.reading import AS_IT_IS, Reading
 from lowvram_db.formats.source import find_model
 from lowvram_db.formats.tokenizer import END, START, Vocabulary, find_vocabulary, read_vocabulary
 from lowvram_db.formats.weight_files import weight_files
+from lowvram_db.reading import AS_IT_IS, Reading
 
 ENDS_A_WORD = "</w>"
 _TABLE = "embeddings.token_embedding.weight"

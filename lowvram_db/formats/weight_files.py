@@ -6,7 +6,7 @@ from typing import Any
 from lowvram_db.errors import UserError
 from lowvram_db.files.foreign import read_json
 from lowvram_db.files.stand_in import refuse_stand_in
-from lowvram_db.formats.reading import STAND_IN
+from lowvram_db.reading import STAND_IN
 
 # In the order in which the loaders look: diffusers takes an index before a single file, transformers after it.
 _DIFFUSERS = (

@@ -1,6 +1,6 @@
 """The optimizers there are, and what each can do: asked wherever something depends on which one it is.
 
-Imports nothing heavy: the settings ask, before torch is there. choices.py builds them.
+Imports nothing heavy: the settings ask, before torch is there. train/optimizer.py builds them.
 """
 
 from dataclasses import dataclass

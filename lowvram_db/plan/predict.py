@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
-from lowvram_db.cache.framing import View
 from lowvram_db.config import Config
 from lowvram_db.families.base import Moments
 from lowvram_db.families.blank import Blank
 from lowvram_db.families.conditioning import brought, collated
+from lowvram_db.framing import View
 from lowvram_db.kernels import adam8
 from lowvram_db.memory.device import DTYPES
 from lowvram_db.memory.overheads import CONTEXT, CUBLAS_WORKSPACES, RAM_WITH_CUDA, temporaries

@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lowvram_db.cache.framing import Size, View
 from lowvram_db.cache.precompute import Cached
 from lowvram_db.concept import Concept
 from lowvram_db.concept.masks import load_mask, loss_weights
 from lowvram_db.concept.prompts import DRAWS
 from lowvram_db.families.base import NO_PROMPT, Moments
+from lowvram_db.framing import Size, View
 from lowvram_db.kernels import bits
 from lowvram_db.train.objective import Stream
 

@@ -6,15 +6,12 @@ import contextlib
 import time
 from collections import deque
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 from lowvram_db.memory.device import peak_bytes
 from lowvram_db.progress import Bar
 from lowvram_db.train.metrics import Metrics
 from lowvram_db.train.outcome import Outcome
-
-if TYPE_CHECKING:
-    from lowvram_db.train.loop import Trainer
+from lowvram_db.train.trainer import Trainer
 
 
 class Journal:

@@ -21,13 +21,13 @@ from lowvram_db.kernels.launch import Implementation
 from lowvram_db.kernels.noise_loss import noise_loss, noisy_latents
 from lowvram_db.memory.device import lay_out, sent
 from lowvram_db.memory.widening import widen
-from lowvram_db.optim.choices import build, make_state
 from lowvram_db.optim.kinds import StepsInBackward
 from lowvram_db.optim.loss_scale import LossScale
 from lowvram_db.optim.placement import Placement
 from lowvram_db.optim.storage import DTYPES, SMALLEST
 from lowvram_db.train import objective
 from lowvram_db.train.batches import Batch
+from lowvram_db.train.optimizer import build, make_state
 from lowvram_db.train.strategy import Strategy
 from lowvram_db.train.streaming import placement
 from lowvram_db.train.trained import groups, idle, trained

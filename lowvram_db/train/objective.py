@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lowvram_db.cache import framing
+from lowvram_db import framing
 from lowvram_db.families.base import NoiseSchedule
 from lowvram_db.kernels import bits, noise_loss
 

@@ -19,20 +19,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lowvram_db.cache.framing import View
+from lowvram_db.framing import View
 from lowvram_db.kernels import bits
 from lowvram_db.memory.device import sent
 from lowvram_db.sections import TrainConfig
 from lowvram_db.train.batches import Batch, Batches
 from lowvram_db.train.objective import Stream
-
-if TYPE_CHECKING:
-    from lowvram_db.train.loop import Trainer
+from lowvram_db.train.trainer import Trainer
 
 _PICTURES = 4  # of the subject, and as many of the class
 _HELD_OUT = 2  # of the subject's, at most

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowvram_db.cache.encoder import ImageEncoder
-from lowvram_db.cache.framing import to_float
+from lowvram_db.framing import to_float
 
 CPU = torch.device("cpu")
 

@@ -11,10 +11,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from lowvram_db.cache import Framing, Store, View, catalogue, precompute
 from lowvram_db.cache.encoder import ImageEncoder
-from lowvram_db.cache.framing import to_float
 from lowvram_db.errors import UserError
 from lowvram_db.families import open_model
 from lowvram_db.families.base import Moments
+from lowvram_db.framing import to_float
 from lowvram_db.photos import load_photo
 
 CPU = torch.device("cpu")

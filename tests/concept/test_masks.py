@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from lowvram_db.cache.framing import View
 from lowvram_db.concept.masks import load_mask, loss_weights
+from lowvram_db.framing import View
 from lowvram_db.photos import find_photos, mask_of
 
 

@@ -6,8 +6,8 @@ from lowvram_db.concept.identifier import check, summary
 from lowvram_db.concept.suggestions import suggest
 from lowvram_db.config import load
 from lowvram_db.demo.tokenizer import RARE_WORDS
-from lowvram_db.formats.reading import AS_IT_IS
 from lowvram_db.formats.tokens import Tokens, read_tokens
+from lowvram_db.reading import AS_IT_IS
 from lowvram_db.sections import DEFAULT_IDENTIFIER
 
 

@@ -17,8 +17,8 @@ from lowvram_db.families.weights import read_weights
 from lowvram_db.formats import known
 from lowvram_db.formats.forms import to_file
 from lowvram_db.formats.layout import LAYOUTS
-from lowvram_db.formats.reading import STAND_IN
 from lowvram_db.formats.tokenizer import Vocabulary, byte_letters, write_tokenizer
+from lowvram_db.reading import STAND_IN
 
 Shapes = dict[str, tuple[int, ...]]
 _UNETS: dict[str, dict[str, Any]] = {

@@ -14,7 +14,7 @@ from lowvram_db.dreambooth import run_dreambooth
 from lowvram_db.errors import UserError
 from lowvram_db.formats.content import ema_key
 from lowvram_db.formats.export import Format, export, export_run
-from lowvram_db.formats.reading import Reading
+from lowvram_db.reading import Reading
 from lowvram_db.run import Run
 
 PIPELINES = {"sd1": StableDiffusionPipeline, "sd2": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from lowvram_db.errors import UserError
 from lowvram_db.formats.content import ema_key
 from lowvram_db.formats.inspect import inspect
-from lowvram_db.formats.reading import STAND_IN, Reading
 from lowvram_db.formats.single_file import part_tensors
 from lowvram_db.formats.source import find_model
+from lowvram_db.reading import STAND_IN, Reading
 
 OUT = "model.diffusion_model.out.2.weight"
 

@@ -13,8 +13,8 @@ from lowvram_db.formats import kinds
 from lowvram_db.formats.content import ema_key
 from lowvram_db.formats.known import family_folder
 from lowvram_db.formats.layout import LAYOUTS, VAE_PREFIX
-from lowvram_db.formats.reading import STAND_IN, Reading
 from lowvram_db.formats.source import find_configs, find_model
+from lowvram_db.reading import STAND_IN, Reading
 
 EPSILON = {"sd1": None, "sd2": "epsilon", "sdxl": None}
 
@@ -291,7 +291,7 @@ from pathlib import Path
 import torch
 from lowvram_db.cache import catalogue_of, model_digest
 from lowvram_db.families import open_model
-from lowvram_db.formats.reading import Reading
+from lowvram_db.reading import Reading
 def load(name):
     family = open_model(name, reading=Reading(tokenizer=sys.argv[3]))
     model_digest(family, catalogue_of(Path(name).parent / "catalogue"))

@@ -14,9 +14,9 @@ from transformers import CLIPTokenizer
 
 from lowvram_db.demo.miniature import write_sdxl
 from lowvram_db.errors import UserError
-from lowvram_db.formats.reading import Reading
 from lowvram_db.formats.tokenizer import read_vocabulary
 from lowvram_db.formats.tokens import Tokens, read_tokens
+from lowvram_db.reading import Reading
 
 TABLE = "text_model.embeddings.token_embedding.weight"
 

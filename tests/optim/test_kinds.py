@@ -5,9 +5,9 @@ from typing import get_args
 import pytest
 from torch import nn
 
-from lowvram_db.optim.choices import build
 from lowvram_db.optim.kinds import KINDS, Name, StepsInBackward
 from lowvram_db.sections import OptimizerConfig
+from lowvram_db.train.optimizer import build
 
 
 def test_every_name_has_its_kind():

@@ -10,8 +10,8 @@ from lowvram_db.config import Config
 from lowvram_db.families import open_model
 from lowvram_db.train.batches import Batches
 from lowvram_db.train.checkpoint import frozen, read_state
-from lowvram_db.train.loop import Trainer
 from lowvram_db.train.trained import trains_text
+from lowvram_db.train.trainer import Trainer
 
 CPU = torch.device("cpu")
 

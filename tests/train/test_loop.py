@@ -13,11 +13,11 @@ from lowvram_db.errors import UserError
 from lowvram_db.kernels import bits
 from lowvram_db.kernels.noise_loss import noise_loss, noisy_latents
 from lowvram_db.memory.arithmetic import is_native
-from lowvram_db.optim.choices import build
 from lowvram_db.run import Run
 from lowvram_db.train import checkpoint, objective
 from lowvram_db.train.batches import Batches
 from lowvram_db.train.loop import train
+from lowvram_db.train.optimizer import build
 
 
 def draws(shape, step, stream):

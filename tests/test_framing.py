@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from lowvram_db.cache import Framing, View
-from lowvram_db.cache.framing import to_float
+from lowvram_db.framing import to_float
 
 side = st.integers(1, 300)
 DIGEST = "0123456789abcdef" * 4

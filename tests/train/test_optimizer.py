@@ -5,8 +5,8 @@ import torch
 from lowvram_db import cli
 from lowvram_db.errors import UserError
 from lowvram_db.kernels import launch
-from lowvram_db.optim.choices import FirstStepCheck, build, that_runs
 from lowvram_db.sections import OptimizerConfig
+from lowvram_db.train.optimizer import FirstStepCheck, build, that_runs
 
 
 @pytest.fixture
