@@ -28,6 +28,7 @@ from lowvram_db.plan.choose import choose
 from lowvram_db.run import Run
 from lowvram_db.sheet import read_grid
 from lowvram_db.train import checkpoint
+from lowvram_db.train.strategy import Strategy
 
 
 def unet_of(run):
@@ -465,7 +466,8 @@ def test_the_allocator_is_capped_at_the_budget_before_anything_is_loaded(make_co
 @pytest.mark.parametrize(("device", "free", "said"), [("cuda", 3, True), ("cuda", 5, False), ("cpu", 3, False)])
 def test_little_ram_beside_a_gpu_is_said(monkeypatch, capfd, device, free, said):
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=free * 2**30))
-    room._warn_of_little_ram(SimpleNamespace(least_ram_bytes=4 * 2**30), torch.device(device))
+    plan = SimpleNamespace(least_ram_bytes=4 * 2**30, strategy=Strategy(0, 1))
+    room._check_ram(plan, torch.device(device))
     line = "3.00 GiB of RAM are free, and about 4.00 GiB are wanted; close other programs"
     assert (line in capfd.readouterr().err) == said
 

@@ -99,7 +99,8 @@ def streaming(plan: Plan) -> Iterator[str]:
     """Lines on state that lives in RAM, for whoever wants the plan explained."""
     if plan.rates:
         most = max(rung.copied_bytes for rung in plan.rungs)
-        yield f"a step copies up to {gib(most)} each way, hidden behind its arithmetic as far as it lasts; {plan.rates}"
+        yield f"a step copies up to {gib(most)} each way, hidden behind its arithmetic as far as it lasts:"
+        yield plan.rates
     if plan.resident:
         yield plan.resident
 

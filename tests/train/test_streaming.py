@@ -121,7 +121,7 @@ def test_the_ladder_goes_on_into_ram_where_it_is_adam8s_state_of_whole_networks(
         ({"train": {"gradient_checkpointing": False}}, Strategy(0, 5, streamed=8)),
         ({"optimizer": {"name": "adafactor"}}, RESIDENT),
         ({"optimizer": {"name": "adamw"}}, Strategy(5, 5, parts=2)),
-        ({"method": {"name": "lora"}}, RESIDENT),
+        ({"method": {"name": "lora"}, "optimizer": {"name": "adam8"}}, RESIDENT),
     ]:
         trainer = make_trainer(make_config(**sections))
         assert trainer._ladder[-1] == last
