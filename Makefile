@@ -1,4 +1,4 @@
-# make demo   DreamBooth on a miniature model and this machine's CPU, from a bare clone: 2 to 3 minutes
+# make demo   DreamBooth on a miniature model and this machine's CPU, from a bare clone: about 2 minutes and installing
 # make test   lint, types and the fast tests, with the same inputs every time
 # make test-slow   the tests that take minutes, and new inputs for those that make up their own
 
