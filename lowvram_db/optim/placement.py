@@ -120,7 +120,7 @@ class Streamed:
         self._stream = Stream(visits, homes, self._ram, self._lanes, self._room)
 
 
-class Imagined:
+class Imagined(Resident):
     """What Streamed takes of the card and of RAM, for state without values, which nobody reads."""
 
     def __init__(self, streamed: Collection[nn.Parameter], room: Tensor) -> None:
@@ -130,15 +130,6 @@ class Imagined:
         device = _RAM if p in self._streamed else p.device
         kept = {name: torch.empty_like(tensor, device=device) for name, tensor in _tensors(state).items()}
         return {**state, **kept}
-
-    def lent(self, p: nn.Parameter, state: State) -> AbstractContextManager[State]:
-        return nullcontext(state)
-
-    def at_rest(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def end(self) -> None:
-        pass
 
 
 def state_bytes(n: int, weights: Weights) -> int:
