@@ -123,9 +123,13 @@ def test_every_drawn_prompt_is_in_the_cache_as_often_as_its_weight_says(data, se
         "caption_dropout": dropout,
     }
     batches = make(2, 2, size, prompts, seed, **said)
-    drawn = [batches[step].prompts for step in range(_DRAWN)]
+    shown = [batches[step] for step in range(_DRAWN)]
+    drawn = [batch.prompts for batch in shown]
     assert {prompt for row in drawn for prompt in row} <= set(batches.concept.prompts)
-    assert {prompt for row in drawn for prompt in row[size:]} <= {"class", of_class}
+    of_pictures = {
+        (number, prompt) for batch in shown for number, prompt in zip(numbers(batch), batch.prompts, strict=True)
+    }
+    assert {pair for pair in of_pictures if pair[0] >= 2} == {(2.0, of_class), (3.0, "class")}
     again = make(2, 2, size, prompts, seed, **said)
     assert [again[step].prompts for step in range(_DRAWN // 2, _DRAWN)] == drawn[_DRAWN // 2 :]
 
@@ -138,6 +142,11 @@ def test_every_drawn_prompt_is_in_the_cache_as_often_as_its_weight_says(data, se
     for text, share in wanted.items():  # each photo is in half of the rows
         assert abs(counts[text] - rows * share) <= 7 * (rows * share * (1 - share)) ** 0.5 + 1, (text, share)
         assert share or not counts[text]
+
+
+def numbers(batch):
+    """Of the rows' pictures."""
+    return batch.moments.mean.flatten().tolist()
 
 
 def rows_of(batches, step):
