@@ -26,6 +26,7 @@ from lowvram_db.memory import overheads, trace
 from lowvram_db.memory.device import pick_device, release_memory
 from lowvram_db.memory.overheads import CONTEXT, CUBLAS_WORKSPACES
 from lowvram_db.plan import predict
+from lowvram_db.plan import tracing as as_on_a_gpu
 from lowvram_db.plan.reference import tracked_bytes
 from lowvram_db.train.strategy import Strategy
 
@@ -68,7 +69,7 @@ def compare(model: str, resolution: int, batch: int, prior: bool, optimizer: str
         release_memory()
     else:  # MemTracker neither rounds on a CPU nor knows what is inside an operation
         witness = "MemTracker"
-        with patch.object(trace, "GRANULE", 1), patch.object(predict, "temporaries", lambda *_, **__: 0):
+        with patch.object(trace, "GRANULE", 1), patch.object(as_on_a_gpu, "temporaries", lambda *_, **__: 0):
             predicted = max(phase.peak_bytes for phase in predict.training(config, family, strategy)[:2])
         predicted -= CONTEXT + CUBLAS_WORKSPACES
         measured = tracked_bytes(config, family, strategy)

@@ -37,6 +37,7 @@ from lowvram_db.cache import Cached, Store
 from lowvram_db.memory.device import pick_device
 from lowvram_db.optim.adam8 import Adam8
 from lowvram_db.plan import predict
+from lowvram_db.plan.tracing import tracing
 from lowvram_db.quiet import quiet_libraries
 from lowvram_db.train.strategy import Strategy
 
@@ -124,7 +125,7 @@ def on_gpu(events: Iterable[Any]) -> tuple[Counter[str], Counter[str]]:
 def arithmetic(work: Work, strategy: Strategy) -> Counter[str]:
     """Floating point operations of a step by category, from a trace on tensors that are not there."""
     config, family = work.config(), work.family()
-    with predict.tracing() as trace, FlopCounterMode(display=False) as counter:
+    with tracing() as trace, FlopCounterMode(display=False) as counter:
         for end in ("", "_backward"):  # the counter knows the GPU's names for attention, a trace meets the CPU's
             name = f"_scaled_dot_product_flash_attention{{}}{end}"
             gpu, cpu = (getattr(torch.ops.aten, name.format(place)) for place in ("", "_for_cpu"))

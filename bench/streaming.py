@@ -33,6 +33,7 @@ from lowvram_db.memory.stream.timeline import Timing, simulated
 from lowvram_db.optim.placement import state_bytes
 from lowvram_db.optim.storage import SMALLEST
 from lowvram_db.plan import predict
+from lowvram_db.plan.tracing import tracing
 from lowvram_db.plan.waiting import BEGIN
 from lowvram_db.train.strategy import EIGHTHS
 from lowvram_db.train.streaming import ROOM, room_for
@@ -90,7 +91,7 @@ def main() -> None:
 def trace(work: Work) -> Traced:
     config, family = work.config(), work.family()
     order: list[tuple[int, int]] = []
-    with predict.tracing(predict.autocasts(config), config.optimizer.name) as log:
+    with tracing(predict.autocasts(config), config.optimizer.name) as log:
         learner = predict.blank_learner(config, family, everywhere(family), log)
 
         def note(parameter: Tensor) -> None:

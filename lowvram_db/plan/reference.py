@@ -9,6 +9,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from lowvram_db.config import Config
 from lowvram_db.families.blank import Blank
 from lowvram_db.plan import predict
+from lowvram_db.plan.tracing import tracing
 from lowvram_db.train.learner import Inputs
 from lowvram_db.train.strategy import Strategy
 
@@ -16,7 +17,7 @@ from lowvram_db.train.strategy import Strategy
 def tracked_bytes(config: Config, family: Blank, strategy: Strategy) -> int:
     """The peak that MemTracker sees, without the allocator's rounding; it takes some 30 times as long as a Trace."""
     tracker = MemTracker()
-    with predict.tracing(predict.autocasts(config), config.optimizer.name) as trace:
+    with tracing(predict.autocasts(config), config.optimizer.name) as trace:
         learner: Any = predict.blank_learner(config, family, strategy, trace)
         batch, forward = predict.blank_batch(config, family), learner.forward
 

@@ -18,7 +18,9 @@ from lowvram_db.optim.layout import is_channels_last
 from lowvram_db.optim.placement import state_bytes
 from lowvram_db.optim.storage import SMALLEST
 from lowvram_db.plan import predict
+from lowvram_db.plan import tracing as as_on_a_gpu
 from lowvram_db.plan.reference import tracked_bytes
+from lowvram_db.plan.tracing import tracing
 from lowvram_db.train.strategy import Strategy, ladder
 
 _SLOWEST = "bnb-adam8 under autocast, in parts"
@@ -42,7 +44,7 @@ def test_within_1_percent_of_memtracker(planned, blank, name, monkeypatch):
     sections, strategy = FIVE[name]
     config = planned(**{**sections, "train": {"resolution": 64, **sections.get("train", {})}})
     monkeypatch.setattr(trace_room, "GRANULE", 1)
-    monkeypatch.setattr(predict, "temporaries", lambda *_, **__: 0)
+    monkeypatch.setattr(as_on_a_gpu, "temporaries", lambda *_, **__: 0)
     theirs = tracked_bytes(config, blank, strategy)
     phases = predict.training(config, blank, strategy)[:2]
     ours = max(phase.peak_bytes for phase in phases) - CONTEXT - CUBLAS_WORKSPACES
@@ -131,7 +133,7 @@ def test_ctrl_c_ends_a_trace_between_two_operations(planned, blank, monkeypatch)
         operations.append(operation)
         return 0
 
-    monkeypatch.setattr(predict, "temporaries", pressed)
+    monkeypatch.setattr(as_on_a_gpu, "temporaries", pressed)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         predict.training(planned(train={"resolution": 64}), blank, Strategy(0, 5))
@@ -221,7 +223,7 @@ def test_packaged_configs_are_of_the_published_size(name, unet, vae, texts):
 def test_a_gpus_group_norm_keeps_a_contiguous_copy_of_what_lies_channels_last():
     kept = {}
     for layout in (torch.contiguous_format, torch.channels_last):
-        with predict.tracing() as trace:
+        with tracing() as trace:
             x, weight = torch.empty(1, 64, 32, 32).to(memory_format=layout), torch.nn.Parameter(torch.empty(64))
             before = trace.live
             y = torch.nn.functional.group_norm(x, 4, weight, torch.empty(64))
@@ -232,7 +234,7 @@ def test_a_gpus_group_norm_keeps_a_contiguous_copy_of_what_lies_channels_last():
 @pytest.mark.parametrize(("optimizer", "last"), [("adam8", True), ("bnb-adam8", False)])
 def test_weights_are_planned_as_they_lie_on_a_gpu(planned, blank, optimizer, last):
     config = planned(optimizer={"name": optimizer})
-    with predict.tracing(optimizer=optimizer) as trace:
+    with tracing(optimizer=optimizer) as trace:
         learner = predict.blank_learner(config, blank, Strategy(0, 5), trace)
         weight = learner.denoiser.mid_block.resnets[0].conv1.weight
         assert is_channels_last(weight) == last
