@@ -5,6 +5,7 @@ then times the ordinary command line on it, from class images to the saved model
 what its plan says of tensors beside the memory that the process took.
 
     python bench/full_size.py --model sdxl --steps 2 --resolution 256 --optimizer adam8
+    python bench/full_size.py --model sdxl --resolution 1024 --vram 8GiB    # on a GPU, as on a card with no more
 """
 
 import argparse
@@ -65,20 +66,24 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--optimizer", default="adam8")
     parser.add_argument("--compute", default="bf16")
+    parser.add_argument("--vram", help="a budget for the whole command; default: what a GPU has free")
     options = parser.parse_args()
     folder = options.folder or Path(f"runs/{options.model}-random")
     config = prepare(folder, options.model)
+    name = f"run-{int(time.time())}"
     command = ["lowvram-db", "train", str(config)]
     for setting in (
         f"train.steps={options.steps}",
         f"train.resolution={options.resolution}",
         f"optimizer.name={options.optimizer}",
         f"precision.compute={options.compute}",
-        f"output.name=run-{int(time.time())}",
+        f"output.name={name}",
     ):
         command += ["--set", setting]
+    if options.vram:
+        command += ["--vram", options.vram]
     seconds, peak, log = measure(command)
-    run = folder / command[-1].partition("=")[2]
+    run = folder / name
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     path = add_row(
         "full_size",
@@ -89,6 +94,7 @@ def main() -> None:
             "batch": "1 + 1 prior",
             "optimizer": options.optimizer,
             "compute": computed(options.compute, pick_device()),
+            "budget": options.vram or "",
             "weights": load(run / "config.toml").weights,
             "weights_million": log.split("training ")[1].split(" M ")[0],
             "planned_gib": f"{_planned(run) / 2**30:.2f}",

@@ -38,9 +38,9 @@ def trainer_on(make_config, make_trainer, device):
 
 def exact(trainer):
     """All that is trained: weights, and all of the optimizer's state."""
-    tensors = {name: p.detach().clone() for name, p in trainer.denoiser.named_parameters()}
+    tensors = {name: p.detach().cpu().clone() for name, p in trainer.denoiser.named_parameters()}
     for place, state in trainer.optimizer.state_dict()["state"].items():
-        tensors |= {f"{place}/{k}": v.clone() for k, v in state.items() if isinstance(v, torch.Tensor)}
+        tensors |= {f"{place}/{k}": v.cpu().clone() for k, v in state.items() if isinstance(v, torch.Tensor)}
     return tensors
 
 
@@ -135,6 +135,17 @@ def test_checkpointing_changes_no_bit(trainer_on):
     trainers = [trainer_on(strategy=Strategy(count, 5)) for count in (0, 2, 5)]
     for trainer in trainers:
         for _ in range(2):
+            trainer.train_step()
+    for one, other in itertools.pairwise(trainers):
+        assert_same(one, other)
+
+
+@pytest.mark.parametrize("weights", ["bf16", "bf16+residual"])
+def test_state_in_ram_changes_no_bit(trainer_on, weights):
+    precision = {"compute": "bf16", "weights": weights}
+    trainers = [trainer_on(Strategy(5, 5, streamed=eighths), precision=precision) for eighths in (0, 3, 8)]
+    for trainer in trainers:
+        for _ in range(3):
             trainer.train_step()
     for one, other in itertools.pairwise(trainers):
         assert_same(one, other)
