@@ -143,17 +143,18 @@ def _child(
     where, task = torch.device(device), Work(**work)
     cap(budget, where)
     began = psutil.Process().create_time()
-    strategies: list[Strategy | None] = [None]
+    strategies: list[tuple[Strategy | None, list[int]]] = [(None, [])]
     if recipe.startswith("ours"):
         strategies = [*_strategies(task, recipe, budget, checkpointed)]
     made: Ours | Classic | None = None
-    for strategy in strategies:
+    for strategy, order in strategies:
         name = recipe if strategy is None else f"{recipe}, {strategy}"
         try:
             if isinstance(made, Ours) and strategy:
                 made.learner.use(strategy)
             else:
-                made = Classic(task, where) if strategy is None else Ours(task, where, strategy, **_sections(recipe))
+                ours = strategy is not None
+                made = Ours(task, where, strategy, order, **_sections(recipe)) if ours else Classic(task, where)
             figures = measured(made, steps, where)
         except torch.OutOfMemoryError:
             yield {"recipe": name, "outcome": "out of memory"}
@@ -167,14 +168,17 @@ def _sections(recipe: str) -> dict[str, Any]:
     return {"precision": {"weights": "bf16+residual"}} if recipe == "ours-residual" else {}
 
 
-def _strategies(work: Work, recipe: str, budget: int | None, checkpointed: list[int]) -> Iterator[Strategy]:
-    """The plan's choice under a budget, else those asked for."""
+def _strategies(
+    work: Work, recipe: str, budget: int | None, checkpointed: list[int]
+) -> Iterator[tuple[Strategy, list[int]]]:
+    """The plan's choice under a budget, else those asked for; each with the order of gradients, as far as it counts."""
     family = work.family()
     if budget is not None:
-        yield choose(work.config(**_sections(recipe)), family, budget).strategy
+        plan = choose(work.config(**_sections(recipe)), family, budget)
+        yield plan.strategy, plan.order
         return
     for count in checkpointed:
-        yield Strategy(count, family.checkpoint_steps)
+        yield Strategy(count, family.checkpoint_steps), []
 
 
 def _report(work: Work, device: str, budget: int | None, steps: int, result: dict[str, Any]) -> None:

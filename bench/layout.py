@@ -8,6 +8,7 @@ import argparse
 import re
 import time
 from statistics import median
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -25,7 +26,7 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channel
 _CONVERSION = re.compile("nchwToNhwc|nhwcToNchw")
 
 
-def laid_out(work: Work, device: torch.device, layout: str, **sections: dict[str, object]) -> Ours:
+def laid_out(work: Work, device: torch.device, layout: str, **sections: Any) -> Ours:
     def lay_out(network: torch.nn.Module, _: torch.device) -> None:
         network.to(memory_format=LAYOUTS[layout])  # type: ignore[call-overload]  # which torch's stubs lack
 

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -53,7 +54,7 @@ _ROOT = Path(__file__).parents[1]
 
 def compare(model: str, resolution: int, batch: int, prior: bool, optimizer: str, weights: str, blocks: int) -> None:
     work = Work(model, resolution, batch, prior)
-    sections = {"optimizer": {"name": optimizer}, "precision": {"weights": weights}}
+    sections: dict[str, Any] = {"optimizer": {"name": optimizer}, "precision": {"weights": weights}}
     config, family = work.config(**sections), work.family()
     strategy = Strategy(blocks, family.checkpoint_steps)
     device = pick_device()

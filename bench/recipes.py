@@ -6,7 +6,7 @@ the same latents and conditioning, and neither holds a VAE or a text encoder.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import quantiles
 from typing import Any, Protocol
@@ -94,7 +94,14 @@ class Recipe(Protocol):
 class Ours:
     """adam8 stepping inside backward into bf16 weights, or what `sections` of the config say."""
 
-    def __init__(self, work: Work, device: torch.device, strategy: Strategy | None = None, **sections: Any) -> None:
+    def __init__(
+        self,
+        work: Work,
+        device: torch.device,
+        strategy: Strategy | None = None,
+        order: Sequence[int] = (),
+        **sections: Any,
+    ) -> None:
         config, family = work.config(**sections), work.family()
         network = random_denoiser(family, narrowing(config.weights))
         strategy = strategy or everywhere(family)
@@ -110,7 +117,7 @@ class Ours:
             timesteps,
             lambda prompts: rows_of(text, slice(len(prompts))),
         )
-        self.learner = Learner(config, family, {family.denoiser_part: network}, surroundings, strategy, kernels)
+        self.learner = Learner(config, family, {family.denoiser_part: network}, surroundings, strategy, kernels, order)
         use_attention(self.learner.denoiser, config.attention, device, self.learner.dtype)
         self._batch = Batch(work.moments(family), work.views, [""] * work.rows, work.batch)
 

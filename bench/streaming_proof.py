@@ -50,9 +50,7 @@ def main() -> None:
 
 def trained(work: Work, strategy: Strategy, order: list[int]) -> tuple[str, float]:
     """What STEPS steps leave, weights and state, as a digest; and the seconds of one, the first left out."""
-    recipe = Ours(work, pick_device(), everywhere(work.family()), train={"lr": 1e-3})
-    recipe.learner.order = order
-    recipe.learner.use(strategy)
+    recipe = Ours(work, pick_device(), strategy, order, train={"lr": 1e-3})
     recipe.step()
     began = _now()
     for _ in range(STEPS - 1):
