@@ -6,8 +6,10 @@ copy in RAM, and a copy that waits for them is asked for when they are done; the
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -29,12 +31,17 @@ class Cuda:
         self._streams = {lane: torch.cuda.Stream(device) for lane in ("up", "down")}
         self._threads = {lane: ThreadPoolExecutor(1, lane) for lane in ("fill", "up", "down", "drain") if staged}
         self._registered: list[Tensor] = []
+        # Also where nobody closes it: pages that go back to the system while they are registered are, to the driver,
+        # still those of before, and whoever gets their addresses next has other bytes copied than it reads.
+        self._unregister = weakref.finalize(self, _unregister, self._registered, list(self._streams.values()))
+        self._unregister.atexit = False  # the process's end does it all
 
     def room(self, size: int) -> Tensor:
         room = torch.empty(size, dtype=torch.uint8, device=self._device)
-        # The allocator may have taken the memory from work that is still to be done.
+        # The allocator may have taken the memory from work that is still to be done, and will give it to other work.
         for stream in self._streams.values():
             stream.wait_stream(torch.cuda.current_stream(self._device))
+            room.record_stream(stream)
         return room
 
     def home(self, size: int, pinned: bool) -> Tensor:
@@ -69,10 +76,7 @@ class Cuda:
     def close(self) -> None:
         for thread in self._threads.values():
             thread.shutdown()
-        for stream in self._streams.values():
-            stream.synchronize()
-        while self._registered:
-            _check(torch.cuda.cudart().cudaHostUnregister(self._registered.pop().data_ptr()), "given back")
+        self._unregister()
 
     def _pinned(self, size: int) -> Tensor:
         """Zeros. Registered: what torch pins by itself it rounds up to a power of two."""
@@ -80,8 +84,11 @@ class Cuda:
             return torch.zeros(0, dtype=torch.uint8)
         whole = torch.zeros(size + _PAGE, dtype=torch.uint8)
         memory = whole[-whole.data_ptr() % _PAGE :][:size]
-        what = f"{gib(size)} of RAM cannot be pinned"
-        _check(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0), what)
+        code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0))
+        if code != 0:
+            with suppress(RuntimeError):  # CUDA tells the next kernel of it too, which has nothing to do with it
+                torch.ones(1, device=self._device)
+            raise MemoryError(f"{gib(size)} of RAM cannot be pinned (CUDA error {code})")
         self._registered.append(memory)
         return memory
 
@@ -121,6 +128,8 @@ def _done(event: torch.cuda.Event | None) -> Event:
     return future
 
 
-def _check(code: int, what: str) -> None:
-    if int(code) != 0:
-        raise MemoryError(f"{what} (CUDA error {int(code)})")
+def _unregister(registered: list[Tensor], streams: list[torch.cuda.Stream]) -> None:
+    for stream in streams:
+        stream.synchronize()
+    while registered:
+        torch.cuda.cudart().cudaHostUnregister(registered.pop().data_ptr())

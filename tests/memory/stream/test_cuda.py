@@ -100,3 +100,23 @@ def test_the_removal_of_any_wait_is_a_race_on_a_card_too(awaited, is_removed):
     lanes = Slow(staged, AWAITED[awaited], awaited if is_removed else None)
     wrong = wrong_after(uses, [MIB] * 4, 3 * MIB, lanes, 0.0 if staged else 1.0)
     assert (wrong > 0) == is_removed
+
+
+def test_memory_is_pinned_no_longer_than_its_lanes_are_there():
+    """What is freed while it is pinned has wrong bytes copied for whoever gets its addresses next."""
+    lanes = Slow(staged=True)
+    home = lanes.home(64 * MIB, pinned=True)
+    assert home.is_pinned()
+    del lanes
+    assert not home.is_pinned()
+
+
+def test_what_cannot_be_pinned_is_no_error_of_the_next_kernel(monkeypatch):
+    lanes, memory = Slow(staged=True), torch.zeros(2 * MIB, dtype=torch.uint8)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "zeros", lambda *_, **__: memory)
+        lanes.home(MIB, pinned=True)
+        with pytest.raises(MemoryError, match="RAM cannot be pinned \\(CUDA error"):
+            lanes.home(MIB, pinned=True)
+    assert torch.full((8,), 2.0, device="cuda").sum().item() == 16
+    lanes.close()
