@@ -10,7 +10,6 @@ Rows go to bench/results/streaming_proof.csv.
 
 import argparse
 import hashlib
-import os
 import random
 import tempfile
 import time
@@ -23,6 +22,7 @@ from recipes import Ours, Work, everywhere
 from torch import Tensor
 
 from lowvram_db.demo.miniature import write_pipeline, write_sdxl
+from lowvram_db.memory.arithmetic import deterministic
 from lowvram_db.memory.device import peak_bytes, pick_device, release_memory, reset_peak
 from lowvram_db.memory.stream.made_up import MadeUpTime
 from lowvram_db.memory.stream.ram import Ram
@@ -105,13 +105,12 @@ def _random_schedule(work: Work, strategy: Strategy, order: list[int], seed: int
 
 def _true_size(model: str, name: str, resolution: int) -> None:
     work, device = Work(name, resolution), pick_device()
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS's part of it, which it reads when it begins
-    torch.use_deterministic_algorithms(True, warn_only=True)
     resident = everywhere(work.family())
     order, found = order_of(work), []
     for strategy in (resident, resident, Strategy(resident.checkpointed, resident.blocks, streamed=EIGHTHS)):
         reset_peak(device)
-        found.append((*trained(work, strategy, order), peak_bytes(device)))
+        with deterministic(True):
+            found.append((*trained(work, strategy, order), peak_bytes(device)))
         release_memory()
     (wanted, _, _), (again, before, most), (got, now, peak) = found
     if again != wanted:

@@ -21,6 +21,7 @@ from lowvram_db.families import check_trainable, open_model
 from lowvram_db.families.base import Family
 from lowvram_db.formats.tokens import read_tokens
 from lowvram_db.memory import driver
+from lowvram_db.memory.arithmetic import deterministic
 from lowvram_db.memory.budget import budget_for, cap, crowd
 from lowvram_db.memory.device import compute_dtype, pick_device, release_memory, say_emulation
 from lowvram_db.memory.out_of_memory import is_out_of_memory, reason
@@ -61,7 +62,7 @@ def run_dreambooth(config: Config, resume: str = "auto", strict: bool = False) -
     begins. Raises UserError for anything the user can mend, DoesNotFit
     when the GPU's memory is full, and Interrupted after Ctrl-C; finished work is always kept.
     """
-    with _problems_named():
+    with _problems_named(), deterministic(config.train.deterministic):
         return _run(config, resume, strict)
 
 

@@ -1,10 +1,14 @@
 """A file's lock, where its file system offers one: network shares and FUSE often do not."""
 
 import errno
-import warnings
 from pathlib import Path
 
-from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock
+
+try:
+    import fcntl
+except ImportError:  # Windows, where every file can be locked
+    fcntl = None  # type: ignore[assignment]
 
 _NOT_OFFERED = {errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 
@@ -14,19 +18,28 @@ def hold(path: Path, timeout: float = 0.0) -> BaseFileLock | None:
 
     Raises filelock.Timeout where another process has it for `timeout` seconds, and OSError where it cannot be made.
     """
-    lock = FileLock(path, timeout=timeout)
-    try:
-        with warnings.catch_warnings(action="ignore"):  # newer filelocks tell of some of these by a warning
-            lock.acquire()
-    except Timeout:
-        raise
-    except NotImplementedError:  # older filelocks say ENOSYS so
+    if not _offered(path):
         return None
-    except OSError as error:
-        if error.errno in _NOT_OFFERED:
-            return None
-        raise
+    lock = FileLock(path, timeout=timeout)
+    lock.acquire()
     return lock
+
+
+def _offered(path: Path) -> bool:
+    """Asked of the system, not of filelock: without an answer some of its versions wait for ever, others fall back to
+    what two processes can hold at once."""
+    if fcntl is None:
+        return True
+    with path.open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError as error:
+            if error.errno in _NOT_OFFERED:
+                return False
+            raise
+    return True
 
 
 def hold_by_existence(path: Path) -> BaseFileLock:

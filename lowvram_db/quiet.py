@@ -12,6 +12,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("xformers").setLevel(logging.ERROR)  # built for another torch; doctor says whether it runs
     warnings.filterwarnings("ignore", category=FutureWarning)
     # What Pillow finds odd in a photo and decodes all the same; what it does not decode is our line.
     warnings.filterwarnings("ignore", module=r"PIL\.")

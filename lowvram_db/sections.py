@@ -170,6 +170,11 @@ class TrainConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="constant | linear | cosine")
     warmup: int = Field(0, ge=0, lt=2**31, description="steps over which the learning rate rises to lr")
     seed: int = Field(0, ge=0, lt=2**63, description="every random draw follows from it")
+    deterministic: bool = Field(
+        False,
+        description="only kernels that give the same bits each time: a run on a GPU then repeats itself, and one that "
+        "was stopped goes on to the same weights; takes more time in attention's backward",
+    )
     gradient_checkpointing: bool | None = Field(
         None,
         description="recompute activations in backward: less memory, more time; default: as much as memory.vram asks",

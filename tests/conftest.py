@@ -27,6 +27,7 @@ from lowvram_db.config import Config
 from lowvram_db.demo.miniature import write_photos, write_pipeline
 from lowvram_db.families import open_model
 from lowvram_db.families.base import Family
+from lowvram_db.memory.arithmetic import deterministic
 
 # A slow moment is no failure, and fixtures of one test may serve all its examples: ours are factories.
 _PATIENT = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
@@ -72,6 +73,12 @@ def _signals_are_heard() -> None:
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_DFL)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _the_same_bits_each_time() -> Iterator[None]:
+    with deterministic(torch.cuda.is_available()):
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -153,9 +160,10 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 @pytest.fixture
 def halves_are_native(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
-    """Say whether this CPU computes in half precision by itself, whatever it does."""
+    """Say whether this CPU computes in half precision by itself, whatever it does; a GPU is not seen."""
 
     def answer(native: bool) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setattr("lowvram_db.memory.device.is_native", lambda dtype, _: native or dtype == torch.float32)
 
     return answer
@@ -170,7 +178,7 @@ def make_config(tmp_path: Path, miniature: Path, photos: Path) -> Callable[..., 
             "model": {"name": str(miniature)},
             "subject": {"photos": str(photos), "identifier": "pkblz", "class": "ball"},
             "prior": {"count": 3, "steps": 2},
-            "train": {"resolution": 64, "steps": 4, "lr": 1e-4},
+            "train": {"resolution": 64, "steps": 4, "lr": 1e-4, "deterministic": torch.cuda.is_available()},
             "precision": {"compute": "fp32"},
             "sample": {"seeds": 1, "steps": 2, "guidance": [7.0]},
             "checkpoint": {"every": 2},

@@ -27,6 +27,8 @@ STEPS = 12
 @pytest.fixture(scope="module")
 def processes():
     """Child processes that start in a moment: the libraries are imported once, by the server they are forked from."""
+    if torch.cuda.is_available():  # which an import has begun to use: no child of that process can
+        return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lowvram_db.dreambooth", "diffusers.pipelines.stable_diffusion"])
     return context

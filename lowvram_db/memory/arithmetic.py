@@ -1,6 +1,25 @@
-"""Which arithmetic a device has of its own."""
+"""Which arithmetic a device has of its own, and whether it repeats itself."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Whether, meanwhile, only kernels run that give the same bits each time. On a GPU the usual backward of attention
+    adds up in the order in which its threads come; on a CPU nothing here does. From before cuBLAS is first used on."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which torch refuses cuBLAS then
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a search for faults
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def is_native(dtype: torch.dtype, device: torch.device) -> bool:

@@ -48,14 +48,19 @@ def temporaries(operation: Any, args: Any, outputs: Any) -> int:
 
     Convolution: cuDNN's tensor-core kernels want channels last and copy every operand and result that does not lie so
     there and back (its nchwToNhwc and nhwcToNchw kernels). Attention backward: FlashAttention-2 sums the query's
-    gradient in float32 (`dq_accum` of its flash_bwd). Sums: see summing.
+    gradient in float32 (`dq_accum` of its flash_bwd), where it is to be deterministic in as many copies as give every
+    multiprocessor work. Sums: see summing.
     """
     if operation in _CONVOLUTIONS:
         return sum(_copy(x) for x in (*args[:3], *outputs) if isinstance(x, Tensor) and x.dim() == 4)
     if operation is _aten.native_group_norm_backward and not args[0].is_contiguous():
         return int(args[0].nbytes)
     if operation in _ATTENTION_BACKWARD:
-        return int(args[_ATTENTION_BACKWARD[operation]].numel()) * 4
+        query = args[_ATTENTION_BACKWARD[operation]]
+        copies = 1
+        if torch.are_deterministic_algorithms_enabled():
+            copies = math.ceil(_card()[0] / (query.shape[0] * query.shape[1]))  # batch and heads
+        return int(query.numel()) * 4 * copies
     if operation is _aten.sum and outputs[0].numel():
         return summing(outputs[0].numel(), args[0].numel() // outputs[0].numel())
     return 0

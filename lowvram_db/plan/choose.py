@@ -19,6 +19,7 @@ import torch
 from lowvram_db.config import Config
 from lowvram_db.errors import UserError
 from lowvram_db.families.blank import Blank
+from lowvram_db.memory.arithmetic import deterministic
 from lowvram_db.memory.device import emulation
 from lowvram_db.memory.overheads import CONTEXT, CUBLAS_WORKSPACES, MARGIN
 from lowvram_db.memory.trace import OverLimit
@@ -35,7 +36,7 @@ def choose(config: Config, family: Blank, budget: int | None, explain: bool = Fa
     there is no budget. explain: trace every rung to its end, also those that are known not to fit."""
     check_resolution(config, family)
     limit = None if budget is None else int(budget / (1 + MARGIN))
-    with _another_process() as beside:
+    with deterministic(config.train.deterministic), _another_process() as beside:
         others = beside(_others, config, family, limit)
         training, rungs, on_the_way, average, order, by = _training(config, family, limit, explain)
         drawn, encoding, sampling, batch, at_the_end = others()

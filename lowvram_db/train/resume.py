@@ -14,8 +14,8 @@ from lowvram_db.train.checkpoint import OtherVersion, State
 # Settings that do not change what has been trained so far; keys, or sections ending in a dot. What model and pictures
 # are is told by their content.
 MAY_CHANGE = ("train.steps", "sample.", "checkpoint.", "output.", "attention", "kernels",
-              "train.gradient_checkpointing", "train.validate_every", "memory.", "prior.batch", "cache.dir",
-              "model.", "subject.photos", "prior.images")  # fmt: skip
+              "train.gradient_checkpointing", "train.deterministic", "train.validate_every", "memory.",
+              "prior.batch", "cache.dir", "model.", "subject.photos", "prior.images")  # fmt: skip
 
 
 def choose(run: Run, resume: str) -> Path | None:

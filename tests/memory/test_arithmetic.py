@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 
-from lowvram_db.memory.arithmetic import is_native
+from lowvram_db import dreambooth
+from lowvram_db.memory.arithmetic import deterministic, is_native
 
 CPU = torch.device("cpu")
 ASK = """
@@ -41,3 +42,13 @@ def test_onednn_is_asked_of_each_half_precision_by_itself(monkeypatch):
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda has=has: has, raising=False)
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda has=has: not has, raising=False)
         assert is_native(torch.bfloat16, CPU) is has and is_native(torch.float16, CPU) is not has
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_a_run_is_deterministic_where_its_config_says_so_and_nothing_after_it(make_config, monkeypatch, wanted):
+    before, seen = torch.are_deterministic_algorithms_enabled(), []
+    monkeypatch.setattr(dreambooth, "_run", lambda *_: seen.append(torch.are_deterministic_algorithms_enabled()))
+    with deterministic(False):
+        dreambooth.run_dreambooth(make_config(train={"deterministic": wanted}))
+    assert seen == [wanted or before]
+    assert torch.are_deterministic_algorithms_enabled() == before
