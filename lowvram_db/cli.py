@@ -95,9 +95,8 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Teach a model one subject from a few photos, or go on where a run stopped."""
-    settings = load(
-        config, [*(overrides or []), *_vram_override(vram)]
-    )  # before the heavy imports: a typo is answered at once
+    # Before the heavy imports: a typo is answered at once.
+    settings = load(config, [*(overrides or []), *_vram_override(vram)])
     skip_unneeded(*{"peft", "bitsandbytes"}.difference(settings.packages))
     from lowvram_db.dreambooth import run_dreambooth
 
@@ -114,9 +113,7 @@ def train(
 @app.command()
 def plan(
     config: Annotated[Path, typer.Argument(help="The run's TOML file.")],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. train.steps=400.")
-    ] = None,
+    overrides: Overrides = None,
     vram: Vram = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="Show each strategy and why it was passed over.")] = False,
