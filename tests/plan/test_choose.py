@@ -17,6 +17,7 @@ from lowvram_db.plan import predict
 from lowvram_db.plan.choose import _advice, _pictures, _training, choose
 from lowvram_db.plan.result import Phase, Plan
 from lowvram_db.plan.show import ram, show
+from lowvram_db.plan.waiting import Rates
 from lowvram_db.train.strategy import ladder
 
 SMALL = {"prior": {"batch": 1}, "train": {"resolution": 128, "batch": 4}}
@@ -183,6 +184,17 @@ def test_what_copies_cost_is_said_and_which_optimizers_have_none(planned, blank,
     resident = capsys.readouterr().out
     assert "bnb-adam8 keeps its state on the card; only adam8's can live in RAM" in resident
     assert "GB/s" not in resident and "state in RAM" not in resident
+
+
+def test_what_copies_are_waited_for_is_said_of_each_rung(planned, blank, monkeypatch, capsys):
+    """By hand: where arithmetic takes no time a step takes as long as its copies, of which two ways go on at once."""
+    monkeypatch.setattr("lowvram_db.plan.choose.rates", lambda budget: Rates(1e18, 1e6, 1e6, "a slow link"))
+    plan = choose(planned(**SMALL), blank, 2**40, explain=True)
+    for rung in plan.rungs:
+        assert rung.copied_bytes / 1e6 <= rung.waits <= 2.1 * rung.copied_bytes / 1e6
+        assert bool(rung.waits) == bool(rung.strategy.streamed)
+    show(plan, explain=True)
+    assert f"+ {1000 * plan.rungs[-1].waits:.0f} ms" in capsys.readouterr().out
 
 
 def test_class_images_come_fewer_at_once_unless_the_user_says_how_many(planned, blank):

@@ -9,6 +9,7 @@ from lowvram_db.demo.miniature import write_sdxl
 from lowvram_db.errors import DoesNotFit
 from lowvram_db.families import open_blank
 from lowvram_db.memory.stream.made_up import MadeUpTime
+from lowvram_db.memory.stream.schedule import Use, planned
 from lowvram_db.optim.placement import state_bytes
 from lowvram_db.plan import predict
 from lowvram_db.train import checkpoint, streaming
@@ -126,6 +127,14 @@ def test_the_ladder_goes_on_into_ram_where_it_is_adam8s_state_of_whole_networks(
         trainer = make_trainer(make_config(**sections))
         assert trainer._ladder[-1] == last
         assert not trainer.strategy.streamed, "nothing is known of the memory"
+
+
+def test_the_least_room_lets_the_largest_state_come_while_another_is_stepped():
+    sizes = [4096, 2**20, 2**20]
+    room = streaming.room_for(sizes, 8)
+    assert room == 2 * 2**20
+    first, second = planned([Use(1, True), Use(2, True)], sizes, room)
+    assert first.start != second.start
 
 
 def test_ram_that_is_not_free_is_said_before_anything_is_moved(make_config, make_trainer, monkeypatch):
