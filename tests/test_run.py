@@ -23,14 +23,22 @@ def test_one_process_at_a_time(run):
         pass
 
 
+def answer_locks_with(error, monkeypatch):
+    def flock(handle, operation):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", flock)
+
+
 @pytest.fixture(params=[errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS], ids=os.strerror)
 def share_without_locks(request, monkeypatch):
-    fcntl = pytest.importorskip("fcntl")
+    answer_locks_with(request.param, monkeypatch)
 
-    def flock(handle, operation):
-        raise OSError(request.param, os.strerror(request.param))
 
-    monkeypatch.setattr(fcntl, "flock", flock)
+def test_a_disk_that_fails_is_not_one_without_locks(run, monkeypatch):
+    answer_locks_with(errno.EIO, monkeypatch)
+    with pytest.raises(UserError, match="cannot be used as a folder"), run.locked():
+        pass
 
 
 def test_one_process_at_a_time_where_there_are_no_locks(run, share_without_locks):
