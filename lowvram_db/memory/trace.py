@@ -89,6 +89,10 @@ class Trace(TorchDispatchMode):
         self._temporary = self._new_number(TEMPORARY)
         self._repeats = Repeats()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled in a trace, and to keep the compiler out of each operation takes time
+
     def label(self, name: str, tensors: Iterable[Tensor]) -> None:
         """Say what the storages of these tensors are for, from their beginning on."""
         for tensor in tensors:

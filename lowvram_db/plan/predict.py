@@ -62,14 +62,18 @@ class Drawing:
     def __init__(self, config: Config, family: Blank, trace: Trace):
         self._config, self._family, self._trace = config, family, trace
         self._dtype = DTYPES[config.precision.compute]
+        self._denoised: dict[int, Phase] = {}  # by rows, of which class images and a sample are mostly the same
         self._denoiser: Any = family.load_denoiser(lambda weight: weight.to(self._dtype))
         trace.label("weights", _tensors([self._denoiser]))
 
     def denoising(self, what: str, pictures: int, guidance: float) -> Phase:
         """So many pictures at once."""
-        start = self._trace.mark()
-        _denoise(self._config, self._family, self._denoiser, pictures, guidance, self._dtype)
-        return _phase(f"{what}, denoising", self._trace, start)
+        rows = _rows(pictures, guidance)
+        if rows not in self._denoised:
+            start = self._trace.mark()
+            _denoise(self._config, self._family, self._denoiser, rows, self._dtype)
+            self._denoised[rows] = _phase("denoising", self._trace, start)
+        return replace(self._denoised[rows], name=f"{what}, denoising")
 
     def decoding(self, what: str, limit: int | None) -> Phase:
         """One picture at a time: beside the denoiser, or without it where that is over the limit, or then in tiles."""
@@ -91,9 +95,13 @@ def _with(phase: Phase, kind: str, more: int) -> Phase:
     return replace(phase, components={**phase.components, kind: phase.components[kind] + more})
 
 
-def _denoise(config: Config, family: Blank, denoiser: Any, pictures: int, guidance: float, dtype: torch.dtype) -> None:
-    """One step, with and without the prompt where there is guidance."""
-    rows = pictures * (2 if guidance > 1 else 1)
+def _rows(pictures: int, guidance: float) -> int:
+    """With and without the prompt where there is guidance."""
+    return pictures * (2 if guidance > 1 else 1)
+
+
+def _denoise(config: Config, family: Blank, denoiser: Any, rows: int, dtype: torch.dtype) -> None:
+    """One step."""
     latents = torch.empty(_latent_shape(config, family, rows), dtype=dtype)
     told = collated([family.view_conditioning(_view(config))] * rows) | family.cached_text([""] * rows)
     family.denoise(denoiser, latents, _timesteps(rows, 0), brought(told, CPU, dtype))
@@ -269,8 +277,8 @@ def _sampling_on_the_way(config: Config, family: Blank, learner: Learner, trace:
     start = trace.mark()
     with torch.no_grad():
         with learner.autocast():
-            guidance = max(config.sample.guidance)
-            _denoise(config, family, learner.denoiser, pictures, guidance, learner.activations)
+            rows = _rows(pictures, max(config.sample.guidance))
+            _denoise(config, family, learner.denoiser, rows, learner.activations)
         overflows = learner.dtype == torch.float16
         _decode(config, family, trace, torch.float32 if overflows else learner.dtype)
     return _phase("sampling on the way", trace, start)

@@ -50,17 +50,15 @@ def planned(uses: Sequence[Use], sizes: Sequence[int], room: int) -> list[Visit]
         start = end if end + size <= room else 0
         starts.append(start)
         end = start + size
-    return [
-        Visit(
-            use.parcel,
-            use.changes,
-            starts[number],
-            rounded[number],
-            _takes(number, starts, rounded),
-            _renewed(number, uses),
-        )
-        for number, use in enumerate(uses)
-    ]
+    changed = {use.parcel: number - len(uses) for number, use in enumerate(uses) if use.changes}  # in the round before
+    visits = []
+    for number, use in enumerate(uses):
+        renewed = number - changed[use.parcel] if use.parcel in changed else None
+        after = _takes(number, starts, rounded)
+        visits.append(Visit(use.parcel, use.changes, starts[number], rounded[number], after, renewed))
+        if use.changes:
+            changed[use.parcel] = number
+    return visits
 
 
 def _takes(number: int, starts: Sequence[int], sizes: Sequence[int]) -> tuple[int, ...]:
@@ -74,17 +72,14 @@ def _takes(number: int, starts: Sequence[int], sizes: Sequence[int]) -> tuple[in
         if left != free:
             found.append(ago)
         free = left
+        if not free:
+            break
     return tuple(found)
 
 
 def _without(low: int, high: int, start: int, end: int) -> list[tuple[int, int]]:
     """What is left of low..high without start..end."""
     return [(a, b) for a, b in ((low, min(high, start)), (max(low, end), high)) if a < b]
-
-
-def _renewed(number: int, uses: Sequence[Use]) -> int | None:
-    changing = (ago for ago in range(1, len(uses) + 1) if uses[number - ago] == Use(uses[number].parcel, True))
-    return next(changing, None)
 
 
 def arrivals(parameters: Iterable[nn.Parameter], backward: Callable[[], object]) -> list[nn.Parameter]:
