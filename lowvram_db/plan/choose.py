@@ -25,7 +25,7 @@ from lowvram_db.memory.trace import OverLimit
 from lowvram_db.optim.kinds import KINDS
 from lowvram_db.plan import predict
 from lowvram_db.plan.result import Phase, Plan, Rung
-from lowvram_db.plan.waiting import Passage, rates, waiting
+from lowvram_db.plan.waiting import rates, waiting
 from lowvram_db.train.strategy import Strategy, ladder, without_budget
 from lowvram_db.train.trained import stage_end
 
