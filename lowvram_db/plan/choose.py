@@ -127,7 +127,7 @@ def _later_steps(config: Config, family: Blank, strategy: Strategy) -> list[Phas
     if step == config.train.steps:
         return []
     with predict.rehearsal(config, family, step) as traced:
-        return traced.steps(strategy)
+        return traced.moved(strategy, traced.steps(strategy.resident))
 
 
 def _look(traced: predict.Rehearsal, strategy: Strategy, limit: int | None) -> tuple[Rung, list[Phase]]:

@@ -20,7 +20,7 @@ from lowvram_db.families.conditioning import brought, collated
 from lowvram_db.framing import View
 from lowvram_db.memory.device import DTYPES
 from lowvram_db.memory.overheads import CONTEXT, CUBLAS_WORKSPACES, RAM_WITH_CUDA
-from lowvram_db.memory.trace import GRANULE, TEMPORARY, Trace
+from lowvram_db.memory.trace import GRANULE, TEMPORARY, OverLimit, Trace
 from lowvram_db.optim.kinds import StepsInBackward
 from lowvram_db.plan.result import Phase
 from lowvram_db.plan.tracing import tracing
@@ -157,8 +157,11 @@ class Rehearsal:
             first = steady = _step(learner, self._batch, trace, self._names[0])
             if trace.live > held:  # else the first has left nothing behind, and all are like it
                 steady = _step(learner, self._batch, trace, self._names[1])
-        finally:
+        except OverLimit:
             trace.limit = None
+            self._begin_anew()  # half a backward leaves gradients
+            raise
+        trace.limit = None
         self._arrived[strategy.resident] = dict(self._arriving)
         return [first, replace(steady, name=self._names[1])]
 
