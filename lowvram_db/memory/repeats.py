@@ -6,6 +6,7 @@ ever matter; in a trace shapes, strides and dtypes do.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -41,11 +42,12 @@ class Repeats:
     def __init__(self) -> None:
         # By calls; what lies inside an argument also by where those begin. None: to be done each time.
         self._seen: dict[Any, _Seen | dict[tuple[int, ...], _Seen] | None] = {}
+        self._numbers: dict[Any, int] = {}
 
     def call(self, operation: Any, args: Any, kwargs: Any) -> Any:
         """What operation(*args, **kwargs) gives."""
         try:
-            key = operation, torch.get_default_dtype(), _key(args), _key(tuple(kwargs.items()))
+            key = _key_of(operation, args, kwargs)
         except _Unlike:
             return operation(*args, **kwargs)
         seen = self._seen.get(key, _NEW)
@@ -60,6 +62,16 @@ class Repeats:
         again = (one and _again(one, args) for one in made)
         return next(again) if kind is FakeTensor else kind(again)
 
+    def number(self, operation: Any, args: Any, kwargs: Any, count: Callable[..., int]) -> int:
+        """What count(*args, **kwargs) gives, which follows from the operation and what tells its result."""
+        try:
+            key = _key_of(operation, args, kwargs)
+        except _Unlike:
+            return count(*args, **kwargs)
+        if key not in self._numbers:
+            self._numbers[key] = count(*args, **kwargs)
+        return self._numbers[key]
+
     def _note(self, key: Any, args: Any, output: Any, is_mutable: bool) -> None:
         seen = None if is_mutable else _seen(output, args)
         if seen and any(made and made.inside is not None for made in seen[1]):
@@ -68,6 +80,10 @@ class Repeats:
             views[_offsets(args)] = seen
         else:
             self._seen[key] = seen
+
+
+def _key_of(operation: Any, args: Any, kwargs: Any) -> Any:
+    return operation, torch.get_default_dtype(), _key(args), _key(tuple(kwargs.items()))
 
 
 def _key(value: Any) -> Any:

@@ -94,6 +94,21 @@ def test_where_an_argument_begins_matters_to_views_alone():
             assert counted.count == times
 
 
+def test_a_number_that_follows_from_shapes_is_asked_for_once():
+    with FakeTensorMode():
+        repeats, asked = Repeats(), []
+
+        def elements(*tensors):
+            asked.append(tensors)
+            return sum(tensor.numel() for tensor in tensors)
+
+        for shape in [(3, 4), (3, 5)] * 2:
+            a, b = torch.empty(shape), torch.tensor(2.0)
+            assert repeats.number(_aten.mm.default, (a,), {}, elements) == a.numel()
+            assert repeats.number(_aten.mm.default, (a, b), {}, elements) == a.numel() + 1
+    assert [len(tensors) for tensors in asked] == [1, 2, 1, 2, 2, 2], "again only of what has values"
+
+
 @pytest.fixture
 def restored_dtype():
     before = torch.get_default_dtype()
