@@ -89,6 +89,10 @@ class Trace(TorchDispatchMode):
         self._temporary = self._new_number(TEMPORARY)
         self._repeats = Repeats()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled in a trace, and to keep the compiler out of each operation takes time
+
     def label(self, name: str, tensors: Iterable[Tensor]) -> None:
         """Say what the storages of these tensors are for, from their beginning on."""
         for tensor in tensors:
@@ -114,7 +118,7 @@ class Trace(TorchDispatchMode):
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # half of all that comes here; the long way takes a tenth of the whole time
         if func in _GRADIENTS_OF:
-            output = _gradients(args, _GRADIENTS_OF[func])
+            output = self._gradients(args, _GRADIENTS_OF[func])
         else:
             output = self._repeats.call(func, args, kwargs or {})
         outputs = output if isinstance(output, (tuple, list)) else (output,)
@@ -122,7 +126,8 @@ class Trace(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self._note(tensor)
         if func._overloadpacket in _ARITHMETIC:
-            self.flops += _ARITHMETIC[func._overloadpacket](*args, **(kwargs or {}), out_val=output)
+            count = partial(_ARITHMETIC[func._overloadpacket], out_val=output)
+            self.flops += self._repeats.number(func, args, kwargs or {}, count)
         if self._temporaries is not None:
             size = self._temporaries(func._overloadpacket, args, outputs)
             if size:
@@ -162,9 +167,11 @@ class Trace(TorchDispatchMode):
         if size > 0 and self._stopping():
             raise KeyboardInterrupt
 
-
-def _gradients(args: Any, places: tuple[int, ...]) -> Any:
-    """What a backward operation gives: of several gradients only those that its last argument asks for."""
-    if len(places) == 1:
-        return torch.empty_like(args[places[0]])
-    return tuple(torch.empty_like(args[at]) if wanted else None for at, wanted in zip(places, args[-1], strict=True))
+    def _gradients(self, args: Any, places: tuple[int, ...]) -> Any:
+        """What a backward operation gives: of several gradients only those that its last argument asks for."""
+        wanted = [True] if len(places) == 1 else args[-1]
+        gradients = tuple(
+            self._repeats.call(_aten.empty_like.default, (args[at],), {}) if one else None
+            for at, one in zip(places, wanted, strict=True)
+        )
+        return gradients if len(places) > 1 else gradients[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -132,6 +133,7 @@ class Imagined(Resident):
         return {**state, **kept}
 
 
+@cache  # a network has few sizes of tensors many times over
 def state_bytes(n: int, weights: Weights) -> int:
     """What the kept state of a parameter of n elements takes in RAM and on the card. Bytes."""
     state: State = adam8.zero_state(n, torch.device("meta"))

@@ -26,7 +26,7 @@ from lowvram_db.memory.trace import OverLimit
 from lowvram_db.optim.kinds import KINDS
 from lowvram_db.plan import predict
 from lowvram_db.plan.result import Phase, Plan, Rung
-from lowvram_db.plan.waiting import Passage, rates, waiting
+from lowvram_db.plan.waiting import rates, waiting
 from lowvram_db.train.strategy import Strategy, ladder, without_budget
 from lowvram_db.train.trained import stage_end
 
@@ -72,11 +72,16 @@ def _training(
     most = max(strategy.checkpointed for strategy in strategies)
     rungs: dict[Strategy, Rung] = {}
     steps: dict[Strategy, list[Phase]] = {}
-    passages: dict[Strategy, list[Passage]] = {}
 
     def look(strategy: Strategy, limit: int | None) -> None:
-        rungs[strategy], steps[strategy] = _look(traced, strategy, limit)
-        passages[strategy] = traced.passages() if strategy.streamed else []
+        if strategy in rungs:
+            return
+        if strategy.streamed:
+            look(strategy.resident, None)
+            phases = traced.moved(strategy, steps[strategy.resident])
+            rungs[strategy], steps[strategy] = _rung(strategy, phases), phases
+        else:
+            rungs[strategy], steps[strategy] = _look(traced, strategy, limit)
 
     def fits(strategy: Strategy) -> bool:
         # The last ones to the end: should none fit, the smallest of them is the answer.
@@ -100,6 +105,7 @@ def _training(
         seen = [rungs[strategy] for strategy in strategies if strategy in rungs]
         chosen = _choice(seen, limit)
         chosen.chosen = True
+        passages = {rung.strategy: traced.passages(rung.strategy) for rung in seen if rung.strategy.streamed}
         order = traced.order() if config.optimizer.kind.streams else []
         traced.use(chosen.strategy)
         phases, pictures = steps[chosen.strategy], config.sample.pictures_a_row
@@ -109,9 +115,9 @@ def _training(
         phases, average = [*phases, traced.saving()], traced.average_bytes
     by = rates(limit) if any(passages.values()) else None
     for rung in seen:
-        if by and passages[rung.strategy]:
-            rung.copied_bytes = sum(passage.size for passage in passages[rung.strategy])
-            rung.waits = waiting(passages[rung.strategy], rung.strategy.streamed, by)
+        if by and (passing := passages.get(rung.strategy)):
+            rung.copied_bytes = sum(passage.size for passage in passing)
+            rung.waits = waiting(passing, rung.strategy.streamed, by)
     later = _later_steps(config, family, chosen.strategy)
     return [*phases[:2], *later, *phases[2:]], _relative(seen), pictures, average, order, str(by or "")
 
@@ -122,7 +128,7 @@ def _later_steps(config: Config, family: Blank, strategy: Strategy) -> list[Phas
     if step == config.train.steps:
         return []
     with predict.rehearsal(config, family, step) as traced:
-        return traced.steps(strategy)
+        return traced.moved(strategy, traced.steps(strategy.resident))
 
 
 def _look(traced: predict.Rehearsal, strategy: Strategy, limit: int | None) -> tuple[Rung, list[Phase]]:
@@ -132,8 +138,12 @@ def _look(traced: predict.Rehearsal, strategy: Strategy, limit: int | None) -> t
     except OverLimit as over:
         reached = over.reached
     else:
-        return Rung(strategy, max(phase.peak_bytes for phase in phases), float(phases[0].flops)), phases
+        return _rung(strategy, phases), phases
     return Rung(strategy, reached + CONTEXT + CUBLAS_WORKSPACES, None), []  # outside the handler, which holds the trace
+
+
+def _rung(strategy: Strategy, phases: list[Phase]) -> Rung:
+    return Rung(strategy, max(phase.peak_bytes for phase in phases), float(phases[0].flops))
 
 
 def _choice(rungs: list[Rung], limit: int | None) -> Rung:

@@ -20,7 +20,7 @@ from lowvram_db.families.conditioning import brought, collated
 from lowvram_db.framing import View
 from lowvram_db.memory.device import DTYPES
 from lowvram_db.memory.overheads import CONTEXT, CUBLAS_WORKSPACES, RAM_WITH_CUDA
-from lowvram_db.memory.trace import GRANULE, TEMPORARY, Trace
+from lowvram_db.memory.trace import GRANULE, TEMPORARY, OverLimit, Trace
 from lowvram_db.optim.kinds import StepsInBackward
 from lowvram_db.plan.result import Phase
 from lowvram_db.plan.tracing import tracing
@@ -28,7 +28,7 @@ from lowvram_db.plan.waiting import Passage
 from lowvram_db.train.batches import Batch
 from lowvram_db.train.learner import Learner, Surroundings
 from lowvram_db.train.strategy import Strategy
-from lowvram_db.train.streaming import share
+from lowvram_db.train.streaming import room_for, share
 from lowvram_db.train.trained import load_networks, steps_of
 
 CPU = torch.device("cpu")  # fake tensors of a GPU cannot go backward where torch has no CUDA
@@ -62,23 +62,27 @@ class Drawing:
     def __init__(self, config: Config, family: Blank, trace: Trace):
         self._config, self._family, self._trace = config, family, trace
         self._dtype = DTYPES[config.precision.compute]
+        self._denoised: dict[int, Phase] = {}  # by rows, of which class images and a sample are mostly the same
         self._denoiser: Any = family.load_denoiser(lambda weight: weight.to(self._dtype))
         trace.label("weights", _tensors([self._denoiser]))
 
     def denoising(self, what: str, pictures: int, guidance: float) -> Phase:
         """So many pictures at once."""
-        start = self._trace.mark()
-        _denoise(self._config, self._family, self._denoiser, pictures, guidance, self._dtype)
-        return _phase(f"{what}, denoising", self._trace, start)
+        rows = _rows(pictures, guidance)
+        if rows not in self._denoised:
+            start = self._trace.mark()
+            _denoise(self._config, self._family, self._denoiser, rows, self._dtype)
+            self._denoised[rows] = _phase("denoising", self._trace, start)
+        return replace(self._denoised[rows], name=f"{what}, denoising")
 
     def decoding(self, what: str, limit: int | None) -> Phase:
         """One picture at a time: beside the denoiser, or without it where that is over the limit, or then in tiles."""
         beside = self._decoded(what, tiled=False)
         away = sum(-(-tensor.nbytes // GRANULE) * GRANULE for tensor in _tensors([self._denoiser]))
-        for phase in (beside, _without(beside, away)):
+        for phase in (beside, _with(beside, "weights", -away)):
             if limit is None or phase.peak_bytes <= limit:
                 return phase
-        return _without(self._decoded(what, tiled=True), away)
+        return _with(self._decoded(what, tiled=True), "weights", -away)
 
     def _decoded(self, what: str, tiled: bool) -> Phase:
         start = self._trace.mark()
@@ -86,13 +90,18 @@ class Drawing:
         return _phase(f"{what}, decoding", self._trace, start)
 
 
-def _without(phase: Phase, weights: int) -> Phase:
-    return replace(phase, components={**phase.components, "weights": phase.components["weights"] - weights})
+def _with(phase: Phase, kind: str, more: int) -> Phase:
+    """Where so many bytes more, or less, of a component are there all the time."""
+    return replace(phase, components={**phase.components, kind: phase.components[kind] + more})
 
 
-def _denoise(config: Config, family: Blank, denoiser: Any, pictures: int, guidance: float, dtype: torch.dtype) -> None:
-    """One step, with and without the prompt where there is guidance."""
-    rows = pictures * (2 if guidance > 1 else 1)
+def _rows(pictures: int, guidance: float) -> int:
+    """With and without the prompt where there is guidance."""
+    return pictures * (2 if guidance > 1 else 1)
+
+
+def _denoise(config: Config, family: Blank, denoiser: Any, rows: int, dtype: torch.dtype) -> None:
+    """One step."""
     latents = torch.empty(_latent_shape(config, family, rows), dtype=dtype)
     told = collated([family.view_conditioning(_view(config))] * rows) | family.cached_text([""] * rows)
     family.denoise(denoiser, latents, _timesteps(rows, 0), brought(told, CPU, dtype))
@@ -130,8 +139,9 @@ class Rehearsal:
         self._names = steps_of(config, step)
         self._learner = blank_learner(config, family, Strategy(0, family.checkpoint_steps), trace, step)
         self._batch = blank_batch(config, family)
-        self._arrived: list[tuple[int, int]] = []  # whose gradients backward has given, by their places, and when
-        self._began = 0  # both in operations done
+        self._began = 0  # the step that is traced, in operations done
+        self._arriving: dict[int, int] = {}  # gradients of its backward, by places, in operations since it began
+        self._arrived: dict[Strategy, dict[int, int]] = {}  # of steps that were traced to their end
         for place, parameter in enumerate(self._learner.parameters):
             parameter.register_hook(partial(self._note_arrival, place))
         # Of the average of what is trained, in float32 and in the computer's memory.
@@ -144,37 +154,55 @@ class Rehearsal:
         self._begin_anew()
         held, trace.limit = trace.live, _inside(limit)
         try:
-            first = _step(learner, self._batch, trace, self._names[0])
-            if trace.live > held:
-                return [first, _step(learner, self._batch, trace, self._names[1])]
-        finally:
+            first = steady = _step(learner, self._batch, trace, self._names[0])
+            if trace.live > held:  # else the first has left nothing behind, and all are like it
+                steady = _step(learner, self._batch, trace, self._names[1])
+        except OverLimit:
             trace.limit = None
-        return [first, replace(first, name=self._names[1])]  # the first has left nothing behind: all are like it
+            self._begin_anew()  # half a backward leaves gradients
+            raise
+        trace.limit = None
+        self._arrived[strategy.resident] = dict(self._arriving)
+        return [first, replace(steady, name=self._names[1])]
+
+    def moved(self, strategy: Strategy, resident: list[Phase]) -> list[Phase]:
+        """As steps(), without a trace: from the phases of the same strategy with all state on the card. What moves
+        from there to RAM, and the room it passes through, count alike at every moment: the worst stays the worst."""
+        sizes = list(self._share(strategy).values())
+        if not sizes:
+            return resident
+        room = -(-room_for(sizes, strategy.streamed) // GRANULE) * GRANULE
+        return [replace(_with(phase, "optimizer", room - sum(sizes)), ram_bytes=sum(sizes)) for phase in resident]
 
     def use(self, strategy: Strategy) -> None:
         """For what is traced from now on."""
-        if strategy.streamed and not self._learner.order:
+        if strategy.streamed:
             self._learner.order = self.order()
         self._learner.use(strategy)
         self._trace.label("optimizer", state(self._learner.optimizer))
 
     def order(self) -> list[int]:
         """As a learner takes it. The same under every strategy."""
-        if len(self._arrived) < len(self._learner.parameters):
+        if not self._arrived:
             self._begin_anew()
             self._learner.backward(self._batch)
-        return list(dict.fromkeys(place for place, _ in self._arrived))
+            self._arrived[self._learner.strategy.resident] = dict(self._arriving)
+        return list(next(iter(self._arrived.values())))
 
-    def passages(self) -> list[Passage]:
-        """Of the state that was streamed in what was traced last, in the order of a backward."""
-        learner = self._learner
-        sizes = share(learner.arriving, learner.strategy.streamed, self._config.weights)
-        first = self._arrived[: len(learner.parameters)]  # a second batch of a step is as the first
-        came = {learner.parameters[place]: flops - self._began for place, flops in first}
-        return [Passage(size, came[parameter]) for parameter, size in sizes.items() if parameter in came]
+    def passages(self, strategy: Strategy) -> list[Passage]:
+        """Of the state that a strategy streams, in the order of a backward. A step of it has been traced, with the
+        state there or on the card."""
+        came = self._arrived[strategy.resident]
+        places = {parameter: place for place, parameter in enumerate(self._learner.parameters)}
+        sizes = self._share(strategy)
+        return [Passage(size, came[places[p]]) for p, size in sizes.items() if places[p] in came]
+
+    def _share(self, strategy: Strategy) -> dict[nn.Parameter, int]:
+        self._learner.order = self.order()
+        return share(self._learner.arriving, strategy.streamed, self._config.weights)
 
     def _note_arrival(self, place: int, gradient: Tensor) -> None:
-        self._arrived.append((place, self._trace.flops))
+        self._arriving.setdefault(place, self._trace.flops - self._began)  # a second batch of a step is as the first
 
     def sampling(self, pictures: int) -> Phase:
         """So many pictures at once, on the way."""
@@ -185,7 +213,7 @@ class Rehearsal:
         return _saving(self._learner, self._trace)
 
     def _begin_anew(self) -> None:
-        self._arrived.clear()
+        self._arriving.clear()
         self._began = self._trace.flops
         optimizer = self._learner.optimizer
         if isinstance(optimizer, StepsInBackward):
@@ -252,8 +280,8 @@ def _sampling_on_the_way(config: Config, family: Blank, learner: Learner, trace:
     start = trace.mark()
     with torch.no_grad():
         with learner.autocast():
-            guidance = max(config.sample.guidance)
-            _denoise(config, family, learner.denoiser, pictures, guidance, learner.activations)
+            rows = _rows(pictures, max(config.sample.guidance))
+            _denoise(config, family, learner.denoiser, rows, learner.activations)
         overflows = learner.dtype == torch.float16
         _decode(config, family, trace, torch.float32 if overflows else learner.dtype)
     return _phase("sampling on the way", trace, start)

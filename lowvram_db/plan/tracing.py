@@ -33,7 +33,9 @@ def tracing(autocast: bool = False, optimizer: Name = "adam8", twin: bool = Fals
             stack.enter_context(patch("bitsandbytes.optim.AdamW8bit.update_step", lambda *_: None))
             stack.enter_context(patch("bitsandbytes.functional.create_dynamic_map", lambda **_: torch.empty(256)))
         stack.enter_context(patch("lowvram_db.train.trained.quantise", as_if_quantised))
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        tensors = FakeTensorMode(allow_non_fake_inputs=True)
+        tensors.cache_enabled = False  # a trace remembers for itself
+        stack.enter_context(tensors)
         stack.enter_context(trace)
         if twin:
             stack.enter_context(patch.object(adam8, "update_", partial(_twins_memory, trace)))

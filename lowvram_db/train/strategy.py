@@ -16,6 +16,11 @@ class Strategy:
     parts: int = 1  # a batch goes through in so many parts, whose gradients add up
     streamed: int = 0  # eighths of the optimizer's state that live in RAM and pass through the card
 
+    @property
+    def resident(self) -> "Strategy":
+        """The same with all state on the card."""
+        return replace(self, streamed=0)
+
     def __str__(self) -> str:
         checkpointing = {0: "no checkpointing", self.blocks: "checkpointing everywhere"}.get(
             self.checkpointed, f"checkpointing {self.checkpointed} of {self.blocks} blocks"

@@ -28,7 +28,7 @@ def described(output, args):
     storage = output.untyped_storage()
     inside = [isinstance(arg, Tensor) and arg.untyped_storage()._cdata == storage._cdata for arg in args]
     how = output.shape, output.stride(), output.storage_offset(), output.dtype, output.device, storage.nbytes()
-    return type(output), how, inside
+    return type(output), how, inside, vars(output)
 
 
 def image(*shape):
@@ -82,6 +82,31 @@ def test_calls_that_differ_are_not_taken_for_one_another(what):
         repeats = Repeats()
         for args in [make() for make in both] * 2:
             assert described(repeats.call(operation, args, {}), args) == described(operation(*args), args)
+
+
+def test_where_an_argument_begins_matters_to_views_alone():
+    with FakeTensorMode():
+        repeats, whole = Repeats(), torch.empty(9)
+        for operation, times in ((_aten.clone.default, 1), (_aten.alias.default, 3)):
+            counted = Counted(operation)
+            for args in [(whole[start:][:3],) for start in (0, 2, 5)] * 2:
+                assert described(repeats.call(counted, args, {}), args) == described(operation(*args), args)
+            assert counted.count == times
+
+
+def test_a_number_that_follows_from_shapes_is_asked_for_once():
+    with FakeTensorMode():
+        repeats, asked = Repeats(), []
+
+        def elements(*tensors):
+            asked.append(tensors)
+            return sum(tensor.numel() for tensor in tensors)
+
+        for shape in [(3, 4), (3, 5)] * 2:
+            a, b = torch.empty(shape), torch.tensor(2.0)
+            assert repeats.number(_aten.mm.default, (a,), {}, elements) == a.numel()
+            assert repeats.number(_aten.mm.default, (a, b), {}, elements) == a.numel() + 1
+    assert [len(tensors) for tensors in asked] == [1, 2, 1, 2, 2, 2], "again only of what has values"
 
 
 @pytest.fixture

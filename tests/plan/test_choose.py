@@ -176,6 +176,19 @@ def test_every_rung_is_explained(planned, blank):
     assert [rung.peak_bytes for rung in plan.rungs] == peaks(planned(**SMALL), blank)
 
 
+def test_state_in_ram_takes_no_further_trace(planned, blank, monkeypatch):
+    """A trace of a large network takes seconds, and eight rungs differ in where state is."""
+    traced, steps = [], predict.Rehearsal.steps
+    monkeypatch.setattr(
+        predict.Rehearsal, "steps", lambda self, rung, *limit: traced.append(rung) or steps(self, rung, *limit)
+    )
+    monkeypatch.setattr("lowvram_db.plan.choose._advice", lambda *_: [])
+    config = planned(train={"resolution": 64}, prior={"enabled": False}, text_encoder={"train": True, "stop": 9})
+    plan = choose(config, blank, CONTEXT, explain=True)
+    resident = [rung for rung in ladder(config, blank.checkpoint_steps) if not rung.streamed]
+    assert plan.strategy.streamed == 8 and traced == [*resident, resident[-1]]
+
+
 def test_what_copies_cost_is_said_and_which_optimizers_have_none(planned, blank, capsys):
     show(choose(planned(**SMALL), blank, 2**40, explain=True), explain=True)
     streaming = capsys.readouterr().out

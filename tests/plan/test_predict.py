@@ -123,6 +123,23 @@ def test_a_strategy_that_was_broken_off_leaves_nothing_to_the_next(planned, blan
         assert [*traced.steps(Strategy(5, 5)), traced.saving()] == alone
 
 
+@pytest.mark.parametrize("optimizer", ["adam8", "adamw"])
+def test_a_strategy_that_was_broken_off_in_backward_leaves_no_gradient_to_what_is_drawn(planned, blank, optimizer):
+    """Of what was computed torch itself holds a little for good."""
+    config = planned(train={"resolution": 64}, optimizer={"name": optimizer})
+    everywhere, nowhere = Strategy(5, 5), Strategy(0, 5)
+    with predict.rehearsal(config, blank) as traced:
+        most = max(phase.peak_bytes for phase in traced.steps(nowhere))
+        traced.steps(everywhere)
+        before = traced.sampling(1)
+        with pytest.raises(OverLimit):
+            traced.steps(nowhere, most - 1)
+        traced.use(everywhere)
+        after = traced.sampling(1)
+    assert {**after.components, "activations": 0} == {**before.components, "activations": 0}
+    assert before.components["gradients"] == 0
+
+
 def test_ctrl_c_ends_a_trace_between_two_operations(planned, blank, monkeypatch):
     """Not inside one: PyTorch's C++ aborts the process where it lets no exception through."""
     operations = []
@@ -164,6 +181,7 @@ def test_state_in_ram_leaves_the_card_but_for_what_passes_through(planned, blank
         sizes = [state_bytes(n, weights) for n in large]
         for eighths in (8, 3):
             streamed = traced.steps(replace(everywhere, streamed=eighths))
+            assert traced.moved(replace(everywhere, streamed=eighths), resident) == streamed
             for before, now in zip(resident, streamed, strict=True):
                 share = now.ram_bytes / sum(sizes)
                 assert eighths / 8 - max(sizes) / sum(sizes) < share <= eighths / 8

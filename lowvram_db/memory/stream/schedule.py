@@ -7,6 +7,7 @@ printed, simulated and tested alone.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -50,41 +51,34 @@ def planned(uses: Sequence[Use], sizes: Sequence[int], room: int) -> list[Visit]
         start = end if end + size <= room else 0
         starts.append(start)
         end = start + size
-    return [
-        Visit(
-            use.parcel,
-            use.changes,
-            starts[number],
-            rounded[number],
-            _takes(number, starts, rounded),
-            _renewed(number, uses),
-        )
-        for number, use in enumerate(uses)
-    ]
+    changed = {use.parcel: number - len(uses) for number, use in enumerate(uses) if use.changes}  # in the round before
+    takes, visits = _takes(starts, rounded), []
+    for number, use in enumerate(uses):
+        renewed = number - changed[use.parcel] if use.parcel in changed else None
+        visits.append(Visit(use.parcel, use.changes, starts[number], rounded[number], takes[number], renewed))
+        if use.changes:
+            changed[use.parcel] = number
+    return visits
 
 
-def _takes(number: int, starts: Sequence[int], sizes: Sequence[int]) -> tuple[int, ...]:
-    """How many visits ago those were that last had each byte of this one's place. The round before has had it all."""
-    free = [(starts[number], starts[number] + sizes[number])]
-    found = []
-    for ago in range(1, len(starts) + 1):
-        start = starts[number - ago]
-        end = start + sizes[number - ago]
-        left = [piece for low, high in free for piece in _without(low, high, start, end)]
-        if left != free:
-            found.append(ago)
-        free = left
-    return tuple(found)
-
-
-def _without(low: int, high: int, start: int, end: int) -> list[tuple[int, int]]:
-    """What is left of low..high without start..end."""
-    return [(a, b) for a, b in ((low, min(high, start)), (max(low, end), high)) if a < b]
-
-
-def _renewed(number: int, uses: Sequence[Use]) -> int | None:
-    changing = (ago for ago in range(1, len(uses) + 1) if uses[number - ago] == Use(uses[number].parcel, True))
-    return next(changing, None)
+def _takes(starts: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, ...]]:
+    """For each visit of a round, how many visits ago those were that last had each byte of its place."""
+    held: deque[tuple[int, int, int]] = deque()  # bytes from, to, and whose: in the order in which they are taken next
+    taken = []
+    for number in range(-len(starts), len(starts)):  # the round before has had all places
+        start = starts[number]
+        end = start + sizes[number]
+        if start == 0:
+            held = deque(sorted(held))
+        after = []
+        while held and start <= held[0][0] < end:
+            _, until, visit = held.popleft()
+            after.append(number - visit)
+            if until > end:
+                held.appendleft((end, until, visit))
+        held.append((start, end, number))
+        taken.append(tuple(sorted(set(after))))
+    return taken[len(starts) :]
 
 
 def arrivals(parameters: Iterable[nn.Parameter], backward: Callable[[], object]) -> list[nn.Parameter]:
