@@ -227,9 +227,10 @@ def _line(word: str, encoders: list[Tokens], told: list[Told]) -> str:
 def report_word(model: str, reading: Reading, word: str, class_noun: str | None) -> Iterator[str]:
     """What there is to know of a word, for people. Raises UserError as check does."""
     encoders = read_tokens(model, reading)
-    for told in check(word, encoders, class_noun):
-        yield told.part
-        for piece in told.pieces:
+    told = check(word, encoders, class_noun)
+    for one in told:
+        yield one.part
+        for piece in one.pieces:
             near = f"; near {', '.join(piece.near)}" if piece.near else ""
             yield f"  {piece.text:12}  token {piece.number:6}, rarer than {piece.rarity:.0%}{near}"
-    yield summary(word, encoders, class_noun)
+    yield _line(word, encoders, told)
