@@ -194,6 +194,21 @@ def test_a_folder_that_cannot_be_written_costs_the_files_alone(finished, monkeyp
     assert "its pictures are not kept" in said and "not all of the evaluation is written" in said
 
 
+def test_a_disk_that_fills_up_ends_it_and_what_was_drawn_is_kept(finished, small_disk):
+    """In the middle of a checkpoint's pictures, which are left out of no judgement."""
+    run = finished(train={"steps": 2})
+    (run.folder / "evaluation").symlink_to(small_disk("200k"))
+    with pytest.raises(UserError, match=r"evaluation/.*: the disk is full \(0\.00 GiB free\); free some space and run"):
+        evaluate(run.folder, seeds=1)
+    assert not (run.folder / "evaluation.json").exists()
+    kept = shutil.copytree(run.folder / "evaluation", run.folder / "kept")
+    (run.folder / "evaluation").unlink()
+    times = {path.name: path.stat().st_mtime_ns for path in kept.rename(run.folder / "evaluation").iterdir()}
+    assert steps(evaluate(run.folder, seeds=1)) == [1, 2]
+    assert 8 <= len(times) < 24 == len(list((run.folder / "evaluation").iterdir()))
+    assert times.items() <= {(path.name, path.stat().st_mtime_ns) for path in (run.folder / "evaluation").iterdir()}
+
+
 def test_the_command_line_prints_a_table_or_json(finished, lowvram_db, tmp_path):
     run = finished(train={"steps": 1})
     code, out, _ = lowvram_db("evaluate", run.folder, "--seeds", 2)
