@@ -139,7 +139,8 @@ def test_odd_photos_are_said_before_a_run_and_end_it_where_that_is_wanted(make_c
     assert "class/a.png     is nearly the same as a.png, and would teach the subject" in said
     assert "b.png           32 x 32 is small: enlarged 2.0 times to 64" in said and "training" not in said
     assert run_dreambooth(config).model.exists()
-    assert "is few" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "is few" in said and "identifier pkblz: 5 tokens (p k b l z); no meaning of its own" in said
 
 
 def test_without_prior_preservation_no_class_image_is_made(make_config):

@@ -101,7 +101,7 @@ def _table(file: Described, key: str) -> np.ndarray:
             stored = (stored.astype(np.uint32) << 16).view(np.float32)
     else:
         stored = np.array(file.numbers(key))
-    table = stored.astype(np.float32).reshape(entry.shape)
+    table = stored.astype(np.float32, copy=False).reshape(entry.shape)
     if not np.isfinite(table.sum()):
         raise UserError(f"{file.path}: {key} holds numbers that are not finite; the file is damaged")
     return table
