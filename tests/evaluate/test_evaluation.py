@@ -98,6 +98,13 @@ def test_the_last_checkpoint_draws_what_the_run_has_made(finished, way):
     assert last["scores"]["subject"]["mean"] != pytest.approx(result["base"]["subject"]["mean"], abs=1e-3)
 
 
+def test_of_pissa_the_finished_lora_alone_is_judged(finished, capfd):
+    """What it began with is taken off that one, and is in no checkpoint."""
+    run = finished(method={"name": "lora", "rank": 4, "init": "pissa"}, train={"steps": 2, "lr": 0.01})
+    assert [one["path"] for one in evaluate(run.folder, seeds=1)["checkpoints"]] == ["lora.safetensors"]
+    assert capfd.readouterr().err.count("by PiSSA is not in it, only taken off the finished one; left out") == 2
+
+
 def test_a_checkpoint_of_another_model_is_left_out(finished, make_config, tmp_path, miniature, capfd):
     other = tmp_path / "other"
     shutil.copytree(miniature, other)
