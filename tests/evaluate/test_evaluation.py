@@ -201,6 +201,25 @@ def test_a_folder_that_cannot_be_written_costs_the_files_alone(finished, monkeyp
     assert "its pictures are not kept" in said and "not all of the evaluation is written" in said
 
 
+def test_a_checkpoint_that_draws_nothing_is_left_out_and_a_base_model_that_does_ends_it(finished, monkeypatch, capfd):
+    run, draw = finished(train={"steps": 2}), Candidate.pictures
+
+    def drawing(broken):
+        def pictures(model, *how):
+            if model.step in broken:
+                raise UserError("the model's pictures are no numbers (NaN)")
+            draw(model, *how)
+
+        monkeypatch.setattr(Candidate, "pictures", pictures)
+        return steps(evaluate(run.folder, seeds=1))
+
+    for broken, said in (([0], "^the model's pictures are no numbers"), ([1, 2], "no checkpoint of it draws pictures")):
+        with pytest.raises(UserError, match=said):
+            drawing(broken)
+    assert drawing([1]) == [2]
+    assert "checkpoints/step-000001: the model's pictures are no numbers (NaN); left out" in capfd.readouterr().err
+
+
 def test_a_disk_that_fills_up_ends_it_and_what_was_drawn_is_kept(finished, small_disk):
     """In the middle of a checkpoint's pictures, which are left out of no judgement."""
     run = finished(train={"steps": 2})
