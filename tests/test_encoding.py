@@ -3,9 +3,10 @@
 import json
 
 import pytest
+import torch
 from PIL import Image
 
-from lowvram_db import dreambooth
+from lowvram_db import dreambooth, encoding
 from lowvram_db.errors import UserError
 
 
@@ -42,3 +43,16 @@ def test_bad_masks_and_crops_are_named_before_a_run(make_config, tmp_path, monke
         monkeypatch.setattr(dreambooth, later, lambda *_: pytest.fail("began"))
     with pytest.raises(UserError, match=words):
         dreambooth.run_dreambooth(make_config(subject={"photos": str(folder)}, train=train))
+
+
+@pytest.mark.parametrize(
+    ("crop", "noun", "centre"),
+    [("subject", "Woman", 1 / 3), ("subject", "dog", 0.5), ("square", "woman", 0.5), ("buckets", "woman", 0.5)],
+)
+def test_people_are_cut_around_the_upper_third_where_that_is_wanted(
+    make_config, family, monkeypatch, crop, noun, centre
+):
+    monkeypatch.setattr(encoding, "precompute", lambda *_, framing, **how: framing)
+    config = make_config(subject={"class": noun}, train={"crop": crop})
+    framing = encoding.encode(config, family, None, torch.device("cpu"), photos=[], prompts=[])
+    assert (framing.crop, framing.centre) == (crop, centre)
