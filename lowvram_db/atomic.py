@@ -14,7 +14,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from lowvram_db.errors import UserError
+from lowvram_db.errors import DiskRefuses, UserError
 
 # What network shares, FUSE and shared folders of virtual machines answer that have no sync (of folders), and what a
 # folder answers that may be written but not read.
@@ -157,9 +157,9 @@ def _disk_errors_named(path: Path) -> Iterator[None]:
         if number in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error) or "os error 112" in str(error):
             folder = next(parent for parent in path.parents if parent.exists())
             free = shutil.disk_usage(folder).free
-            raise UserError(
+            raise DiskRefuses(
                 f"{path}: the disk is full ({free / 2**30:.2f} GiB free); free some space and run the command again"
             ) from error
         if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise UserError(f"{path}: cannot be written ({error}); choose another place") from error
+            raise DiskRefuses(f"{path}: cannot be written ({error}); choose another place") from error
         raise

@@ -13,6 +13,10 @@ class DoesNotFit(UserError):
     exit_code = 3
 
 
+class DiskRefuses(UserError):
+    """A disk is full, or may not be written to."""
+
+
 class Interrupted(Exception):
     """Ctrl-C was pressed; the message says what was saved and how to go on."""
 

@@ -11,7 +11,7 @@ from lowvram_db.memory.size import parse_size
 from lowvram_db.optim.kinds import KINDS, Kind, Name
 from lowvram_db.prompt_sets import Templates, as_templates, weighted
 from lowvram_db.reading import Reading
-from lowvram_db.wording import identifier_problem, template_fields
+from lowvram_db.wording import identifier_problem, template_fields, word_problem
 
 
 class Section(BaseModel):
@@ -41,7 +41,14 @@ def _is_a_template(text: str) -> str:
     return text
 
 
+def _is_a_word(text: str) -> str:
+    if problem := word_problem(text):
+        raise ValueError(f"{text!r} {problem}")
+    return text
+
+
 Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
+Word = Annotated[Text, AfterValidator(_is_a_word)]  # that prompts are filled with
 Template = Annotated[Text, AfterValidator(_is_a_template)]  # of a prompt
 Place = Annotated[Text, AfterValidator(_is_a_place)]  # a path, or what may be one
 Count = Annotated[int, Field(ge=1, lt=2**31)]
@@ -73,7 +80,7 @@ class ModelConfig(Section):
 class SubjectConfig(Section):
     photos: Place = Field(description="folder of 3-6 photos of the one subject")
     identifier: Text = Field(description="a rare word that will come to mean this subject")
-    class_noun: Text = Field(alias="class", description="what kind of thing it is")
+    class_noun: Word = Field(alias="class", description="what kind of thing it is")
     prompts: Annotated[Templates, PlainValidator(as_templates)] = Field(
         ["a photo of a {identifier} {class}"],
         description="training prompts, of which each step draws one: a list, a set (object | living | person | style), "

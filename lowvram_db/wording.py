@@ -1,5 +1,6 @@
 """What a user may write for a subject: the word that names it, and the templates of its prompts."""
 
+import re
 import string
 import unicodedata
 
@@ -13,11 +14,21 @@ _STOP_WORDS = {
 }  # fmt: skip
 _JOINERS = "\u200c\u200d"  # within emoji sequences, and in scripts that need them
 _BLANKS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and symbols to Unicode, and nothing to be seen
+_PLACE = re.compile(r"\{\s*(identifier|class)\s*\}", re.IGNORECASE)  # in a template
 _INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # Unicode's categories
+
+
+def word_problem(word: str) -> str | None:
+    """What is wrong with a word as one that prompts are filled with; None where nothing is."""
+    if place := _PLACE.search(word):
+        return f"has {place[0]} in it, which is the place for a word in a prompt; type the word itself"
+    return None
 
 
 def identifier_problem(word: str, class_noun: str | None = None) -> str | None:
     """What is wrong with a word as the name of a subject, with the mend; None where nothing is."""
+    if problem := word_problem(word):
+        return problem
     for letter in word:
         if unicodedata.category(letter) in _INVISIBLE and letter not in _JOINERS:
             return f"has an invisible character in it (U+{ord(letter):04X}); type it anew"

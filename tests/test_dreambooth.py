@@ -139,7 +139,8 @@ def test_odd_photos_are_said_before_a_run_and_end_it_where_that_is_wanted(make_c
     assert "class/a.png     is nearly the same as a.png, and would teach the subject" in said
     assert "b.png           32 x 32 is small: enlarged 2.0 times to 64" in said and "training" not in said
     assert run_dreambooth(config).model.exists()
-    assert "is few" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "is few" in said and "identifier pkblz: 5 tokens (p k b l z); no meaning of its own" in said
 
 
 def test_without_prior_preservation_no_class_image_is_made(make_config):
@@ -211,14 +212,24 @@ def test_a_trained_run_goes_by_content(make_config, miniature, photos, tmp_path)
         run_dreambooth(make_config(checkpoint={"every": 0}, train={"steps": 5}, **elsewhere))
 
 
-def test_pictures_on_the_way(make_config):
+@pytest.fixture
+def pages(monkeypatch):
+    """How many sheets of pictures were there for each page that is written."""
+    written = []
+    monkeypatch.setattr(room, "write_report", lambda folder: written.append(len(Run(folder).sample_grids())))
+    return written
+
+
+def test_pictures_and_pages_on_the_way(make_config, pages):
     run = run_dreambooth(make_config(sample={"every": 1}))
     grids = sorted(path.name for path in run.samples.iterdir())
     assert grids == [f"step-{step:06d}.png" for step in (0, 1, 2, 3, 4)]
+    assert pages == [2, 3, 4, 5]
 
 
-def test_a_picture_that_fails_ends_no_training(make_config, monkeypatch, capfd):
+def test_a_picture_that_fails_ends_no_training_and_costs_no_page(make_config, monkeypatch, capfd, pages):
     wanted = unet_of(run_dreambooth(make_config(output={"name": "straight"})))
+    pages.clear()
 
     def fail(*_, **__):
         raise ZeroDivisionError("in a solver")
@@ -229,6 +240,7 @@ def test_a_picture_that_fails_ends_no_training(make_config, monkeypatch, capfd):
     assert "pictures of the base model left out: in a solver" in said
     assert "step 2: pictures left out: in a solver" in said
     assert "pictures of the result left out: in a solver" in said
+    assert pages == [0, 0], "of step 2, and at the end"
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in unet_of(run).items())
     monkeypatch.undo()
     run_dreambooth(make_config(sample={"every": 2}))

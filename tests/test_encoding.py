@@ -3,16 +3,17 @@
 import json
 
 import pytest
+import torch
 from PIL import Image
 
-from lowvram_db import dreambooth
+from lowvram_db import dreambooth, encoding
 from lowvram_db.errors import UserError
 
 
-def spotted():
-    """A mask that is black but for its first pixel."""
-    mask = Image.new("L", (96, 64), 0)
-    mask.putpixel((0, 0), 255)
+def spotted(size=(96, 64), place=(0, 0)):
+    """A mask that is black but for a pixel."""
+    mask = Image.new("L", size, 0)
+    mask.putpixel(place, 255)
     return mask
 
 
@@ -21,6 +22,7 @@ BAD = {
     "turned": (Image.new("L", (64, 96), 255), None, {}, r"a\.mask\.png: is 64 x 96, its photo 96 x 64; make it of"),
     "cut off": (spotted(), None, {"mask_weight": 0.0}, r"a\.mask\.png: shows no subject where the photo is cut; set"),
     "in a crop": (spotted(), [8, 8, 72, 64], {"mask_weight": 0.0}, r"a\.mask\.png: shows no subject where the photo"),
+    "too little for a latent": (spotted((384, 256), (190, 130)), None, {"mask_weight": 0.0}, r"shows no subject where"),
     "no picture": (b"no picture", None, {}, r"a\.mask\.png: not an image that Pillow can read"),
     "crop": (None, [0, 0, 97, 64], {}, r"a\.jpg: its crop ends at 97, 64, and the upright photo is 96 x 64; mend it"),
 }
@@ -41,3 +43,16 @@ def test_bad_masks_and_crops_are_named_before_a_run(make_config, tmp_path, monke
         monkeypatch.setattr(dreambooth, later, lambda *_: pytest.fail("began"))
     with pytest.raises(UserError, match=words):
         dreambooth.run_dreambooth(make_config(subject={"photos": str(folder)}, train=train))
+
+
+@pytest.mark.parametrize(
+    ("crop", "noun", "centre"),
+    [("subject", "Woman", 1 / 3), ("subject", "dog", 0.5), ("square", "woman", 0.5), ("buckets", "woman", 0.5)],
+)
+def test_people_are_cut_around_the_upper_third_where_that_is_wanted(
+    make_config, family, monkeypatch, crop, noun, centre
+):
+    monkeypatch.setattr(encoding, "precompute", lambda *_, framing, **how: framing)
+    config = make_config(subject={"class": noun}, train={"crop": crop})
+    framing = encoding.encode(config, family, None, torch.device("cpu"), photos=[], prompts=[])
+    assert (framing.crop, framing.centre) == (crop, centre)

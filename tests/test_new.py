@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lowvram_db.config import load
 from lowvram_db.errors import UserError
@@ -51,6 +51,10 @@ def test_settings_that_follow_from_what_the_model_is(photos, miniature, tmp_path
     write_config(path, str(photos), "dog", str(miniature), "pkblz")
     assert (load(path).train.resolution, load(path).output.dtype) == (64, "fp32")
     assert "cannot be trained" not in capfd.readouterr().err
+    double = Path(shutil.copytree(miniature, tmp_path / "double")) / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor.double() for name, tensor in load_file(double).items()}, double)
+    write_config(tmp_path / "double.toml", str(photos), "dog", str(tmp_path / "double"), "pkblz")
+    assert load(tmp_path / "double.toml").output.dtype == "fp16", "nothing is written in fp64"
     write_config(tmp_path / "xl.toml", str(photos), "dog", "stabilityai/stable-diffusion-xl-base-1.0", "pkblz")
     assert load(tmp_path / "xl.toml").train.resolution == 1024
     save_file({"lora_unet_mid_block.lora_up.weight": torch.ones(1)}, tmp_path / "lora.safetensors")

@@ -15,19 +15,24 @@ from lowvram_db.wording import identifier_problem, template_fields
         ("Dog ", "is the class noun itself"),
         ("the", "stands in nearly every prompt"),
         ("Photo", "stands in nearly every prompt"),
+        ("{identifier}", "has {identifier} in it, which is the place for a word in a prompt; type the word itself"),
+        ("my { Class }", "has { Class } in it"),
     ],
 )
 def test_a_word_that_can_name_no_subject_is_told_why(word, problem):
     assert problem in identifier_problem(word, "dog")
 
 
-@pytest.mark.parametrize("word", ["ohwx", "my ohwx", "💟", "👨\u200d👩\u200d👧", "❤\ufe0f", "שלום", "犬", "naïve"])
+@pytest.mark.parametrize(
+    "word", ["ohwx", "my ohwx", "💟", "👨\u200d👩\u200d👧", "❤\ufe0f", "שלום", "犬", "naïve", "{ohwx}", "class"]
+)
 def test_other_words_are_taken(word):
     assert identifier_problem(word, "dog") is None
 
 
-def test_a_noun_is_the_same_however_its_accents_are_stored():
-    assert "is the class noun itself" in identifier_problem("me\u0301duse", "m\u00e9duse")
+@pytest.mark.parametrize(("word", "noun"), [("me\u0301duse", "m\u00e9duse"), ("m\u00e9duse", "Me\u0301duse ")])
+def test_a_noun_is_the_same_however_it_is_typed(word, noun):
+    assert "is the class noun itself" in identifier_problem(word, noun)
 
 
 def test_what_a_template_asks_for():

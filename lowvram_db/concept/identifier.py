@@ -135,7 +135,9 @@ class Lexicon:
 
     @cached_property
     def _norms(self) -> np.ndarray:
-        return np.linalg.norm(self.tokens.embedding, axis=1)
+        """Of every token, float32 [tokens]."""
+        table = self.tokens.embedding
+        return np.sqrt(np.einsum("td,td->t", table, table))  # a copy of the table would take a second to fill
 
     @cached_property
     def _words(self) -> np.ndarray:
@@ -149,15 +151,11 @@ class Lexicon:
             dtype=np.int64,
         )
 
-    @cached_property
-    def _directions(self) -> np.ndarray:
-        """Of those words, float32 [words, width]."""
-        return self.tokens.embedding[self._words] / np.maximum(self._norms[self._words], 1e-12)[:, None]
-
     def _similar(self, numbers: list[int]) -> np.ndarray:
         """Cosines with every word but itself, float32 [len(numbers), words]."""
-        own = self.tokens.embedding[numbers] / np.maximum(self._norms[numbers], 1e-12)[:, None]
-        similar = own @ self._directions.T
+        lengths = np.maximum(self._norms, 1e-12)
+        products = self.tokens.embedding[numbers] @ self.tokens.embedding.T
+        similar = products[:, self._words] / lengths[self._words] / lengths[numbers, None]
         similar[self._words[None, :] == np.array(numbers)[:, None]] = -1.0
         return similar
 
@@ -227,9 +225,10 @@ def _line(word: str, encoders: list[Tokens], told: list[Told]) -> str:
 def report_word(model: str, reading: Reading, word: str, class_noun: str | None) -> Iterator[str]:
     """What there is to know of a word, for people. Raises UserError as check does."""
     encoders = read_tokens(model, reading)
-    for told in check(word, encoders, class_noun):
-        yield told.part
-        for piece in told.pieces:
+    told = check(word, encoders, class_noun)
+    for one in told:
+        yield one.part
+        for piece in one.pieces:
             near = f"; near {', '.join(piece.near)}" if piece.near else ""
             yield f"  {piece.text:12}  token {piece.number:6}, rarer than {piece.rarity:.0%}{near}"
-    yield summary(word, encoders, class_noun)
+    yield _line(word, encoders, told)

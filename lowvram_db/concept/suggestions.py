@@ -39,7 +39,10 @@ class Suggestion:
 
 def suggest(encoders: list[Tokens], count: int = 10, class_noun: str | None = None) -> list[Suggestion]:
     """The words of one token in every vocabulary that mean least, the best first; few or none in a small vocabulary."""
-    lexicons = [Lexicon(tokens, class_noun) for tokens in encoders]
+    return _suggested([Lexicon(tokens, class_noun) for tokens in encoders], count)
+
+
+def _suggested(lexicons: list[Lexicon], count: int) -> list[Suggestion]:
     first = lexicons[0]
     words = _rare_words(first)[:_CANDIDATES]
     words = [word for word in words if all(_is_one_token(word, lexicon) for lexicon in lexicons)]
@@ -102,8 +105,8 @@ def report_suggestions(
     """
     if sheet is not None and sheet.exists():
         raise UserError(f"--out {sheet}: exists already; choose another name")
-    encoders = read_tokens(model, reading)
-    found = suggest(encoders, count if sheet is None else _DRAWN * count, class_noun)
+    lexicons = [Lexicon(tokens, class_noun) for tokens in read_tokens(model, reading)]
+    found = _suggested(lexicons, count if sheet is None else _DRAWN * count)
     if not found:
         raise UserError(f"{model}: its vocabulary has no rare word of one token; choose letters that make no word")
     if sheet is None:
@@ -113,7 +116,7 @@ def report_suggestions(
     else:
         yield from _drawn(model, reading, found, count, sheet)
     if class_noun is not None:
-        for lexicon in (Lexicon(tokens, class_noun) for tokens in encoders):
+        for lexicon in lexicons:
             around = dict.fromkeys(map(lexicon.text, lexicon.class_words))
             yield f"not near {class_noun}, in {lexicon.tokens.part}: {', '.join(around)}"
 

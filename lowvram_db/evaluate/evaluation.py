@@ -21,7 +21,7 @@ from lowvram_db.cache.catalogue import Catalogue
 from lowvram_db.concept import subject_photos
 from lowvram_db.config import Config, load
 from lowvram_db.encoding import cache_folder
-from lowvram_db.errors import UserError
+from lowvram_db.errors import DiskRefuses, UserError
 from lowvram_db.evaluate import recommend, scores
 from lowvram_db.evaluate.backbones import Found, find
 from lowvram_db.evaluate.candidates import base_of, candidates
@@ -176,6 +176,8 @@ def _judged(run: Run, plan: Plan) -> dict[str, Any]:
                 try:
                     model.pictures(wanted, plan.how, folder, device, bar)
                     drawing.append(model)
+                except DiskRefuses:  # the next one's pictures, too
+                    raise
                 except UserError as error:
                     if model is plan.base:
                         raise

@@ -5,15 +5,6 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-
 from lowvram_db.errors import UserError
 from lowvram_db.formats.known import known_configs
 from lowvram_db.reading import AS_IT_IS, Reading
@@ -29,6 +20,7 @@ _WANTED_FILES = [
     *(f"{part}/diffusion_pytorch_model*.safetensors*" for part in ("unet", "vae")),
     *(f"{part}/model*.safetensors*" for part in ("text_encoder", "text_encoder_2")),
 ]
+_TEXT_FILES = [pattern for pattern in _WANTED_FILES if pattern.startswith(("tokenizer", "text_encoder"))]
 _CONFIG_FILES = [pattern for pattern in _WANTED_FILES if pattern.endswith(".json")]
 _UNWANTED_FILES = ["*.fp16.*", "*non_ema*"]
 
@@ -43,6 +35,13 @@ def find_model(name: str, revision: str | None = None, reading: Reading = AS_IT_
 
         return as_folder(_local(name), reading)
     return _find(name, revision, _WANTED_FILES)
+
+
+def find_texts(name: str, reading: Reading = AS_IT_IS) -> Path:
+    """The folder of a model that is no single file, in which its tokenizers and text encoders are: no more of a hub id
+    is downloaded. Raises UserError as find_model does."""
+    _is_file(name, None, reading)
+    return _find(name, None, _TEXT_FILES)
 
 
 def find_configs(name: str, revision: str | None = None, reading: Reading = AS_IT_IS) -> Path:
@@ -84,6 +83,19 @@ def _find(name: str, revision: str | None, files: list[str]) -> Path:
         return folder
     if not _HUB_ID.fullmatch(name):
         raise UserError(f"model.name: no folder or file {folder.absolute()}, and {name!r} is not a hub id (owner/name)")
+    return _download(name, revision, files)
+
+
+def _download(name: str, revision: str | None, files: list[str]) -> Path:
+    from huggingface_hub import snapshot_download  # takes most of a second, and only wanted here
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=files, ignore_patterns=_UNWANTED_FILES))
     except GatedRepoError as error:
@@ -96,6 +108,6 @@ def _find(name: str, revision: str | None, files: list[str]) -> Path:
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise UserError(
-            f"model.name: {name} is not on this machine ({folder.absolute()} is no folder) and the hub cannot be "
+            f"model.name: {name} is not on this machine ({_local(name).absolute()} is no folder) and the hub cannot be "
             "reached; check the network, or give a local folder"
         ) from error

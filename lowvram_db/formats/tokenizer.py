@@ -9,8 +9,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
-
 from lowvram_db.errors import UserError
 from lowvram_db.files.foreign import naming
 
@@ -128,6 +126,8 @@ def byte_letters() -> dict[int, str]:
 
 
 def _from_cache() -> Vocabulary | None:
+    from huggingface_hub import try_to_load_from_cache  # takes most of a second, and only wanted here
+
     for name, folder in _ON_THE_HUB.items():
         files = [try_to_load_from_cache(name, folder + file) for file in _FILES]
         if all(isinstance(file, str) for file in files):
@@ -147,6 +147,8 @@ def _from_package() -> Vocabulary | None:
 
 
 def _from_hub() -> Vocabulary | None:
+    from huggingface_hub import hf_hub_download
+
     name, folder = next(iter(_ON_THE_HUB.items()))
     try:
         return _read(*(Path(hf_hub_download(name, folder + file)) for file in _FILES))

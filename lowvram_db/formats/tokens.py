@@ -13,7 +13,7 @@ from lowvram_db.formats.content import content_of
 from lowvram_db.formats.header import Described, Header
 from lowvram_db.formats.inspect import described
 from lowvram_db.formats.names import CLIP_PREFIX
-from lowvram_db.formats.source import find_model
+from lowvram_db.formats.source import find_texts
 from lowvram_db.formats.tokenizer import END, START, Vocabulary, find_vocabulary, read_vocabulary
 from lowvram_db.formats.weight_files import weight_files
 from lowvram_db.reading import AS_IT_IS, Reading
@@ -60,7 +60,7 @@ class Tokens:
 def read_tokens(name: str, reading: Reading = AS_IT_IS) -> list[Tokens]:
     """Of every text encoder of a model, by its folder, file or hub id. Raises UserError naming what is wrong there."""
     place = Path(name).expanduser()
-    tables = _of_file(place, reading) if place.is_file() else _of_folder(find_model(name, reading=reading))
+    tables = _of_file(place, reading) if place.is_file() else _of_folder(find_texts(name, reading))
     found = list(tables)
     if not found:
         raise UserError(f"{place}: has no text encoder of CLIP's kind; name a whole Stable Diffusion model")
@@ -101,7 +101,7 @@ def _table(file: Described, key: str) -> np.ndarray:
             stored = (stored.astype(np.uint32) << 16).view(np.float32)
     else:
         stored = np.array(file.numbers(key))
-    table = stored.astype(np.float32).reshape(entry.shape)
+    table = stored.astype(np.float32, copy=False).reshape(entry.shape)
     if not np.isfinite(table.sum()):
         raise UserError(f"{file.path}: {key} holds numbers that are not finite; the file is damaged")
     return table

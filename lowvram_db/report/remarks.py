@@ -28,7 +28,8 @@ def remarks(story: Story, evaluation: Evaluation | None) -> Iterator[str]:
     losses = {step for step, _ in story.metrics.get("loss", [])}
     unfinite = len({step for step, _ in story.metrics.get("lr", [])} - losses)
     if unfinite:
-        yield f"In {unfinite} steps the loss was no number; a lower learning rate or fp32 helps."
+        many = f"{unfinite} step{'s' if unfinite > 1 else ''}"
+        yield f"In {many} the loss was no number; a lower learning rate or fp32 helps."
     yield from _of_validation(story)
     yield from _of_memory(story)
     if story.photo_count and story.photo_count < _FEWEST_PHOTOS:

@@ -32,8 +32,8 @@ def text(family):
 
 @pytest.fixture
 def make(make_config, family, text, tmp_path):
-    def make(folder=tmp_path / "class", family=family, base="digest", **settings):
-        config = make_config(prior={"count": 5, "steps": 2, "batch": 2} | settings)
+    def make(folder=tmp_path / "class", family=family, base="digest", train=None, **settings):
+        config = make_config(prior={"count": 5, "steps": 2, "batch": 2} | settings, train=train or {})
         return class_images(config, family, folder, base, text, CPU)
 
     return make
@@ -139,6 +139,30 @@ def test_every_picture_knows_its_own_prompt(make, make_config, tmp_path):
     assert [recipe_of(path) for path in few] == [recipe_of(path) for path in images[:5]]
     concept = describe(make_config(), [], images)
     assert [concept.class_prompts[path] for path in images] == [recipe_of(path).prompt for path in images]
+
+
+def noise(seed):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+
+
+def test_a_picture_follows_from_the_priors_seed_and_its_number(make, tmp_path, monkeypatch):
+    """Its prompt and its noise; which is that of no sample, whose seeds begin at 0."""
+
+    class Draws:
+        def draw(self, conditioning, pictures, **how):
+            return [noise(picture.seed) for picture in pictures]
+
+    monkeypatch.setattr(room, "drawer_for", lambda *how: Draws())
+
+    def drawn(name, **how):
+        images = make(folder=tmp_path / name, count=20, prompts=["a {class}", "two of {class}"], **how)
+        return [recipe_of(path).prompt for path in images], [content.tobytes() for content in pixels(images)]
+
+    prompts, contents = drawn("first")
+    assert len(set(contents)) == 20 and not {noise(seed).tobytes() for seed in range(1000)} & set(contents)
+    assert drawn("other training", train={"seed": 5}) == (prompts, contents)
+    others, other_contents = drawn("other seed", seed=1)
+    assert others != prompts and not set(other_contents) & set(contents)
 
 
 SETTINGS = {

@@ -1,8 +1,9 @@
 """Words by CLIP's own vocabulary, where it is at hand, and by the demo's model, whose rare words are known."""
 
+import numpy as np
 import pytest
 
-from lowvram_db.concept.identifier import check, meant, summary
+from lowvram_db.concept.identifier import Lexicon, check, meant, summary
 from lowvram_db.errors import UserError
 
 
@@ -49,6 +50,17 @@ def test_words_of_a_like_meaning_are_named(demo):
     assert told.pieces[0].near[0] == "stripes"
     (red,) = check("yellow", demo, "orange")
     assert red.beside_class and not red.is_rare
+
+
+def test_closeness_is_the_mean_cosine_with_the_three_nearest_words(demo):
+    lexicon, (tokens, merges), table = Lexicon(demo[0]), demo[0].vocabulary, demo[0].embedding.astype(np.float64)
+    made = {merge.replace(" ", "") for merge in merges}
+    words = [number for token, number in tokens.items() if token in made and token.removesuffix("</w>").isalpha()]
+    words = [number for number in words if demo[0].names[number].endswith("</w>")]
+    unit = table / np.linalg.norm(table, axis=1, keepdims=True)
+    asked = [*words[:5], *words[-5:]]
+    wanted = [np.sort([unit[one] @ unit[other] for other in words if other != one])[-3:].mean() for one in asked]
+    np.testing.assert_allclose(lexicon.closeness(asked), wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,8 @@ def test_new_finds_a_word_and_says_what_it_is(lowvram_db, photos, request, tmp_p
     word = load(tmp_path / "jelly.toml").subject.identifier
     assert (code, word) == (0, suggest(read_tokens(str(base), AS_IT_IS), 1, "jellyfish")[0].word)
     assert f"identifier {word}: one token" in err
+    assert lowvram_db("new", "its", "--photos", photos, "--class", word, "--model", base)[0] == 0
+    assert load(tmp_path / "its.toml").subject.identifier != word, "the class noun is none"
     code, _, err = lowvram_db(
         "new", "ball", "--photos", photos, "--class", "ball", "--model", base, "--identifier", "stripes"
     )

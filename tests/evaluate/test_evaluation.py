@@ -57,7 +57,7 @@ def steps(result):
 def test_a_run_is_judged_once(finished, monkeypatch, text_encoder):
     run = finished(train={"steps": 3, "lr": 1e-3, "hold_out": 1}, text_encoder={"train": text_encoder})
     result = evaluate(run.folder, seeds=2)
-    assert steps(result) == [1, 2, 3]
+    assert [one["path"] for one in result["checkpoints"]] == [f"checkpoints/step-{step:06d}" for step in (1, 2, 3)]
     assert result["recommended"]["path"] == f"checkpoints/step-{result['recommended']['step']:06d}"
     assert (result["compared_with"], result["photos"]) == ("held-out photos", 1)
     assert result["settings"]["prompts"] == ["a pkblz ball", "a red pkblz ball"]
@@ -96,6 +96,13 @@ def test_the_last_checkpoint_draws_what_the_run_has_made(finished, way):
     for name, score in last["scores"].items():
         assert result["checkpoints"][0]["scores"][name]["by_seed"] == pytest.approx(score["by_seed"], abs=1e-5)
     assert last["scores"]["subject"]["mean"] != pytest.approx(result["base"]["subject"]["mean"], abs=1e-3)
+
+
+def test_of_pissa_the_finished_lora_alone_is_judged(finished, capfd):
+    """What it began with is taken off that one, and is in no checkpoint."""
+    run = finished(method={"name": "lora", "rank": 4, "init": "pissa"}, train={"steps": 2, "lr": 0.01})
+    assert [one["path"] for one in evaluate(run.folder, seeds=1)["checkpoints"]] == ["lora.safetensors"]
+    assert capfd.readouterr().err.count("by PiSSA is not in it, only taken off the finished one; left out") == 2
 
 
 def test_a_checkpoint_of_another_model_is_left_out(finished, make_config, tmp_path, miniature, capfd):
@@ -192,6 +199,40 @@ def test_a_folder_that_cannot_be_written_costs_the_files_alone(finished, monkeyp
     assert steps(evaluate(run.folder, seeds=1)) == [1]
     said = capfd.readouterr().err
     assert "its pictures are not kept" in said and "not all of the evaluation is written" in said
+
+
+def test_a_checkpoint_that_draws_nothing_is_left_out_and_a_base_model_that_does_ends_it(finished, monkeypatch, capfd):
+    run, draw = finished(train={"steps": 2}), Candidate.pictures
+
+    def drawing(broken):
+        def pictures(model, *how):
+            if model.step in broken:
+                raise UserError("the model's pictures are no numbers (NaN)")
+            draw(model, *how)
+
+        monkeypatch.setattr(Candidate, "pictures", pictures)
+        return steps(evaluate(run.folder, seeds=1))
+
+    for broken, said in (([0], "^the model's pictures are no numbers"), ([1, 2], "no checkpoint of it draws pictures")):
+        with pytest.raises(UserError, match=said):
+            drawing(broken)
+    assert drawing([1]) == [2]
+    assert "checkpoints/step-000001: the model's pictures are no numbers (NaN); left out" in capfd.readouterr().err
+
+
+def test_a_disk_that_fills_up_ends_it_and_what_was_drawn_is_kept(finished, small_disk):
+    """In the middle of a checkpoint's pictures, which are left out of no judgement."""
+    run = finished(train={"steps": 2})
+    (run.folder / "evaluation").symlink_to(small_disk("200k"))
+    with pytest.raises(UserError, match=r"evaluation/.*: the disk is full \(0\.00 GiB free\); free some space and run"):
+        evaluate(run.folder, seeds=1)
+    assert not (run.folder / "evaluation.json").exists()
+    kept = shutil.copytree(run.folder / "evaluation", run.folder / "kept")
+    (run.folder / "evaluation").unlink()
+    times = {path.name: path.stat().st_mtime_ns for path in kept.rename(run.folder / "evaluation").iterdir()}
+    assert steps(evaluate(run.folder, seeds=1)) == [1, 2]
+    assert 8 <= len(times) < 24 == len(list((run.folder / "evaluation").iterdir()))
+    assert times.items() <= {(path.name, path.stat().st_mtime_ns) for path in (run.folder / "evaluation").iterdir()}
 
 
 def test_the_command_line_prints_a_table_or_json(finished, lowvram_db, tmp_path):

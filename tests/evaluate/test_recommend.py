@@ -88,8 +88,15 @@ def test_likeness_alone_does_not_decide(lost):
     assert recommend(steps, {step: [] for step in steps}).step == 100
 
 
+def test_the_reason_tells_what_was_won_and_what_is_left():
+    assert recommend({100: made(0.8, follows=0.9, kept=0.7)}, {100: []}).reason == (
+        "of 1 step kept, 100 has the best balance: 80% of the way from the base model to the photos, 90% of its "
+        "obedience to prompts and 70% of the class are there"
+    )
+
+
 def test_a_step_with_a_finding_is_the_last_resort_and_says_so():
-    steps = {100: made(0.9, kept=0.4), 200: made(0.65, kept=0.6)}
+    steps = {100: made(0.9, kept=0.45), 200: made(0.65, kept=0.6)}
     assert recommend(steps, {100: [FORGOTTEN], 200: []}).step == 200
     worst = recommend(steps, {100: [FORGOTTEN], 200: [FORGOTTEN]})
     assert "but the class is forgotten (train with prior.enabled = true" in worst.reason

