@@ -21,6 +21,7 @@ from lowvram_db.config import Config, known_keys, parse
 from lowvram_db.errors import UserError
 from lowvram_db.formats.inspect import inspect
 from lowvram_db.formats.known import known_configs
+from lowvram_db.formats.source import at_hand
 from lowvram_db.formats.tokens import Tokens, read_tokens
 from lowvram_db.photos import find_photos
 from lowvram_db.progress import say
@@ -109,9 +110,9 @@ def train_command(path: Path) -> str:
 
 def _at_hand(model: str) -> list[Tokens]:
     """What the text encoders of a model on this machine read; none of another, nor of one that cannot be trained."""
-    if Path(model).expanduser().exists():
+    if place := at_hand(model):
         with contextlib.suppress(UserError):
-            return read_tokens(model)
+            return read_tokens(str(place))
     return []
 
 

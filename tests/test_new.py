@@ -136,3 +136,22 @@ def test_bad_photos_and_words_are_refused_before_writing(photos, tmp_path):
     with pytest.raises(UserError, match=r"subject\.identifier: must not be empty"):
         write_config(tmp_path / "a.toml", str(photos), "dog", MODEL, " ")
     assert not (tmp_path / "a.toml").exists()
+
+
+def test_a_model_in_the_hubs_cache_is_at_hand(photos, miniature, tmp_path, monkeypatch, capfd):
+    """As the hub's library lays one out, and without a network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name in ("somebody/kept", "somebody/else"):
+        write_config(tmp_path / f"{name[-4:]}.toml", str(photos), "ball", name)
+        assert "identifier" not in capfd.readouterr().err, "nothing is known of its words"
+        stored = tmp_path / "hub" / "models--somebody--kept"
+        if not stored.exists():
+            shutil.copytree(miniature, stored / "snapshots" / "0123")
+            (stored / "refs").mkdir()
+            (stored / "refs" / "main").write_text("0123")
+    write_config(tmp_path / "now.toml", str(photos), "ball", "somebody/kept")
+    local = tmp_path / "local.toml"
+    write_config(local, str(photos), "ball", str(miniature))
+    assert load(tmp_path / "now.toml").subject == load(local).subject
+    first, second = re.findall(r"^identifier .*$", capfd.readouterr().err, re.M)
+    assert first == second

@@ -57,6 +57,20 @@ def find_configs(name: str, revision: str | None = None, reading: Reading = AS_I
     return known or _find(name, revision, _CONFIG_FILES)
 
 
+def at_hand(name: str) -> Path | None:
+    """The file or folder of a model that is on this machine, the hub's cache included; None for what is not."""
+    if (place := _local(name)).exists():
+        return place
+    if not _HUB_ID.fullmatch(name):
+        return None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    with contextlib.suppress(LocalEntryNotFoundError):
+        return Path(snapshot_download(name, local_files_only=True))
+    return None
+
+
 def _is_file(name: str, revision: str | None, reading: Reading) -> bool:
     """Whether a model is a single file. Raises UserError where what is said of it means nothing to what it is."""
     if _local(name).is_file():
