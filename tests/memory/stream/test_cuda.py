@@ -18,18 +18,6 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a G
 
 MIB = 2**20  # smaller copies may be done before they are waited for
 CYCLES = 20_000_000  # some 10 ms of a card's clock
-AWAITED = {
-    Why.ARRIVED: "up",
-    Why.COMPUTED: "compute",
-    Why.LEFT: "down",
-    Why.READ: "compute",
-    Why.RETURNED: "down",
-    Why.FILLED: "fill",
-    Why.SENT: "up",
-    Why.LANDED: "down",
-    Why.DRAINED: "drain",
-    Why.AT_REST: "down",
-}
 
 
 class Slow(Cuda):
@@ -95,10 +83,10 @@ def test_each_use_finds_what_the_last_one_left(pinned):
 
 
 @pytest.mark.parametrize(("awaited", "is_removed"), itertools.product(Why, [False, True]))
-def test_the_removal_of_any_wait_is_a_race_on_a_card_too(awaited, is_removed):
+def test_the_removal_of_any_wait_is_a_race_on_a_card_too(slow_lane, awaited, is_removed):
     staged = awaited in (Why.FILLED, Why.SENT, Why.LANDED, Why.DRAINED)
     uses = [Use(parcel, awaited is not Why.READ) for parcel in (0, 1, 2, 3, 0, 1)]
-    lanes = Slow(staged, AWAITED[awaited], awaited if is_removed else None)
+    lanes = Slow(staged, slow_lane[awaited], awaited if is_removed else None)
     wrong = wrong_after(uses, [MIB] * 4, 3 * MIB, lanes, 0.0 if staged else 1.0)
     assert (wrong > 0) == is_removed
 

@@ -90,28 +90,14 @@ class Careless(MadeUpTime):
         return super()._end_of([wait for wait in waits if wait.why is not self.removed])
 
 
-AWAITED = {
-    Why.ARRIVED: "up",
-    Why.COMPUTED: "compute",
-    Why.LEFT: "down",
-    Why.READ: "compute",
-    Why.RETURNED: "down",
-    Why.FILLED: "fill",
-    Why.SENT: "up",
-    Why.LANDED: "down",
-    Why.DRAINED: "drain",
-    Why.AT_REST: "down",
-}
-
-
 @pytest.mark.parametrize("is_removed", [False, True])
 @pytest.mark.parametrize("awaited", Why)
-def test_the_removal_of_any_wait_is_a_race_that_is_seen(awaited, is_removed):
+def test_the_removal_of_any_wait_is_a_race_that_is_seen(slow_lane, awaited, is_removed):
     """Each in turn, while what is waited for takes a hundred times as long as all else."""
     staged = awaited in (Why.FILLED, Why.SENT, Why.LANDED, Why.DRAINED)
     only_read = awaited is Why.READ
     uses = [Use(parcel, not only_read) for parcel in (0, 1, 2, 3, 0, 1)]
-    lanes = Careless(awaited if is_removed else None, lambda lane, size: 100.0 if lane == AWAITED[awaited] else 1.0)
+    lanes = Careless(awaited if is_removed else None, lambda lane, size: 100.0 if lane == slow_lane[awaited] else 1.0)
 
     def run():
         streamed = Streamed(uses, [GRANULE] * 4, 3 * GRANULE, lanes, pinned=0.0 if staged else 1.0)
