@@ -156,7 +156,12 @@ def load_photo(path: Path, ground: Colour = _WHITE) -> Image.Image:
 
     Raises UserError naming the file when it is not there, is no image, is cut off, or does not fit into memory.
     """
-    return _decode_over(ground, read_photo(path), path)
+    return _decode_over(ground, read_photo(path), path)[0]
+
+
+def load_turned(path: Path) -> tuple[Image.Image, bool]:
+    """As load_photo, and whether its EXIF says that it had to be turned upright."""
+    return _decode_over(_WHITE, read_photo(path), path)
 
 
 def read_photo(path: Path) -> bytes:
@@ -171,10 +176,10 @@ def read_photo(path: Path) -> bytes:
 
 def decode_photo(content: bytes, path: Path) -> Image.Image:
     """As load_photo, from bytes that were read from `path`."""
-    return _decode_over(_WHITE, content, path)
+    return _decode_over(_WHITE, content, path)[0]
 
 
-def _decode_over(ground: Colour, content: bytes, path: Path) -> Image.Image:
+def _decode_over(ground: Colour, content: bytes, path: Path) -> tuple[Image.Image, bool]:
     try:
         try:
             return _decode(content, ground)
@@ -190,7 +195,8 @@ def _decode_over(ground: Colour, content: bytes, path: Path) -> Image.Image:
         raise UserError(f"{path}: damaged or cut off ({what}); replace or remove it") from error
 
 
-def _decode(content: bytes, ground: Colour) -> Image.Image:
+def _decode(content: bytes, ground: Colour) -> tuple[Image.Image, bool]:
+    """And whether it was turned upright."""
     file = take_apart(content)
     with Image.open(io.BytesIO(file.pixels)) as opened:
         opened.load()
@@ -199,7 +205,7 @@ def _decode(content: bytes, ground: Colour) -> Image.Image:
         photo = _flatten(to_srgb(_to_8_bits(opened), profile), ground)
     photo.info = {}  # a profile and an orientation that hold no longer
     turn = _TURNS.get(orientation(exif))
-    return photo if turn is None else photo.transpose(turn)
+    return (photo, False) if turn is None else (photo.transpose(turn), True)
 
 
 @contextlib.contextmanager

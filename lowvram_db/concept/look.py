@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from lowvram_db.errors import UserError
-from lowvram_db.photos import load_photo
+from lowvram_db.photos import load_turned
 from lowvram_db.progress import say
 
 _FEWEST = 3
@@ -18,7 +18,6 @@ _ALIKE = 5  # of 64 bits that two pictures of the same may differ in
 _LONGEST = 3.0  # sides of a picture, as in buckets
 _LEAST_DETAIL = 0.03  # of the contrast, in what a picture of half the size would lack
 _DETAIL_SIDE = 256  # pixels of the picture whose detail is looked at
-_ORIENTATION = 0x0112  # the EXIF tag
 
 
 @dataclass(frozen=True)
@@ -46,9 +45,9 @@ def look(photos: Sequence[Path], resolution: int, class_images: Sequence[Path] =
     }
     hashes: dict[Path, int] = {}
     for picture, name in names.items():
-        image = load_photo(picture)
+        image, was_turned = load_turned(picture)
         findings += [Finding(name, kind, what) for kind, what in _wrong(image, resolution)]
-        if _is_turned(picture):
+        if was_turned:
             findings.append(Finding(name, "turned", "is turned upright, as its EXIF says", is_warning=False))
         hashes[picture] = perceptual_hash(image)
     return findings + _alike(hashes, names, set(photos))
@@ -110,8 +109,3 @@ def _wrong(image: Image.Image, resolution: int) -> Iterator[tuple[str, str]]:
         yield "long", f"{size} is long: {1 - short / long:.0%} of it are cut off by a square"
     if short >= _DETAIL_SIDE and detail(image) < _LEAST_DETAIL:
         yield "blurred", "is blurred: what is learnt from it will be, too"
-
-
-def _is_turned(photo: Path) -> bool:
-    with Image.open(photo) as opened:
-        return opened.getexif().get(_ORIENTATION, 1) != 1

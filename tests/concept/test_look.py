@@ -1,3 +1,6 @@
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageFilter
@@ -111,6 +114,20 @@ def test_few_photos_and_turned_ones_are_said(tmp_path, capfd):
     tell(findings[1:], strict=True)
     with pytest.raises(UserError, match=r"--strict: subject\.photos: 1 is few.*; mend it, or train without --strict"):
         tell(findings, strict=True)
+
+
+def test_a_photo_with_more_text_than_pillow_opens_is_looked_at_as_it_is_trained_on(tmp_path):
+    """Editors and picture generators write such."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    GOOD["g0"].save(tmp_path / "a.png", exif=exif)
+    png = (tmp_path / "a.png").read_bytes()
+    text = b"zTXt" + b"parameters\0\0" + zlib.compress(b"x" * 1_200_000)
+    chunk = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
+    (tmp_path / "a.png").write_bytes(png[:33] + chunk + png[33:])
+    with pytest.raises(ValueError, match="too large"):
+        Image.open(tmp_path / "a.png")
+    assert [finding.kind for finding in look([tmp_path / "a.png"], 256)] == ["few", "turned"]
 
 
 def test_real_photos_of_one_dog_are_sharp_and_no_two_are_the_same(dog_photos):
