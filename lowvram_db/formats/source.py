@@ -9,7 +9,8 @@ from lowvram_db.errors import UserError
 from lowvram_db.formats.known import known_configs
 from lowvram_db.reading import AS_IT_IS, Reading
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# No more than the hub's library takes, which raises for the rest.
+_HUB_ID = re.compile(r"(?!.*(?:--|\.\.|\.git$))[A-Za-z0-9](?:[\w.-]*\w)?/[A-Za-z0-9](?:[\w.-]{0,94}\w)?")
 
 # What a text-to-image pipeline is made of; not the safety checker, the single-file copies or the half-precision twins.
 _WANTED_FILES = [

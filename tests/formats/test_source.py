@@ -1,8 +1,12 @@
 import time
 
 import pytest
+from huggingface_hub.utils import validate_repo_id
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lowvram_db.errors import UserError
+from lowvram_db.formats import source
 from lowvram_db.formats.source import find_model
 
 
@@ -12,10 +16,19 @@ def test_a_local_folder_is_taken_as_it_is(tmp_path):
         find_model(str(tmp_path), "main")
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "single-word", "a/b/c", "~/nowhere-at-all"])
+@pytest.mark.parametrize(
+    "name",
+    ["./nowhere", "/no/such/folder", "single-word", "a/b/c", "~/nowhere-at-all", "models..old/x", "my--models/x"],
+)
 def test_a_name_that_is_neither_folder_nor_hub_id(name):
     with pytest.raises(UserError, match=r"model\.name: no folder or file .* is not a hub id"):
         find_model(name)
+
+
+@given(st.text("aZ9-._/", max_size=12) | st.from_regex(r"[a9][a9._-]*/[a9][a9._-]{,120}(\.git)?", fullmatch=True))
+def test_what_is_taken_for_a_hub_id_the_hubs_library_takes_too(name):
+    if source._HUB_ID.fullmatch(name):
+        validate_repo_id(name)
 
 
 def test_a_single_file_has_no_revision(tmp_path):

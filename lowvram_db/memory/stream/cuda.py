@@ -131,5 +131,6 @@ def _done(event: torch.cuda.Event | None) -> Event:
 def _unregister(registered: list[Tensor], streams: list[torch.cuda.Stream]) -> None:
     for stream in streams:
         stream.synchronize()
-    while registered:
-        torch.cuda.cudart().cudaHostUnregister(registered.pop().data_ptr())
+    for memory in registered:  # each of which is there until it is pinned no more
+        torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+    registered.clear()
