@@ -36,7 +36,7 @@ from lowvram_db.memory.budget import cap
 from lowvram_db.memory.device import pick_device
 from lowvram_db.memory.size import parse_size
 from lowvram_db.plan.choose import choose
-from lowvram_db.train.strategy import Strategy
+from lowvram_db.train.strategy import Event, Strategy
 
 _RECIPES = "ours", "ours-residual", "classic"
 _FIGURES = ("step_s", "low_s", "high_s", "allocated_gib", "reserved_gib", "process_gib", "startup_s", "written_mib")
@@ -143,7 +143,7 @@ def _child(
     where, task = torch.device(device), Work(**work)
     cap(budget, where)
     began = psutil.Process().create_time()
-    strategies: list[tuple[Strategy | None, list[int]]] = [(None, [])]
+    strategies: list[tuple[Strategy | None, list[Event]]] = [(None, [])]
     if recipe.startswith("ours"):
         strategies = [*_strategies(task, recipe, budget, checkpointed)]
     made: Ours | Classic | None = None
@@ -170,7 +170,7 @@ def _sections(recipe: str) -> dict[str, Any]:
 
 def _strategies(
     work: Work, recipe: str, budget: int | None, checkpointed: list[int]
-) -> Iterator[tuple[Strategy, list[int]]]:
+) -> Iterator[tuple[Strategy, list[Event]]]:
     """The plan's choice under a budget, else those asked for; each with the order of gradients, as far as it counts."""
     family = work.family()
     if budget is not None:

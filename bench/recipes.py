@@ -30,7 +30,7 @@ from lowvram_db.memory.device import compute_dtype
 from lowvram_db.optim.storage import narrowing
 from lowvram_db.train.batches import Batch
 from lowvram_db.train.learner import Learner, Surroundings
-from lowvram_db.train.strategy import Strategy
+from lowvram_db.train.strategy import Event, Strategy
 
 LR = 2e-6
 
@@ -99,7 +99,7 @@ class Ours:
         work: Work,
         device: torch.device,
         strategy: Strategy | None = None,
-        order: Sequence[int] = (),
+        order: Sequence[Event] = (),
         **sections: Any,
     ) -> None:
         config, family = work.config(**sections), work.family()

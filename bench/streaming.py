@@ -91,7 +91,7 @@ def main() -> None:
 def trace(work: Work) -> Traced:
     config, family = work.config(), work.family()
     order: list[tuple[int, int]] = []
-    with tracing(predict.autocasts(config), config.optimizer.name) as log:
+    with tracing(config.autocasts, config.optimizer.name) as log:
         learner = predict.blank_learner(config, family, everywhere(family), log)
 
         def note(parameter: Tensor) -> None:
@@ -134,7 +134,7 @@ def run_by_the_engine(sizes: Sequence[int], visits: Sequence[Visit], times: Sequ
     lanes = MadeUpTime(duration)
     ram = Ram(lanes, sum(sizes), sum(sizes))
     homes = [ram.home(size) for size in sizes]
-    stream = Stream(visits, homes, ram, lanes, room)
+    stream = Stream(visits, homes, ram, lanes, lanes.room(room))
     for _ in range(ROUNDS):
         for parcel in range(len(sizes)):
             lanes.work()

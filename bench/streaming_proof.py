@@ -26,12 +26,12 @@ from torch import Tensor
 from lowvram_db.demo.miniature import write_pipeline, write_sdxl
 from lowvram_db.memory.arithmetic import deterministic
 from lowvram_db.memory.device import peak_bytes, pick_device, release_memory, reset_peak
+from lowvram_db.memory.stream import pinning
 from lowvram_db.memory.stream.made_up import MadeUpTime
 from lowvram_db.memory.stream.ram import Ram
 from lowvram_db.optim.storage import SMALLEST
 from lowvram_db.plan import predict
-from lowvram_db.train import streaming
-from lowvram_db.train.strategy import EIGHTHS, Strategy
+from lowvram_db.train.strategy import EIGHTHS, Event, Strategy
 
 STEPS = 20
 MODELS = {"sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", 512),
@@ -55,7 +55,7 @@ def main() -> None:
         _true_size(given.model, *MODELS[given.model])
 
 
-def trained(work: Work, strategy: Strategy, order: list[int]) -> tuple[str, float]:
+def trained(work: Work, strategy: Strategy, order: list[Event]) -> tuple[str, float]:
     """What STEPS steps leave, weights and state, as a digest; and the seconds of one, the first left out."""
     recipe = Ours(work, pick_device(), strategy, order, train={"lr": 1e-3})
     recipe.step()
@@ -77,7 +77,7 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def order_of(work: Work) -> list[int]:
+def order_of(work: Work) -> list[Event]:
     with predict.rehearsal(work.config(), work.family()) as traced:
         return traced.order()
 
@@ -91,7 +91,7 @@ def _miniature(model: str, folder: Path, schedules: int) -> None:
     _report(row)
 
 
-def _random_schedule(work: Work, strategy: Strategy, order: list[int], seed: int) -> str:
+def _random_schedule(work: Work, strategy: Strategy, order: list[Event], seed: int) -> str:
     generator = random.Random(seed)
     for _ in range(generator.choice([0, 0, 3])):
         place = generator.randrange(len(order) - 1)
@@ -104,7 +104,7 @@ def _random_schedule(work: Work, strategy: Strategy, order: list[int], seed: int
         return Ram(lanes, total, generator.choice([0, pinned // 2, pinned]))
 
     eighths = generator.randint(1, EIGHTHS)
-    with patch.object(streaming, "MadeUpTime", made_up), patch.object(streaming, "Ram", ram):
+    with patch.object(pinning, "MadeUpTime", made_up), patch.object(pinning, "Ram", ram):
         return trained(work, Strategy(strategy.checkpointed, strategy.blocks, streamed=eighths), order)[0]
 
 
@@ -135,7 +135,7 @@ def _counted(model: str, name: str) -> None:
         made.append(MadeUpTime(duration))
         return made[-1]
 
-    with patch.object(streaming, "MadeUpTime", made_up):
+    with patch.object(pinning, "MadeUpTime", made_up):
         recipe = Ours(work, pick_device(), strategy, order)
         recipe.step()
     learner = recipe.learner

@@ -56,6 +56,11 @@ class Config(Section):
         return self.precision.weights or default
 
     @property
+    def autocasts(self) -> bool:
+        """Whether weights are more precise than what is computed in."""
+        return self.weights == "fp32" and self.precision.compute != "fp32"
+
+    @property
     def packages(self) -> set[str]:
         """Those that not every run needs."""
         quantised = self.method.base in ("int8", "nf4")

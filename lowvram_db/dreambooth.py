@@ -27,6 +27,7 @@ from lowvram_db.memory.device import compute_dtype, pick_device, release_memory,
 from lowvram_db.memory.out_of_memory import is_out_of_memory, reason
 from lowvram_db.memory.size import gib
 from lowvram_db.memory.spill import Watch
+from lowvram_db.memory.stream.pinning import LESS_RAM
 from lowvram_db.methods import method_of
 from lowvram_db.plan import make_plan
 from lowvram_db.plan.meter import Meter
@@ -50,7 +51,6 @@ from lowvram_db.train.batches import Batches
 from lowvram_db.train.loop import optional, train
 from lowvram_db.train.optimizer import that_runs
 from lowvram_db.train.resume import check_content, check_settings, choose, whole
-from lowvram_db.train.streaming import LESS_RAM
 from lowvram_db.train.trained import trains_text
 from lowvram_db.train.trainer import Trainer
 

@@ -91,9 +91,9 @@ class Adam8(InBackward):
 
     def _step_large(self, p: nn.Parameter, grad: Tensor, unscale: Tensor) -> None:
         place = self._places[p]
-        with self._placement.lent(p, self.state[p]) as state:
+        with self._placement.lent(p, self.state[p]) as (weight, state):
             adam8.update_(
-                self._weight(p),
+                self._weight(weight),
                 state.get("residual"),
                 grad,
                 state["codes"],

@@ -193,6 +193,7 @@ class InBackward(torch.optim.Optimizer, ABC):
         self._this_unscale = None
         for p in self._places:
             p.grad = None
+        self._placement.break_off()
         return len(self._moved)
 
     @abstractmethod
@@ -217,7 +218,7 @@ class InBackward(torch.optim.Optimizer, ABC):
 
     @torch.no_grad()
     def place(self, placement: Placement) -> None:
-        """Let the state of larger tensors live there from now on; nothing else changes."""
+        """Let larger tensors and their state live there from now on; nothing else changes."""
         self._placement.end()
         self._placement = placement
         for p in self._places:
@@ -261,16 +262,21 @@ class InBackward(torch.optim.Optimizer, ABC):
     def _relaid(self, state: dict[str, Any], shape: torch.Size) -> dict[str, Any]:
         """The state of a 4-d parameter for the other order of its elements, channels last or not."""
 
+    def kept(self, p: nn.Parameter) -> Tensor:
+        """A parameter where it lives: good while at rest."""
+        return self._placement.kept(p)
+
     @torch.no_grad()
-    def exact(self, p: Tensor) -> Tensor:
-        """The most exact value that the state of a parameter knows, float32 where that is more than it holds itself. It
-        may be the parameter's own memory, or the state's."""
+    def exact(self, p: nn.Parameter) -> Tensor:
+        """The most exact value that is known of a parameter, float32 where that is more than it holds itself. It may be
+        the memory where the weight lives, good for as long as it is at rest, or the state's."""
         state = self.state[p]
         if "residual" not in state:
-            return state.get("master", p.detach())
-        exact = torch.empty_like(p, dtype=torch.float32)
+            return state.get("master", self._placement.kept(p))
         with self.at_rest():
-            flat(exact).copy_(bits.join_bf16(flat(p.detach()), state["residual"].to(p.device)))
+            kept = self._placement.kept(p)
+            exact = torch.empty_like(kept, dtype=torch.float32)
+            flat(exact).copy_(bits.join_bf16(flat(kept), state["residual"].to(kept.device)))
         return exact
 
     @torch.no_grad()
@@ -281,7 +287,7 @@ class InBackward(torch.optim.Optimizer, ABC):
             for moment in self.moments:
                 state.pop(moment, None)
         for p, state in self.state.items():
-            exact = self.exact(p)
+            exact = self.exact(p)  # type: ignore[arg-type]
             p.data = exact.clone() if "master" in state else exact
             state.clear()
 
@@ -296,6 +302,7 @@ class InBackward(torch.optim.Optimizer, ABC):
             )
         if parameter in self._moved:
             parameter.grad = None
+            self._placement.pass_over(parameter)
             return
         self._arrived.add(parameter)
         number = self._group_of[parameter]
@@ -330,7 +337,7 @@ class InBackward(torch.optim.Optimizer, ABC):
             for p in small:
                 p.grad = None
 
-    def _weight(self, p: nn.Parameter) -> Tensor:
+    def _weight(self, p: Tensor) -> Tensor:
         """A parameter to be changed in place. Inside backward that is done behind autograd's back: its own complaint
         about a changed weight would come before ours, which names the parameter and the way out (see _on_gradient)."""
         return p.data if self._attached else p.detach()

@@ -54,10 +54,13 @@ class StepsInBackward(Protocol):
         Raises FloatingPointError where that goes on."""
 
     def place(self, placement: Any) -> None:
-        """Let the state live elsewhere from now on, where the kind streams: an optim/placement.py's Placement."""
+        """Let state and weights live elsewhere from now on, where the kind streams: see optim/placement.py."""
 
     def at_rest(self) -> Any:
-        """While much of the state is read between two steps: a context manager."""
+        """While state and kept weights are read or written, between two steps: a context manager."""
+
+    def kept(self, p: Any) -> Any:
+        """A parameter where it lives."""
 
     def exact(self, p: Any) -> Any:
         """What is known of a parameter at best, in whichever precision that has."""

@@ -26,8 +26,8 @@ from lowvram_db.memory.trace import OverLimit
 from lowvram_db.optim.kinds import KINDS
 from lowvram_db.plan import predict
 from lowvram_db.plan.result import Phase, Plan, Rung
-from lowvram_db.plan.waiting import rates, waiting
-from lowvram_db.train.strategy import Strategy, ladder, without_budget
+from lowvram_db.plan.waiting import ASSUMED, rates, waiting
+from lowvram_db.train.strategy import Event, Strategy, ladder, without_budget
 from lowvram_db.train.trained import stage_end
 
 
@@ -65,7 +65,7 @@ def check_resolution(config: Config, family: Blank) -> None:
 
 def _training(
     config: Config, family: Blank, limit: int | None, explain: bool
-) -> tuple[list[Phase], list[Rung], int, int, list[int], str]:
+) -> tuple[list[Phase], list[Rung], int, int, list[Event], str]:
     """The phases of the chosen rung, all rungs looked at, how many pictures are made at once on the way, the bytes of
     the weights' average, the order of gradients, and by which rates a streamed rung waits."""
     strategies = ladder(config, family.checkpoint_steps)
@@ -105,7 +105,12 @@ def _training(
         seen = [rungs[strategy] for strategy in strategies if strategy in rungs]
         chosen = _choice(seen, limit)
         chosen.chosen = True
-        passages = {rung.strategy: traced.passages(rung.strategy) for rung in seen if rung.strategy.streamed}
+        streamed = [rung for rung in seen if rung.strategy.streamed]
+        by = rates(limit) if streamed else ASSUMED
+        for rung in streamed:
+            what = traced.moving(rung.strategy)
+            rung.carried_up, rung.carried_down = what.carried
+            rung.waits = waiting(what, traced.done(what), by)
         order = traced.order() if config.optimizer.kind.streams else []
         traced.use(chosen.strategy)
         phases, pictures = steps[chosen.strategy], config.sample.pictures_a_row
@@ -113,13 +118,8 @@ def _training(
             sampling, pictures = _as_many(pictures, traced.sampling, limit)
             phases = [*phases, sampling]
         phases, average = [*phases, traced.saving()], traced.average_bytes
-    by = rates(limit) if any(passages.values()) else None
-    for rung in seen:
-        if by and (passing := passages.get(rung.strategy)):
-            rung.copied_bytes = sum(passage.size for passage in passing)
-            rung.waits = waiting(passing, rung.strategy.streamed, by)
     later = _later_steps(config, family, chosen.strategy)
-    return [*phases[:2], *later, *phases[2:]], _relative(seen), pictures, average, order, str(by or "")
+    return [*phases[:2], *later, *phases[2:]], _relative(seen), pictures, average, order, str(by) if streamed else ""
 
 
 def _later_steps(config: Config, family: Blank, strategy: Strategy) -> list[Phase]:

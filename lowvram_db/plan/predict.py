@@ -22,13 +22,13 @@ from lowvram_db.memory.device import DTYPES
 from lowvram_db.memory.overheads import CONTEXT, CUBLAS_WORKSPACES, RAM_WITH_CUDA
 from lowvram_db.memory.trace import GRANULE, TEMPORARY, OverLimit, Trace
 from lowvram_db.optim.kinds import StepsInBackward
+from lowvram_db.optim.storage import SMALLEST
 from lowvram_db.plan.result import Phase
 from lowvram_db.plan.tracing import tracing
-from lowvram_db.plan.waiting import Passage
 from lowvram_db.train.batches import Batch
 from lowvram_db.train.learner import Learner, Surroundings
-from lowvram_db.train.strategy import Strategy
-from lowvram_db.train.streaming import room_for, share
+from lowvram_db.train.strategy import Event, Strategy
+from lowvram_db.train.streaming import Moving
 from lowvram_db.train.trained import load_networks, steps_of
 
 CPU = torch.device("cpu")  # fake tensors of a GPU cannot go backward where torch has no CUDA
@@ -127,7 +127,7 @@ def training(config: Config, family: Blank, strategy: Strategy, limit: int | Non
 @contextmanager
 def rehearsal(config: Config, family: Blank, step: int = 0) -> Iterator["Rehearsal"]:
     """Training of what a step trains, traced under one strategy after the other."""
-    with tracing(autocasts(config), config.optimizer.name, twin=config.kernels == "torch") as trace:
+    with tracing(config.autocasts, config.optimizer.name, twin=config.kernels == "torch") as trace:
         yield Rehearsal(config, family, trace, step)
 
 
@@ -140,10 +140,14 @@ class Rehearsal:
         self._learner = blank_learner(config, family, Strategy(0, family.checkpoint_steps), trace, step)
         self._batch = blank_batch(config, family)
         self._began = 0  # the step that is traced, in operations done
-        self._arriving: dict[int, int] = {}  # gradients of its backward, by places, in operations since it began
-        self._arrived: dict[Strategy, dict[int, int]] = {}  # of steps that were traced to their end
+        self._events: list[tuple[Event, int]] = []  # of its first batch, in operations since it began
+        self._done: set[int] = set()  # whose gradients have come in it
+        self._seen: dict[Strategy, list[tuple[Event, int]]] = {}  # of steps that were traced to their end
         for place, parameter in enumerate(self._learner.parameters):
-            parameter.register_hook(partial(self._note_arrival, place))
+            parameter.register_hook(partial(self._note, Event(place, reads=False)))
+        places = {parameter: place for place, parameter in enumerate(self._learner.parameters)}
+        for weight, layer in self._learner.lendable.items():
+            layer.register_forward_pre_hook(partial(self._note, Event(places[weight], reads=True)))
         # Of the average of what is trained, in float32 and in the computer's memory.
         self.average_bytes = 4 * sum(p.numel() for p in self._learner.parameters) if config.train.ema else 0
 
@@ -162,17 +166,22 @@ class Rehearsal:
             self._begin_anew()  # half a backward leaves gradients
             raise
         trace.limit = None
-        self._arrived[strategy.resident] = dict(self._arriving)
+        self._seen[strategy.resident] = self._events.copy()
         return [first, replace(steady, name=self._names[1])]
 
     def moved(self, strategy: Strategy, resident: list[Phase]) -> list[Phase]:
-        """As steps(), without a trace: from the phases of the same strategy with all state on the card. What moves
-        from there to RAM, and the room it passes through, count alike at every moment: the worst stays the worst."""
-        sizes = list(self._share(strategy).values())
-        if not sizes:
+        """As steps(), without a trace: from the phases of the same strategy with all of it on the card. What moves from
+        there to RAM, and the room it passes through, count alike at every moment: the worst stays the worst."""
+        what = self.moving(strategy)
+        if not what.states:
             return resident
-        room = -(-room_for(sizes, strategy.streamed) // GRANULE) * GRANULE
-        return [replace(_with(phase, "optimizer", room - sum(sizes)), ram_bytes=sum(sizes)) for phase in resident]
+        states = len(what.states)
+        room = -(-what.room // GRANULE) * GRANULE - sum(what.sizes[:states])
+        weights = sum(-(-size // GRANULE) * GRANULE for size in what.sizes[states:])
+        return [
+            replace(_with(_with(phase, "optimizer", room), "weights", -weights), ram_bytes=what.ram_bytes)
+            for phase in resident
+        ]
 
     def use(self, strategy: Strategy) -> None:
         """For what is traced from now on."""
@@ -181,28 +190,31 @@ class Rehearsal:
         self._learner.use(strategy)
         self._trace.label("optimizer", state(self._learner.optimizer))
 
-    def order(self) -> list[int]:
-        """As a learner takes it. The same under every strategy."""
-        if not self._arrived:
+    def order(self) -> list[Event]:
+        """As a learner takes it: of the step with most recomputing that was traced to its end. That of gradients is the
+        same in all."""
+        if not self._seen:
             self._begin_anew()
             self._learner.backward(self._batch)
-            self._arrived[self._learner.strategy.resident] = dict(self._arriving)
-        return list(next(iter(self._arrived.values())))
+            self._seen[self._learner.strategy.resident] = self._events.copy()
+        return [event for event, _ in self._seen[max(self._seen, key=lambda strategy: strategy.checkpointed)]]
 
-    def passages(self, strategy: Strategy) -> list[Passage]:
-        """Of the state that a strategy streams, in the order of a backward. A step of it has been traced, with the
-        state there or on the card."""
-        came = self._arrived[strategy.resident]
-        places = {parameter: place for place, parameter in enumerate(self._learner.parameters)}
-        sizes = self._share(strategy)
-        return [Passage(size, came[places[p]]) for p, size in sizes.items() if places[p] in came]
-
-    def _share(self, strategy: Strategy) -> dict[nn.Parameter, int]:
+    def moving(self, strategy: Strategy) -> Moving:
         self._learner.order = self.order()
-        return share(self._learner.arriving, strategy.streamed, self._config.weights)
+        return self._learner.moving(strategy)
 
-    def _note_arrival(self, place: int, gradient: Tensor) -> None:
-        self._arriving.setdefault(place, self._trace.flops - self._began)  # a second batch of a step is as the first
+    def done(self, what: Moving) -> list[int]:
+        """Floating point operations that a step has done at each event of what is moved. A step of that strategy, with
+        all on the card, has been traced."""
+        large = [p.numel() >= SMALLEST for p in self._learner.parameters]
+        done = [operations for event, operations in self._seen[what.strategy.resident] if large[event.place]]
+        return [done[place] for place in what.places if place < len(done)]
+
+    def _note(self, event: Event, *_: object) -> None:
+        if event.place not in self._done:  # else it is of a second batch, which is as the first
+            self._events.append((event, self._trace.flops - self._began))
+            if not event.reads:
+                self._done.add(event.place)
 
     def sampling(self, pictures: int) -> Phase:
         """So many pictures at once, on the way."""
@@ -213,7 +225,8 @@ class Rehearsal:
         return _saving(self._learner, self._trace)
 
     def _begin_anew(self) -> None:
-        self._arriving.clear()
+        self._events.clear()
+        self._done.clear()
         self._began = self._trace.flops
         optimizer = self._learner.optimizer
         if isinstance(optimizer, StepsInBackward):
@@ -239,10 +252,6 @@ def host_memory(training: list[Phase], others: list[Phase], average: int, sample
     least = max(loaded, average + waiting)
     beside = RAM_WITH_CUDA + streamed
     return beside + max(least, average + saved + average + waiting), beside + least
-
-
-def autocasts(config: Config) -> bool:
-    return config.weights == "fp32" and config.precision.compute != "fp32"
 
 
 def _step(learner: Learner, batch: Batch, trace: Trace, name: str) -> Phase:

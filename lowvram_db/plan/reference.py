@@ -17,7 +17,7 @@ from lowvram_db.train.strategy import Strategy
 def tracked_bytes(config: Config, family: Blank, strategy: Strategy) -> int:
     """The peak that MemTracker sees, without the allocator's rounding; it takes some 30 times as long as a Trace."""
     tracker = MemTracker()
-    with tracing(predict.autocasts(config), config.optimizer.name) as trace:
+    with tracing(config.autocasts, config.optimizer.name) as trace:
         learner: Any = predict.blank_learner(config, family, strategy, trace)
         batch, forward = predict.blank_batch(config, family), learner.forward
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lowvram_db.train.strategy import Strategy
+from lowvram_db.train.strategy import Event, Strategy
 
 COMPONENTS = ("weights", "optimizer", "gradients", "activations", "workspace", "context")
 
@@ -39,7 +39,8 @@ class Rung:
     peak_bytes: int  # as far as it was traced
     cost: float | None  # arithmetic of a step, in units of one without checkpointing; None: not traced to its end
     chosen: bool = False
-    copied_bytes: int = 0  # from RAM to the card, and as many back, in a step
+    carried_up: int = 0  # bytes from RAM to the card, in a step
+    carried_down: int = 0  # and back
     waits: float = 0.0  # seconds that a step takes longer for it
 
     @property
@@ -63,7 +64,7 @@ class Plan:
     least_ram_bytes: int = 0  # of one that waits while a checkpoint is written
     average_bytes: int = 0  # of both, for the average of the weights
     optimizer: str = ""
-    order: list[int] = field(default_factory=list)  # in which gradients come: see train/learner.py
+    order: list[Event] = field(default_factory=list)  # of a step: see train/learner.py
     rates: str = ""  # by which rungs' waits were computed
     resident: str = ""  # why no rung has state in RAM
     advice: list[str] = field(default_factory=list)
@@ -98,11 +99,11 @@ class Plan:
             "least_ram_bytes",
             "average_bytes",
             "optimizer",
-            "order",
             "rates",
             "resident",
             "advice",
             "emulation",
         )
         known = {key: tree[key] for key in plain}
-        return cls(strategy=strategy, phases=phases, rungs=rungs, **known)
+        order = [Event(*event) for event in tree["order"]]
+        return cls(order=order, strategy=strategy, phases=phases, rungs=rungs, **known)

@@ -92,14 +92,14 @@ def _cost(rung: Rung) -> str:
     if rung.cost is None:
         return "?"
     waits = f", + {1000 * rung.waits:.0f} ms" if rung.waits >= _SEEN else ", copies hidden"
-    return f"{rung.cost:.2f}" + (waits if rung.copied_bytes else "")
+    return f"{rung.cost:.2f}" + (waits if rung.carried_up else "")
 
 
 def streaming(plan: Plan) -> Iterator[str]:
-    """Lines on state that lives in RAM, for whoever wants the plan explained."""
+    """Lines on what lives in RAM, for whoever wants the plan explained."""
     if plan.rates:
-        most = max(rung.copied_bytes for rung in plan.rungs)
-        yield f"a step copies up to {gib(most)} each way, hidden behind its arithmetic as far as it lasts:"
+        up, down = (max(getattr(rung, way) for rung in plan.rungs) for way in ("carried_up", "carried_down"))
+        yield f"a step copies up to {gib(up)} up and {gib(down)} down, hidden behind its arithmetic as far as it lasts:"
         yield plan.rates
     if plan.resident:
         yield plan.resident

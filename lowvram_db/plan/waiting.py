@@ -3,16 +3,17 @@ that is here, or of one that is assumed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from lowvram_db.memory.stream.rates import measured
-from lowvram_db.memory.stream.schedule import Use, planned
+from lowvram_db.memory.stream.schedule import planned
 from lowvram_db.memory.stream.timeline import Timing, simulated
-from lowvram_db.train.streaming import room_for
+from lowvram_db.train.streaming import Moving
 
 BEGIN = 10e-6  # seconds that a copy takes to begin
 _STEPS = 3  # simulated; the last of them counts
@@ -32,13 +33,6 @@ class Rates(NamedTuple):
         return f"copies of {copies} beside {self.operations / 1e12:.0f} TFLOP/s ({self.source})"
 
 
-class Passage(NamedTuple):
-    """State of one tensor that goes up and comes down again."""
-
-    size: int  # bytes
-    flops: int  # done in the step when its gradient is there
-
-
 _SHARE = 0.6  # of a card's dense rate is what a model of a 4070's step comes to (bench/streaming.py)
 ASSUMED = Rates(_SHARE * 58.3e12, 24e9, 24e9, "assumed: an RTX 4070 on PCIe 4.0 x16")
 
@@ -51,18 +45,28 @@ def rates(budget: int | None) -> Rates:
     return Rates(_operations(device), *measured(device, pinned=True), "measured here")
 
 
-def waiting(passages: Sequence[Passage], eighths: int, given: Rates) -> float:
-    """Seconds by which a step with these passages, of so many eighths of the state, is longer than one without. The
-    optimizer's own time, in which copies hide too, is left out."""
-    sizes = [passage.size for passage in passages]
-    uses = [Use(parcel, changes=True) for parcel in range(len(sizes))]
-    done = [0, *(passage.flops for passage in passages)]
-    times = [
-        Timing((now - before) / given.operations, 0.0, BEGIN + size / given.up, BEGIN + size / given.down)
-        for size, (before, now) in zip(sizes, pairwise(done), strict=True)
-    ]
-    ends = simulated(planned(uses, sizes, room_for(sizes, eighths)), times, _STEPS)
-    return ends[-1] - ends[-2] - sum(time.before for time in times)
+def waiting(what: Moving, done: Sequence[int], given: Rates) -> float:
+    """Seconds by which a step that moves this is longer than one that moves nothing. done: floating point operations of
+    the step at each of its events. The optimizer's own time, in which copies hide too, is left out."""
+    times = timings(what, [operations / given.operations for operations in done], lambda p: 0.0, given)
+    visits = planned(list(chain.from_iterable(what.uses)), what.sizes, what.room)
+    ends = simulated(visits, times, _STEPS)
+    return ends[-1] - ends[-2] - sum(time.before + time.own for time in times)
+
+
+def timings(what: Moving, at: Sequence[float], stepping: Callable[[nn.Parameter], float], given: Rates) -> list[Timing]:
+    """Of each use. at: when each event comes where nothing moves, seconds from the step's beginning. stepping: seconds
+    that the optimizer takes. What is computed between a layer's reading and the next event waits for the weight, what
+    comes before a gradient does not wait for the state."""
+    times, waits = [], [is_read for _, is_read in what.events]
+    between = [now - before for before, now in pairwise([0.0, *at, at[-1]])]
+    for number, ((p, is_read), uses) in enumerate(zip(what.events, what.uses, strict=True)):
+        for place, use in enumerate(uses):
+            copied = BEGIN + what.sizes[use.parcel] / given.up, BEGIN + what.sizes[use.parcel] / given.down
+            before = 0.0 if place or (number and waits[number - 1]) else between[number]
+            own = between[number + 1] if is_read else stepping(p) if place == len(uses) - 1 else 0.0
+            times.append(Timing(before, own, *copied))
+    return times
 
 
 def _operations(device: torch.device) -> float:

@@ -3,32 +3,37 @@
 A GPU holds no more than one tensor of it at a time.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from lowvram_db.train.keeper import Keeper
+
 
 class Average:
     """The average of trained weights, by their names."""
 
-    def __init__(self, trained: Mapping[str, nn.Parameter], exact: Callable[[nn.Parameter], Tensor], decay: float):
-        """It begins with the weights as they are. exact: gives what is known of a weight at best."""
-        self._trained, self._exact, self._decay = trained, exact, decay
-        self.weights = {name: self._now(weight).clone() for name, weight in trained.items()}  # float32, on the CPU
+    def __init__(self, trained: Mapping[str, nn.Parameter], keeper: Keeper, decay: float):
+        """It begins with the weights as they are."""
+        self._trained, self._keeper, self._decay = trained, keeper, decay
+        with keeper.at_rest():
+            self.weights = {name: self._now(weight).clone() for name, weight in trained.items()}  # float32, on the CPU
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights that a step has left. step: how many have been made, this one counted."""
-        for name, weight in self._trained.items():
-            self.weights[name].lerp_(self._now(weight), 1 - kept(self._decay, step))
+        with self._keeper.at_rest():
+            for name, weight in self._trained.items():
+                self.weights[name].lerp_(self._now(weight), 1 - kept(self._decay, step))
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """For as long, the networks hold the average in their own precision; then the very weights of before."""
-        with torch.no_grad():
-            before = {name: weight.detach().to("cpu", copy=True) for name, weight in self._trained.items()}
+        with self._keeper.at_rest():
+            live = {name: self._keeper.kept(weight) for name, weight in self._trained.items()}
+            before = {name: weight.to("cpu", copy=True) for name, weight in live.items()}
         try:
             self._put(self.weights)
             yield
@@ -42,12 +47,13 @@ class Average:
 
     @torch.no_grad()
     def _put(self, values: Mapping[str, Tensor]) -> None:
-        for name, weight in self._trained.items():
-            weight.copy_(values[name])
+        with self._keeper.at_rest():
+            for name, weight in self._trained.items():
+                self._keeper.kept(weight).copy_(values[name])
 
     @torch.no_grad()
     def _now(self, weight: nn.Parameter) -> Tensor:
-        return self._exact(weight).detach().cpu().float()  # to the host as it is: half as many bytes
+        return self._keeper.exact(weight).detach().cpu().float()  # to the host as it is: half as many bytes
 
 
 def kept(decay: float, step: int) -> float:

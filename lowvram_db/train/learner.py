@@ -6,7 +6,7 @@ It reads no files and waits for no value, so that a plan runs the very same code
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from lowvram_db.families.conditioning import Conditioning, brought, collated, ro
 from lowvram_db.kernels.launch import Implementation
 from lowvram_db.kernels.noise_loss import noise_loss, noisy_latents
 from lowvram_db.memory.device import lay_out, sent
+from lowvram_db.memory.layers import can_ask
 from lowvram_db.memory.widening import widen
 from lowvram_db.optim.kinds import StepsInBackward
 from lowvram_db.optim.loss_scale import LossScale
@@ -28,8 +29,8 @@ from lowvram_db.optim.storage import DTYPES, SMALLEST
 from lowvram_db.train import objective
 from lowvram_db.train.batches import Batch
 from lowvram_db.train.optimizer import build, make_state
-from lowvram_db.train.strategy import Strategy
-from lowvram_db.train.streaming import placement
+from lowvram_db.train.strategy import Event, Strategy
+from lowvram_db.train.streaming import Moving, moving, placement
 from lowvram_db.train.trained import groups, idle, trained
 
 
@@ -68,12 +69,12 @@ class Learner:
         surroundings: Surroundings,
         strategy: Strategy,
         kernels: Implementation,
-        order: Sequence[int] = (),
+        order: Sequence[Event] = (),
     ):
         """networks: by their names in the model folder, on the CPU; they move to the device, weights as the config
-        stores them. Backward steps them from now on, where the optimizer is of that kind. order: places among what is
-        trained, in the order in which backward gives their gradients; what is missing comes from the last to the first.
-        A wrong order of state that is streamed costs time."""
+        stores them. Backward steps them from now on, where the optimizer is of that kind. order: what a step does with
+        what is trained; gradients that are missing come from the last to the first. A wrong order of what is streamed
+        costs time."""
         self.config, self.family, self.surroundings = config, family, surroundings
         self.device, self.dtype = surroundings.device, surroundings.dtype
         self.triton = kernels == "triton"  # for noise and loss
@@ -128,22 +129,34 @@ class Learner:
 
     def use(self, strategy: Strategy) -> None:
         """Trade time for memory in this way from now on. Raises DoesNotFit where the RAM it takes is not free."""
-        if strategy.streamed != self.strategy.streamed:
+        if (strategy.streamed, strategy.weights) != (self.strategy.streamed, self.strategy.weights):
             assert isinstance(self.optimizer, StepsInBackward)
             self.optimizer.place(self._placement(strategy))
         self._recompute(strategy)
         self.strategy = strategy
 
     @property
-    def arriving(self) -> list[nn.Parameter]:
-        """Larger tensors in the order of their gradients."""
-        rest = range(len(self.parameters) - 1, -1, -1)
-        order = [self.parameters[place] for place in dict.fromkeys([*self.order, *rest]) if place in rest]
-        return [parameter for parameter in order if parameter.numel() >= SMALLEST]
+    def events(self) -> list[tuple[nn.Parameter, bool]]:
+        """What a step does with larger tensors, as schedule.uses_of_a_step takes it."""
+        known = [(self.parameters[event.place], event.reads) for event in self.order]
+        missing = dict.fromkeys(reversed(self.parameters)).keys() - {p for p, is_read in known if not is_read}
+        rest = [(p, False) for p in reversed(self.parameters) if p in missing]
+        return [(p, is_read) for p, is_read in [*known, *rest] if p.numel() >= SMALLEST]
+
+    @cached_property
+    def lendable(self) -> dict[nn.Parameter, nn.Module]:
+        """Those layers of the denoiser whose weights can live elsewhere, by their weights."""
+        layers: list[Any] = [layer for layer in self.denoiser.modules() if can_ask(layer)]
+        trained = set(self.parameters)
+        return {layer.weight: layer for layer in layers if layer.weight in trained and layer.weight.numel() >= SMALLEST}
 
     def _placement(self, strategy: Strategy) -> Placement:
-        """Where a strategy has the optimizer's state."""
-        return placement(strategy, self.arriving, self.config.weights, self.device, self.surroundings.imagined)
+        """Where a strategy has weights and the optimizer's state."""
+        return placement(self.moving(strategy), self.device, self.surroundings.imagined)
+
+    def moving(self, strategy: Strategy) -> Moving:
+        """What a strategy moves through the card."""
+        return moving(strategy, self.events, self.lendable, self.config.weights)
 
     def _recompute(self, strategy: Strategy) -> None:
         self.denoiser.enable_gradient_checkpointing(_recomputing(self.denoiser))

@@ -54,7 +54,7 @@ def _train(
     trainer: Trainer, run: Run, saver: Saver, sample: Callable[[Path], None], begins: Callable[[str], None]
 ) -> None:
     config, steps, first, saved_at = trainer.config, trainer.config.train.steps, True, time.monotonic()
-    check = FirstStepCheck(config.optimizer, trainer.parameters) if trainer.step == 0 else None
+    check = FirstStepCheck(config.optimizer, trainer.parameters, trainer.optimizer) if trainer.step == 0 else None
     validation = Validation(trainer, logged(run.metrics, 0))
     with (
         Metrics(run.metrics, run.tensorboard, done=trainer.step) as metrics,
@@ -77,7 +77,7 @@ def _train(
             # A lower loss scale says that fp16 gradients overflowed and the optimizer did not step; nor does it step
             # where the loss is no number.
             if check and trainer.scaler.get_scale() >= scale and math.isfinite(outcome.read().total):
-                check.verify(trainer.optimizer)
+                check.verify()
                 check = None
             journal.note(outcome)
 

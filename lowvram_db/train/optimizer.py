@@ -17,6 +17,7 @@ from lowvram_db.optim.placement import Placement
 from lowvram_db.optim.storage import Weights
 from lowvram_db.progress import say
 from lowvram_db.sections import OptimizerConfig
+from lowvram_db.train.keeper import keeper_of
 
 _MIN_8_BIT_SIZE = 4096  # smaller tensors keep float32 state: their blocks are too few to matter and too small to trust
 
@@ -130,22 +131,25 @@ def make_state(optimizer: torch.optim.Optimizer) -> None:
 class FirstStepCheck:
     """Made before the first step, asked after it: did the weights move, and is the state as small as promised?"""
 
-    def __init__(self, settings: OptimizerConfig, parameters: Iterable[nn.Parameter]):
-        self._settings = settings
-        self._before: list[tuple[nn.Parameter, Tensor]] = [
-            (parameter, parameter.detach().flatten()[:64].clone()) for parameter in parameters
-        ]
+    def __init__(self, settings: OptimizerConfig, parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer):
+        self._settings, self._optimizer, self._keeper = settings, optimizer, keeper_of(optimizer)
+        self._parameters = list(parameters)
+        self._before = self._first()
 
-    def verify(self, optimizer: torch.optim.Optimizer) -> None:
+    def _first(self) -> list[Tensor]:
+        with self._keeper.at_rest():
+            return [self._keeper.kept(parameter).flatten()[:64].clone() for parameter in self._parameters]
+
+    def verify(self) -> None:
         """Raise UserError where the optimizer did nothing or keeps another state than its name says."""
-        if not any(torch.any(parameter.detach().flatten()[:64] != old) for parameter, old in self._before):
+        if all(map(torch.equal, self._first(), self._before)):
             raise UserError(
                 f"optimizer.name: {self._settings.name} did not change any weight in its first step; train.lr is too "
                 'small, or its installation is broken on this machine: try optimizer.name = "adamw"'
             )
         if self._settings.name == "bnb-adam8":
-            for parameter, _ in self._before:
-                state = optimizer.state[parameter].get("state1")
+            for parameter in self._parameters:
+                state = self._optimizer.state[parameter].get("state1")
                 if parameter.numel() >= _MIN_8_BIT_SIZE and state is not None and state.dtype != torch.uint8:
                     raise UserError(
                         f"optimizer.name: bitsandbytes keeps {state.dtype} state where 8 bits were asked for; "

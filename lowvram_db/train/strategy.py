@@ -1,6 +1,7 @@
 """How a training step trades time for memory without changing what is learned: the rungs of a ladder, fastest first."""
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from lowvram_db.config import Config
 
@@ -15,11 +16,12 @@ class Strategy:
     blocks: int  # of how many
     parts: int = 1  # a batch goes through in so many parts, whose gradients add up
     streamed: int = 0  # eighths of the optimizer's state that live in RAM and pass through the card
+    weights: bool = False  # whether the denoiser's do so too, where all of the state does
 
     @property
     def resident(self) -> "Strategy":
-        """The same with all state on the card."""
-        return replace(self, streamed=0)
+        """The same with all of it on the card."""
+        return replace(self, streamed=0, weights=False)
 
     def __str__(self) -> str:
         checkpointing = {0: "no checkpointing", self.blocks: "checkpointing everywhere"}.get(
@@ -27,7 +29,15 @@ class Strategy:
         )
         parts = f", batch in {self.parts} parts" if self.parts > 1 else ""
         share = "" if self.streamed == EIGHTHS else f"{self.streamed}/{EIGHTHS} of "
-        return checkpointing + parts + (f", {share}the state in RAM" if self.streamed else "")
+        moved = "weights and state" if self.weights else f"{share}the state"
+        return checkpointing + parts + (f", {moved} in RAM" if self.streamed else "")
+
+
+class Event(NamedTuple):
+    """Of a step: a layer reads a weight in a forward pass, or else the weight's gradient is complete."""
+
+    place: int  # of the weight among what is trained
+    reads: bool
 
 
 def ladder(config: Config, blocks: int) -> list[Strategy]:
@@ -49,6 +59,8 @@ def ladder(config: Config, blocks: int) -> list[Strategy]:
         rungs += [Strategy(rungs[-1].checkpointed, blocks, count) for count in parts]
     if config.optimizer.kind.streams and config.method.name == "full":
         rungs += [replace(rungs[-1], streamed=eighths) for eighths in range(1, EIGHTHS + 1)]
+        if not config.autocasts:  # which a layer that asks for its weight would have to do for itself, twice
+            rungs.append(replace(rungs[-1], weights=True))
     return rungs
 
 

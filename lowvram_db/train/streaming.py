@@ -1,60 +1,88 @@
-"""Which of the optimizer's state lives in RAM under a strategy, and by which lanes it passes through the card."""
+"""Which of weights and optimizer's state live in RAM under a strategy, and how they pass through the card."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 
-import psutil
 import torch
 from torch import Tensor, nn
 
-from lowvram_db.errors import DoesNotFit
-from lowvram_db.memory.size import gib
-from lowvram_db.memory.stream.cuda import Cuda
-from lowvram_db.memory.stream.lanes import Lanes
-from lowvram_db.memory.stream.made_up import MadeUpTime
-from lowvram_db.memory.stream.ram import Ram
-from lowvram_db.optim.placement import Imagined, Placement, Resident, Streamed, state_bytes
+from lowvram_db.memory.stream.pinning import open_ram
+from lowvram_db.memory.stream.schedule import GRANULE, Use, least_room, uses_of_a_step
+from lowvram_db.optim.placement import Imagined, Placement, Resident, state_bytes
 from lowvram_db.optim.storage import Weights
-from lowvram_db.progress import say
+from lowvram_db.optim.streamed import Streamed
 from lowvram_db.train.strategy import EIGHTHS, Strategy
 
-ROOM = 256 * 2**20  # bytes of the card that state passes through, at the most
-PASSING = 2  # of the largest states at the least: one is stepped while the other comes
-LESS_RAM = (
-    "close other programs, or let less of the optimizer's state live there: by a larger --vram, a smaller "
-    "train.resolution or train.batch"
-)
-PINNED = 1, 1 / 2, 1 / 4, 1 / 8  # of the RAM, tried in turn
+ROOM = 256 * 2**20  # bytes of the card that all passes through, at the most where no weights do
+
+Events = Sequence[tuple[nn.Parameter, bool]]  # see schedule.uses_of_a_step
 
 
-def placement(
-    strategy: Strategy,
-    order: Sequence[nn.Parameter],
-    weights: Weights,
-    device: torch.device,
-    imagined: Callable[[int], Tensor] | None,
-) -> Placement:
-    """order: of larger tensors' gradients in backward. imagined: gives so many bytes of the card, where tensors have no
-    values. Raises DoesNotFit where the RAM is not free."""
-    chosen = share(order, strategy.streamed, weights)
-    if not chosen:
+@dataclass(frozen=True)
+class Moving:
+    """What a strategy moves."""
+
+    strategy: Strategy
+    events: Events  # of a step, those that have to do with it
+    places: Sequence[int]  # of them among all there are
+    states: Mapping[nn.Parameter, int]  # bytes of each
+    weights: Mapping[nn.Parameter, nn.Module]  # with their layers
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Bytes of each parcel: of the states, then of the weights."""
+        return [*self.states.values(), *(p.nbytes for p in self.weights)]
+
+    @cached_property
+    def uses(self) -> list[list[Use]]:
+        """Of these parcels, by event."""
+        states = {p: number for number, p in enumerate(self.states)}
+        weights = {p: number for number, p in enumerate(self.weights, len(states))}
+        return uses_of_a_step(self.events, weights, states)
+
+    @property
+    def ram_bytes(self) -> int:
+        return sum(-(-size // GRANULE) * GRANULE for size in self.sizes)
+
+    @property
+    def carried(self) -> tuple[int, int]:
+        """Bytes that a step has brought to the card, and back."""
+        uses = list(chain.from_iterable(self.uses))
+        return sum(self.sizes[use.parcel] for use in uses), sum(self.sizes[use.parcel] for use in uses if use.changes)
+
+    @property
+    def room(self) -> int:
+        """Bytes of the card that all passes through: with the last eighth the least there can be, for who comes to that
+        has no more to give; but weights, which come up to three times a step, get as much as states in part."""
+        least = least_room(list(chain.from_iterable(self.uses)), self.sizes)
+        if self.strategy.weights:
+            return max(least, ROOM)
+        return least if self.strategy.streamed == EIGHTHS else max(least, min(ROOM, sum(self.sizes) // 4))
+
+
+def moving(strategy: Strategy, events: Events, layers: Mapping[nn.Parameter, nn.Module], weights: Weights) -> Moving:
+    """events: of larger tensors. layers: those whose weights can be elsewhere, by the weights."""
+    states = _share([p for p, is_read in events if not is_read], strategy.streamed, weights)
+    lent = layers if strategy.weights else {}
+    places = [place for place, (p, is_read) in enumerate(events) if p in (lent if is_read else states)]
+    return Moving(strategy, [events[place] for place in places], places, states, lent)
+
+
+def placement(what: Moving, device: torch.device, imagined: Callable[[int], Tensor] | None) -> Placement:
+    """imagined: gives so many bytes of the card, where tensors have no values. Raises DoesNotFit where the RAM is not
+    free."""
+    if not what.states:
         return Resident()
-    total, room = sum(chosen.values()), room_for(list(chosen.values()), strategy.streamed)
     if imagined:
-        return Imagined(chosen, imagined(room))
-    _check_free(total)
-    return Streamed(list(chosen), room, *_ram(total, device))
+        return Imagined(what.states, imagined(what.room), what.weights)
+    return Streamed(what.events, what.room, *open_ram(what.ram_bytes, device), what.weights)
 
 
-def room_for(sizes: Sequence[int], eighths: int) -> int:
-    """Bytes of the card that states of these sizes pass through: with the last eighth the least there can be, for who
-    comes to that has no more to give."""
-    least = PASSING * max(sizes)
-    return least if eighths == EIGHTHS else max(least, min(ROOM, sum(sizes) // 4))
-
-
-def share(order: Sequence[nn.Parameter], eighths: int, weights: Weights) -> dict[nn.Parameter, int]:
+def _share(order: Sequence[nn.Parameter], eighths: int, weights: Weights) -> dict[nn.Parameter, int]:
     """Those whose state is streamed, and its bytes: spread over backward, so that the copies are."""
     chosen: dict[nn.Parameter, int] = {}
     seen = taken = 0
@@ -65,25 +93,3 @@ def share(order: Sequence[nn.Parameter], eighths: int, weights: Weights) -> dict
             chosen[p] = size
             taken += size
     return chosen
-
-
-def _check_free(wanted: int) -> None:
-    free = psutil.virtual_memory().available
-    if wanted > free:
-        raise DoesNotFit(f"needs {gib(wanted)} of RAM for the optimizer's state, {gib(free)} are free; {LESS_RAM}")
-
-
-def _ram(total: int, device: torch.device) -> tuple[Ram, Lanes]:
-    """As much of it pinned as can be: Windows pins half of a computer's RAM, a container may pin less."""
-    if device.type != "cuda":
-        lanes = MadeUpTime(lambda lane, size: 0.0)
-        return Ram(lanes, total, total), lanes
-    for share in PINNED:
-        gpu = Cuda(device, staged=share < 1)
-        try:
-            return Ram(gpu, total, int(total * share)), gpu
-        except MemoryError as error:
-            gpu.close()
-            say(f"{error}: what is not is copied once more on its way to the card")
-    gpu = Cuda(device, staged=True)
-    return Ram(gpu, total, 0), gpu

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowvram_db.cache import model_digest
 from lowvram_db.config import Config
@@ -26,10 +26,11 @@ from lowvram_db.progress import say
 from lowvram_db.train import checkpoint, objective, resume
 from lowvram_db.train.batches import Batches
 from lowvram_db.train.ema import Average
+from lowvram_db.train.keeper import keeper_of
 from lowvram_db.train.learner import Learner, Surroundings
 from lowvram_db.train.outcome import Numbers, Outcome
-from lowvram_db.train.strategy import Strategy, ladder, without_budget
-from lowvram_db.train.trained import denoisers, idle, load_networks, stage_end, trains_text
+from lowvram_db.train.strategy import Event, Strategy, ladder, without_budget
+from lowvram_db.train.trained import Trained, denoisers, idle, load_networks, stage_end, trains_text
 
 
 class Trainer(Learner):
@@ -43,7 +44,7 @@ class Trainer(Learner):
         device: torch.device,
         strategy: Strategy | None = None,
         step: int = 0,
-        order: Sequence[int] = (),
+        order: Sequence[Event] = (),
     ):
         """Load the denoiser (and the text encoders, if they are trained). strategy: to begin with. step: how many have
         been done, of a checkpoint that is going to be restored; where the text encoders were trained before it and are
@@ -67,8 +68,8 @@ class Trainer(Learner):
         super().__init__(config, family, networks, surroundings, strategy, kernels, order)
         self.family: Family = family
         self.attention = use_attention(self.denoiser, config.attention, device, self.dtype)
-        with self._at_rest():
-            self.average = Average(self.trained, self._exact, config.train.ema) if config.train.ema else None
+        self._keeper = keeper_of(self.optimizer)
+        self.average = Average(self.trained, self._keeper, config.train.ema) if config.train.ema else None
         self.until = stage_end(config, step)  # the last step that trains these weights
 
     def train_step(self) -> Outcome:
@@ -83,8 +84,7 @@ class Trainer(Learner):
         self.scaler.update()
         self.step, self.micro_batch = self.step + 1, 0
         if self.average:
-            with self._at_rest():
-                self.average.update(self.step)
+            self.average.update(self.step)
         self.between_steps = True
         return Outcome(loss, self.optimizer.skipped if isinstance(self.optimizer, StepsInBackward) else None)
 
@@ -177,12 +177,6 @@ class Trainer(Learner):
         for weight, exact in self._idle.items():
             weight.data = exact
 
-    def _at_rest(self) -> AbstractContextManager[None]:
-        return self.optimizer.at_rest() if isinstance(self.optimizer, StepsInBackward) else nullcontext()
-
-    def _exact(self, weight: nn.Parameter) -> Tensor:
-        return self.optimizer.exact(weight) if isinstance(self.optimizer, StepsInBackward) else weight.detach()
-
     @cached_property
     def content(self) -> dict[str, list[str]]:
         """What is trained, and on what: digests."""
@@ -190,25 +184,30 @@ class Trainer(Learner):
         return {"model": [model], **self.batches.content}
 
     def contents(self) -> checkpoint.Contents:
-        """A checkpoint of the step just done, made of the tensors that are being trained. What the next step trains no
-        more is in it as finish() would leave it."""
+        """A checkpoint of the step just done, made of the tensors that the next one changes. What that trains no more is
+        in it as finish() would leave it."""
         state = checkpoint.State(self.step, self.config, self.content, self.scaler.state_dict(), {}, {})
         going_on = self.trained
         if not trains_text(self.config, self.step):
             going_on = denoisers(self.family, self.trained)
         average = self.average.weights if self.average else {}
         frozen = dict(self.family.tuned)
-        with self._at_rest():
+        with self._keeper.at_rest():
             for name in self.trained.keys() - going_on.keys():
-                frozen[name] = average[name] if average else self._exact(self.trained[name]).cpu()
-        averages = {name: average[name] for name in going_on} if average else {}
-        return checkpoint.contents(state, going_on, self.optimizer, averages, frozen)
+                frozen[name] = average[name] if average else self._keeper.exact(self.trained[name]).cpu()
+            averages = {name: average[name] for name in going_on} if average else {}
+            return checkpoint.contents(state, self._kept(going_on), self.optimizer, averages, frozen)
+
+    def _kept(self, trained: Trained) -> dict[str, Tensor]:
+        return {name: self._keeper.kept(weight) for name, weight in trained.items()}
 
     def restore(self, folder: Path) -> None:
         """Take up a checkpoint. Raises UserError where config or data are not the ones it was trained with."""
         state = checkpoint.read_state(folder)
         resume.check_settings(state, self.config, folder)
         resume.check_content(state, self.content, folder)
-        checkpoint.restore(folder, state, self.trained, self.optimizer, self.average.weights if self.average else {})
+        average = self.average.weights if self.average else {}
+        with self._keeper.at_rest():
+            checkpoint.restore(folder, state, self._kept(self.trained), self.optimizer, average)
         self.scaler.load_state_dict(state.scaler)
         self.step = state.step

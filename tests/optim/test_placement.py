@@ -13,8 +13,9 @@ from lowvram_db.memory.stream.made_up import MadeUpTime
 from lowvram_db.memory.stream.ram import Ram
 from lowvram_db.memory.stream.schedule import arrivals
 from lowvram_db.optim.adam8 import Adam8
-from lowvram_db.optim.placement import Streamed, state_bytes
+from lowvram_db.optim.placement import state_bytes
 from lowvram_db.optim.storage import SMALLEST
+from lowvram_db.optim.streamed import Streamed
 
 STEPS = 3
 
@@ -28,7 +29,7 @@ class Rehearsed:
         self.room = int(max(sizes) * generator.uniform(1, 4))
         self.lanes = MadeUpTime(lambda lane, size: size * generator.choice([0.0, 0.1, 1.0, 20.0]) * generator.random())
         ram = Ram(self.lanes, sum(sizes), generator.choice([0, sum(sizes) // 2, sum(sizes)]))
-        self.placement = Streamed(order, self.room, ram, self.lanes)
+        self.placement = Streamed([(p, False) for p in order], self.room, ram, self.lanes)
 
 
 @pytest.fixture(scope="module")

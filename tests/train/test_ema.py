@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lowvram_db.train.ema import Average, kept
+from lowvram_db.train.keeper import Plain
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -29,7 +30,7 @@ def walk(weights, step):
 def test_it_is_the_sum_of_all_weights_as_they_fade(dtype, decay, steps):
     """In float64, by the weight that each step's has in the end."""
     weights = network(dtype)
-    average, seen = Average(weights, nn.Parameter.detach, decay), []
+    average, seen = Average(weights, Plain(), decay), []
     for step in range(1, steps + 1):
         walk(weights, step)
         average.update(step)
@@ -45,7 +46,7 @@ def test_it_is_the_sum_of_all_weights_as_they_fade(dtype, decay, steps):
 
 def test_diffusers_average_is_the_same():
     weights = network(torch.float32)
-    ours, theirs = Average(weights, nn.Parameter.detach, 0.8), EMAModel(list(weights.values()), decay=0.8)
+    ours, theirs = Average(weights, Plain(), 0.8), EMAModel(list(weights.values()), decay=0.8)
     for step in range(1, 50):
         walk(weights, step)
         ours.update(step)
@@ -59,7 +60,7 @@ def test_diffusers_average_is_the_same():
 def test_weights_come_back_to_the_bit_also_where_drawing_fails(dtype):
     weights = network(dtype)
     weights["part.0"].data = weights["part.0"].data.to(memory_format=torch.channels_last)
-    average = Average(weights, nn.Parameter.detach, 0.9)
+    average = Average(weights, Plain(), 0.9)
     for step in (1, 2, 3):
         walk(weights, step)
         average.update(step)

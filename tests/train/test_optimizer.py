@@ -39,9 +39,9 @@ def test_the_first_step_is_adamws(parameters, name, tolerance):
     before = [parameter.detach().clone() for parameter in parameters]
     settings = OptimizerConfig(name=name)
     optimizer = build(settings, grouped(parameters, 1e-3))
-    check = FirstStepCheck(settings, parameters)
+    check = FirstStepCheck(settings, parameters, optimizer)
     one_step(optimizer, parameters)
-    check.verify(optimizer)
+    check.verify()
     for parameter, old in zip(parameters, before, strict=True):
         wanted = old * (1 - 1e-3 * 0.01) - 1e-3 * parameter.grad.sign()
         torch.testing.assert_close(parameter.detach(), wanted, atol=tolerance, rtol=0)
@@ -57,22 +57,24 @@ def test_bitsandbytes_state_is_8_bit(parameters):
 
 def test_weights_that_do_not_move_are_noticed(parameters):
     settings = OptimizerConfig(name="adamw")
-    optimizer, check = build(settings, grouped(parameters, 1e-30)), FirstStepCheck(settings, parameters)
+    optimizer = build(settings, grouped(parameters, 1e-30))
+    check = FirstStepCheck(settings, parameters, optimizer)
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
         optimizer.param_groups[0]["weight_decay"] = 0.0
     optimizer.step()
     with pytest.raises(UserError, match=r"optimizer\.name: adamw did not change any weight"):
-        check.verify(optimizer)
+        check.verify()
 
 
 def test_state_that_is_not_8_bit_is_noticed(parameters):
     """What older bitsandbytes did to callers whose arguments it bound wrongly."""
     settings = OptimizerConfig(name="bnb-adam8")
-    optimizer, check = bitsandbytes.optim.AdamW(parameters, lr=1e-3), FirstStepCheck(settings, parameters)
+    optimizer = bitsandbytes.optim.AdamW(parameters, lr=1e-3)
+    check = FirstStepCheck(settings, parameters, optimizer)
     one_step(optimizer, parameters)
     with pytest.raises(UserError, match=r"keeps torch\.float32 state where 8 bits were asked for"):
-        check.verify(optimizer)
+        check.verify()
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import torch
 from lowvram_db.demo.miniature import write_sdxl
 from lowvram_db.errors import DoesNotFit
 from lowvram_db.families import open_blank
+from lowvram_db.memory.stream import pinning
 from lowvram_db.memory.stream.made_up import MadeUpTime
 from lowvram_db.memory.stream.schedule import Use, planned
 from lowvram_db.optim.placement import state_bytes
@@ -27,7 +28,7 @@ def delays(monkeypatch):
     def made_up(duration):
         return MadeUpTime(lambda lane, size: size * generator.choice([0.0, 0.1, 1.0, 20.0]) * generator.random())
 
-    monkeypatch.setattr(streaming, "MadeUpTime", made_up)
+    monkeypatch.setattr(pinning, "MadeUpTime", made_up)
 
 
 @pytest.fixture
@@ -141,8 +142,8 @@ def test_ram_that_is_not_free_is_said_before_anything_is_moved(make_config, make
     trainer = make_trainer(make_config(precision={"compute": "bf16"}))
     large = [p for p in trainer.parameters if p.numel() >= 4096]
     wanted = sum(state_bytes(p.numel(), "bf16") for p in large)
-    memory = streaming.psutil.virtual_memory()
-    monkeypatch.setattr(streaming.psutil, "virtual_memory", lambda: memory._replace(available=wanted - 1))
+    memory = pinning.psutil.virtual_memory()
+    monkeypatch.setattr(pinning.psutil, "virtual_memory", lambda: memory._replace(available=wanted - 1))
     with pytest.raises(DoesNotFit, match=r"needs 0\.\d\d GiB of RAM .* are free; close other programs, or .* --vram"):
         trainer.use(ALL)
     trainer.use(HALF)

@@ -1,10 +1,10 @@
 """Visits of parcels on the card, prefetched as far as there is room; who waits for whom is said here and in ram.py.
 
-    stream = Stream(planned(uses, sizes, room), homes, ram, lanes, room)
+    stream = Stream(planned(uses, sizes, room), homes, ram, lanes, lanes.room(room))
     for parcel in used_by_a_step:
         place = stream.take(parcel)  # uint8 [bytes], on the card
         ...                          # computation on it is asked for, and need not be done
-        stream.give_back(parcel)
+        stream.give_back(parcel, changed=True)
     with stream.at_rest():
         ...                          # the homes are whole, and may be written
 
@@ -24,13 +24,17 @@ from lowvram_db.memory.stream.ram import Home, Ram
 from lowvram_db.memory.stream.schedule import Visit
 
 
-class Stream:
-    """visits: of a round. homes: of all parcels, by number. room: bytes on the card."""
+class NoRoom(RuntimeError):
+    """Too much is out at once."""
 
-    def __init__(self, visits: Sequence[Visit], homes: Sequence[Home], ram: Ram, lanes: Lanes, room: int) -> None:
+
+class Stream:
+    """visits: of a round. homes: of all parcels, by number. room: on the card, of the lanes."""
+
+    def __init__(self, visits: Sequence[Visit], homes: Sequence[Home], ram: Ram, lanes: Lanes, room: Tensor) -> None:
         self._visits, self._homes, self._ram, self._lanes = visits, homes, ram, lanes
-        self._parcels = {visit.parcel for visit in visits}
-        self._room = lanes.room(room)
+        self._parcels = _carried(visits)
+        self._room = room
         ram.make_stages(homes)
         self._begin()
 
@@ -44,27 +48,39 @@ class Stream:
         self._at_home: dict[int, Wait] = {}  # by parcel: until its home holds what was last carried down
         self._send()
 
-    def take(self, parcel: int) -> Tensor:
-        """The parcel, for computation that is asked for from now on: uint8 [bytes], on the card.
+    def follow(self, visits: Sequence[Visit]) -> None:
+        """Let a round be made of other visits, from its beginning. Raises RuntimeError where a parcel is out."""
+        self.settle()
+        self._visits, self._parcels = visits, _carried(visits)
+        self._begin()
 
-        Raises KeyError for one that no visit brings, RuntimeError where too much is out at once for the room.
+    def take(self, parcel: int, to_change: bool = False) -> Tensor:
+        """The parcel, for computation that is asked for from now on: uint8 [bytes], on the card. It may change what the
+        schedule says that it changes; to_change: as it has to.
+
+        Raises KeyError for one that no visit brings so, NoRoom where too much is out; then some has to be given back.
         """
-        if parcel not in self._parcels:
-            raise KeyError(f"no visit brings parcel {parcel}")
-        while self._visit(self._taken).parcel != parcel:  # passed over
+        if not any(changes or not to_change for changes in self._parcels.get(parcel, ())):
+            raise KeyError(f"no visit brings parcel {parcel}{' to be changed' * to_change}")
+        while not self._brings(self._visit(self._taken), parcel, to_change):  # passed over
             self._drop(self._next())
             self._send()
         number = self._next()
         self._lent[number] = self._lanes.lend(self._place(number), [self._arrived[number]])
         return self._lent[number]
 
-    def give_back(self, parcel: int) -> None:
+    def give_back(self, parcel: int, changed: bool = True) -> None:
         """The computation that has been asked for since take() is the last on it; what it changed is carried down, if
-        the schedule says that it changes. Raises KeyError where it is not out."""
+        the schedule says that it changes. changed: whether it can have changed anything. Raises KeyError where the
+        parcel is not out."""
         number = next((n for n in self._lent if self._visit(n).parcel == parcel), None)
         if number is None:
             raise KeyError(f"parcel {parcel} has not been taken")
-        self._let_go(number, self._visit(number).changes)
+        self._let_go(number, changed and self._visit(number).changes)
+
+    def may_change(self, parcel: int) -> bool:
+        """Whether it is out, and the schedule says that it changes."""
+        return any(visit.parcel == parcel and visit.changes for visit in map(self._visit, self._lent))
 
     def give_all_back(self) -> None:
         """As give_back() for whatever is out: after a step that broke off."""
@@ -94,6 +110,10 @@ class Stream:
     def _visit(self, number: int) -> Visit:
         return self._visits[number % len(self._visits)]
 
+    @staticmethod
+    def _brings(visit: Visit, parcel: int, to_change: bool) -> bool:
+        return visit.parcel == parcel and (visit.changes or not to_change)
+
     def _place(self, number: int) -> Tensor:
         visit = self._visit(number)
         return self._room[visit.start :][: self._homes[visit.parcel].memory.nbytes]
@@ -103,7 +123,7 @@ class Stream:
         number = self._taken
         if number == self._sent:
             out = sorted(self._visit(n).parcel for n in self._lent)
-            raise RuntimeError(f"no room for parcel {self._visit(number).parcel} while parcels {out} are out")
+            raise NoRoom(f"no room for parcel {self._visit(number).parcel} while parcels {out} are out")
         self._taken += 1
         return number
 
@@ -141,3 +161,11 @@ class Stream:
         """Nothing waits any more for what is more than a round old."""
         self._arrived.pop(number, None)
         self._free.pop(number, None)
+
+
+def _carried(visits: Sequence[Visit]) -> dict[int, set[bool]]:
+    """The parcels that are brought, with whether they change."""
+    found: dict[int, set[bool]] = {}
+    for visit in visits:
+        found.setdefault(visit.parcel, set()).add(visit.changes)
+    return found

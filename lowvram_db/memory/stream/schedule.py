@@ -7,9 +7,9 @@ printed, simulated and tested alone.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
@@ -17,10 +17,13 @@ from lowvram_db.memory.size import gib
 
 GRANULE = 512  # bytes: where a visit may begin, as what the allocator hands out does
 
+Key = TypeVar("Key", bound=Hashable)
+
 
 class Use(NamedTuple):
     parcel: int
     changes: bool  # whether it comes back other than it went up
+    until: int = 0  # it is out until the use that comes so many later is over
 
 
 class Visit(NamedTuple):
@@ -28,6 +31,7 @@ class Visit(NamedTuple):
 
     parcel: int
     changes: bool
+    until: int
     start: int  # bytes into the room
     size: int  # bytes, a multiple of GRANULE
     after: tuple[int, ...]  # whose places it takes, the latest of each byte
@@ -55,7 +59,7 @@ def planned(uses: Sequence[Use], sizes: Sequence[int], room: int) -> list[Visit]
     takes, visits = _takes(starts, rounded), []
     for number, use in enumerate(uses):
         renewed = number - changed[use.parcel] if use.parcel in changed else None
-        visits.append(Visit(use.parcel, use.changes, starts[number], rounded[number], takes[number], renewed))
+        visits.append(Visit(*use, starts[number], rounded[number], takes[number], renewed))
         if use.changes:
             changed[use.parcel] = number
     return visits
@@ -79,6 +83,43 @@ def _takes(starts: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, ...]]
         held.append((start, end, number))
         taken.append(tuple(sorted(set(after))))
     return taken[len(starts) :]
+
+
+def uses_of_a_step(
+    events: Iterable[tuple[Key, bool]], weights: Mapping[Key, int], states: Mapping[Key, int]
+) -> list[list[Use]]:
+    """Of the parcels that hold weights, and states of an optimizer: by the event that each belongs to.
+
+    events: what a step does with a weight, in order: True, a layer reads it in a forward pass; False, its gradient is
+    complete. Who reads a weight for the second time recomputes, and has it until it has been stepped.
+    """
+    found: list[list[Use]] = []
+    reads: Counter[Key] = Counter()
+    begun: dict[Key, tuple[int, int]] = {}  # the uses that last until the step: their event and number
+    number = 0
+    for key, is_read in events:
+        weight, state = weights.get(key), None if is_read else states.get(key)
+        reads[key] += is_read
+        uses = []
+        if weight is not None and key not in begun:
+            if not is_read or reads[key] > 1:
+                begun[key] = len(found), number
+            uses.append(Use(weight, changes=key in begun))
+        if state is not None:
+            uses.append(Use(state, changes=True))
+        found.append(uses)
+        number += len(uses)
+        if weight is not None and not is_read:
+            event, first = begun[key]
+            found[event][0] = Use(weight, changes=True, until=number - 1 - first)
+    return found
+
+
+def least_room(uses: Sequence[Use], sizes: Sequence[int]) -> int:
+    """Bytes in which no use waits for a parcel that is out, and one comes while another is used."""
+    rounded = [-(-sizes[use.parcel] // GRANULE) * GRANULE for use in uses]
+    longest = max(sum(rounded[number : number + use.until + 1]) for number, use in enumerate(uses))
+    return longest + max(rounded)  # so much is left over at the room's end
 
 
 def arrivals(parameters: Iterable[nn.Parameter], backward: Callable[[], object]) -> list[nn.Parameter]:

@@ -57,7 +57,7 @@ def wrong_after(uses, sizes, room, lanes, pinned, steps=3):
     plain = [torch.arange(size).add(number).to(torch.uint8) for number, size in enumerate(sizes)]
     for home, parcel in zip(homes, plain, strict=True):
         home.memory.copy_(parcel)
-    stream, found = Stream(planned(uses, sizes, room), homes, ram, lanes, room), []
+    stream, found = Stream(planned(uses, sizes, room), homes, ram, lanes, lanes.room(room)), []
     for step in range(steps):
         for use in uses:
             place = stream.take(use.parcel)

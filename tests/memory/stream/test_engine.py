@@ -30,7 +30,7 @@ class Streamed:
         self.plain = [torch.arange(size).add(number).to(torch.uint8) for number, size in enumerate(sizes)]
         for home, parcel in zip(self.homes, self.plain, strict=True):
             home.memory.copy_(parcel)
-        self.stream = Stream(planned(uses, sizes, room), self.homes, ram, lanes, room)
+        self.stream = Stream(planned(uses, sizes, room), self.homes, ram, lanes, lanes.room(room))
         self.lanes = lanes
 
     def use(self, use, step):

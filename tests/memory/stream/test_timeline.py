@@ -34,7 +34,7 @@ def test_each_step_ends_when_the_engines_does(granules, data):
 
     lanes = MadeUpTime(duration)
     ram = Ram(lanes, sum(sizes), sum(sizes))
-    stream = Stream(visits, [ram.home(size) for size in sizes], ram, lanes, room)
+    stream = Stream(visits, [ram.home(size) for size in sizes], ram, lanes, lanes.room(room))
     for _ in range(ROUNDS):
         for use in uses:
             lanes.work()
