@@ -116,7 +116,7 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: nn.Parameter, bias: Tensor | None, layer: Any, *geometry: Any) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x)
         ctx.layer, ctx.bias_sizes = layer, None if bias is None else bias.shape
         stride, padding, dilation, groups = geometry
         ctx.geometry = stride, padding, dilation, False, (0, 0), groups
@@ -126,7 +126,7 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, weight = ctx.saved_tensors
+        (x,), weight = ctx.saved_tensors, ctx.layer.weight
         with ctx.layer.weighing(weight, learning=True) as own:
             grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
                 grad, x, own, ctx.bias_sizes, *ctx.geometry, ctx.needs_input_grad[:3]
@@ -141,7 +141,7 @@ class _Projection(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: nn.Parameter, bias: Tensor | None, layer: Any) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x)
         ctx.layer = layer
         with layer.weighing(weight, learning=True) as own:
             return functional.linear(x, own, bias)
@@ -149,7 +149,7 @@ class _Projection(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, weight = ctx.saved_tensors
+        (x,), weight = ctx.saved_tensors, ctx.layer.weight
         wanted_x, wanted_weight, wanted_bias, _ = ctx.needs_input_grad
         rows = grad.reshape(-1, grad.shape[-1])
         with ctx.layer.weighing(weight, learning=True) as own:

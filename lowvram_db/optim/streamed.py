@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 
 from torch import Tensor, nn
@@ -74,8 +74,14 @@ class Streamed(Resident):
         if p not in self._states:
             yield p, state
             return
-        with self._stepped(p) as weight, self._out(self._states[p]) as place:
+        assert self._stream is not None
+        weight, place = self._taken_for_step(p)
+        try:
             yield weight, {**state, **parts(place, state)}
+        finally:
+            self._stream.give_back(self._states[p])
+            if p in self._weights:
+                self._stream.give_back(self._weights[p])
 
     @contextmanager
     def weight_of(self, p: nn.Parameter, learning: bool) -> Iterator[Tensor]:
@@ -144,41 +150,26 @@ class Streamed(Resident):
         else:
             self._rounds.begin()
 
-    @contextmanager
-    def _stepped(self, p: nn.Parameter) -> Iterator[Tensor]:
-        """The weight for its step."""
-        if p not in self._weights:
-            yield p
-        elif p not in self._waiting:
-            with self._out(self._weights[p]) as place:
-                yield layers.shown(place, p)
-        else:
-            assert self._stream is not None
-            try:
-                yield layers.shown(self._waiting.pop(p), p)
-            finally:
-                self._stream.give_back(self._weights[p])
-
-    @contextmanager
-    def _out(self, parcel: int) -> Iterator[Tensor]:
-        """To be changed."""
+    def _taken_for_step(self, p: nn.Parameter) -> tuple[Tensor, Tensor]:
+        """The weight, which may wait for it, and the state's place."""
         assert self._stream is not None
-        place = self._taken(parcel, to_change=True)
-        try:
-            yield place
-        finally:
-            self._stream.give_back(parcel)
+        if p not in self._weights:
+            return p, self._taken(self._states[p], to_change=True)
+        if p in self._waiting:
+            with suppress(NoRoom):
+                place = self._stream.take(self._states[p], to_change=True)
+                return layers.shown(self._waiting.pop(p), p), place
+            self._let_all_go()  # the state's visit has been passed over, and before the next one comes the weight's
+        weight = layers.shown(self._taken(self._weights[p], to_change=True), p)
+        return weight, self._taken(self._states[p], to_change=True)
 
     def _taken(self, parcel: int, to_change: bool = False) -> Tensor:
         """On the card, for which those make way that only wait there."""
         assert self._stream is not None
-        while True:
-            try:
-                return self._stream.take(parcel, to_change)
-            except NoRoom:
-                if not self._waiting:
-                    raise
-            self._let_all_go()
+        with suppress(NoRoom):
+            return self._stream.take(parcel, to_change)
+        self._let_all_go()
+        return self._stream.take(parcel, to_change)
 
     def _let_all_go(self) -> None:
         for p in list(self._waiting):

@@ -1,5 +1,7 @@
 """How a training step trades time for memory without changing what is learned: the rungs of a ladder, fastest first."""
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -62,6 +64,12 @@ def ladder(config: Config, blocks: int) -> list[Strategy]:
         if not config.autocasts:  # which a layer that asks for its weight would have to do for itself, twice
             rungs.append(replace(rungs[-1], weights=True))
     return rungs
+
+
+def tells_of(order: Sequence[Event], strategy: Strategy) -> bool:
+    """Whether it is the order of a step that recomputes as this strategy does, where weights are read."""
+    reads = Counter(event.place for event in order if event.reads)
+    return bool(reads) and (max(reads.values()) > 1) == (strategy.checkpointed > 0)
 
 
 def without_budget(rungs: list[Strategy]) -> Strategy:

@@ -56,12 +56,11 @@ class Moving:
 
     @property
     def room(self) -> int:
-        """Bytes of the card that all passes through: with the last eighth the least there can be, for who comes to that
-        has no more to give; but weights, which come up to three times a step, get as much as states in part."""
+        """Bytes of the card that all passes through: where it is all of the state the least there can be, for who comes
+        to that has no more to give. Weights leave more of the card free, and come up to three times a step."""
         least = least_room(list(chain.from_iterable(self.uses)), self.sizes)
-        if self.strategy.weights:
-            return max(least, ROOM)
-        return least if self.strategy.streamed == EIGHTHS else max(least, min(ROOM, sum(self.sizes) // 4))
+        tight = self.strategy.streamed == EIGHTHS and not self.strategy.weights
+        return least if tight else max(least, min(ROOM, sum(self.sizes) // 4))
 
 
 def moving(strategy: Strategy, events: Events, layers: Mapping[nn.Parameter, nn.Module], weights: Weights) -> Moving:

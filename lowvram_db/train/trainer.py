@@ -29,7 +29,7 @@ from lowvram_db.train.ema import Average
 from lowvram_db.train.keeper import keeper_of
 from lowvram_db.train.learner import Learner, Surroundings
 from lowvram_db.train.outcome import Numbers, Outcome
-from lowvram_db.train.strategy import Event, Strategy, ladder, without_budget
+from lowvram_db.train.strategy import Event, Strategy, ladder, tells_of, without_budget
 from lowvram_db.train.trained import Trained, denoisers, idle, load_networks, stage_end, trains_text
 
 
@@ -60,7 +60,9 @@ class Trainer(Learner):
         self.between_steps = True  # so that all of it is of one step
         self.lag = 1 if device.type == "cuda" else 0  # steps whose outcome may be on its way when the next one begins
         self._losses_skipped = 0  # in a row, for they were no numbers
-        self._ladder = ladder(config, family.checkpoint_steps)
+        # Weights whose order nobody knows would come far too late.
+        rungs = ladder(config, family.checkpoint_steps)
+        self._ladder = [rung for rung in rungs if not rung.weights or tells_of(order, rung)]
         surroundings = Surroundings(
             device, compute_dtype(config.precision.compute, device), self._timesteps, batches.cached.conditioning
         )
@@ -184,8 +186,8 @@ class Trainer(Learner):
         return {"model": [model], **self.batches.content}
 
     def contents(self) -> checkpoint.Contents:
-        """A checkpoint of the step just done, made of the tensors that the next one changes. What that trains no more is
-        in it as finish() would leave it."""
+        """A checkpoint of the step just done, made of the tensors that the next one changes. What that trains no more
+        is in it as finish() would leave it."""
         state = checkpoint.State(self.step, self.config, self.content, self.scaler.state_dict(), {}, {})
         going_on = self.trained
         if not trains_text(self.config, self.step):

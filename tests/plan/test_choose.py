@@ -33,7 +33,7 @@ def test_the_fastest_that_fits_is_taken(planned, blank):
     config = planned(**SMALL)
     needed = peaks(config, blank)
     assert needed == sorted(set(needed), reverse=True)
-    for place in (0, 2, 5, 6, 13):
+    for place in (0, 2, 5, 6, 13, 14):
         just = int(needed[place] * (1 + MARGIN)) + 1
         plan = choose(config, blank, just)
         assert plan.strategy == ladder(config, 5)[place]
@@ -169,7 +169,7 @@ def test_without_a_budget_memory_is_saved_and_nothing_claimed(planned, blank):
 
 def test_every_rung_is_explained(planned, blank):
     plan = choose(planned(**SMALL), blank, 2**40, explain=True)
-    assert [rung.chosen for rung in plan.rungs] == [True] + (5 + 8) * [False]
+    assert [rung.chosen for rung in plan.rungs] == [True] + (5 + 8 + 1) * [False]
     costs = [rung.cost for rung in plan.rungs]
     assert costs[0] == 1 and costs == sorted(costs) and 1.1 < costs[-1] < 4 / 3
     assert set(costs[5:]) == {costs[5]}, "to stream is no arithmetic"
@@ -186,7 +186,7 @@ def test_state_in_ram_takes_no_further_trace(planned, blank, monkeypatch):
     config = planned(train={"resolution": 64}, prior={"enabled": False}, text_encoder={"train": True, "stop": 9})
     plan = choose(config, blank, CONTEXT, explain=True)
     resident = [rung for rung in ladder(config, blank.checkpoint_steps) if not rung.streamed]
-    assert plan.strategy.streamed == 8 and traced == [*resident, resident[-1]]
+    assert plan.strategy.weights and traced == [*resident, resident[-1]]
 
 
 def test_what_copies_cost_is_said_and_which_optimizers_have_none(planned, blank, capsys):
@@ -204,7 +204,8 @@ def test_what_copies_are_waited_for_is_said_of_each_rung(planned, blank, monkeyp
     monkeypatch.setattr("lowvram_db.plan.choose.rates", lambda budget: Rates(1e18, 1e6, 1e6, "a slow link"))
     plan = choose(planned(**SMALL), blank, 2**40, explain=True)
     for rung in plan.rungs:
-        assert rung.copied_bytes / 1e6 <= rung.waits <= 2.1 * rung.copied_bytes / 1e6
+        assert rung.carried_up / 1e6 <= rung.waits <= 2.1 * rung.carried_up / 1e6
+        assert (rung.carried_up > rung.carried_down) == rung.strategy.weights
         assert bool(rung.waits) == bool(rung.strategy.streamed)
     show(plan, explain=True)
     assert f"+ {1000 * plan.rungs[-1].waits:.0f} ms" in capsys.readouterr().out
@@ -289,7 +290,7 @@ def test_the_order_that_a_plan_gives_is_that_of_a_real_backward(planned, blank, 
             family.denoise(denoiser, torch.randn(1, 4, 8, 8), torch.tensor([1]), told).sum().backward()
 
         real = arrivals(parameters, backward)
-        assert [parameters[place] for place in plan.order] == real
+        assert [parameters[event.place] for event in plan.order if not event.reads] == real
     assert choose(planned(**SMALL, optimizer={"name": "adamw"}), blank, 2**40).order == []
 
 

@@ -2,26 +2,38 @@
 
 import pytest
 import torch
+from torch import nn
 
-from lowvram_db.plan.waiting import ASSUMED, BEGIN, Passage, Rates, rates, waiting
+from lowvram_db.plan.waiting import ASSUMED, BEGIN, Rates, rates, waiting
+from lowvram_db.train.strategy import Strategy
+from lowvram_db.train.streaming import moving
 
-MIB = 2**20
 FAST = Rates(1e12, 1e9, 1e9, "a test")
 SLOW_DOWN = Rates(1e12, 1e9, 0.5e9, "a test")
+LAYERS = 64
 
 
+@pytest.mark.parametrize("weights", [False, True])
 @pytest.mark.parametrize(
-    ("given", "flops", "seconds"),
+    ("given", "flops", "lane"),
     [
         (FAST, 0, "up"),  # nothing to hide behind: the copies one after the other, both ways at once
         (SLOW_DOWN, 0, "down"),
-        (FAST, 10**12, 0),
+        (FAST, 10**13, ""),
     ],
 )
-def test_copies_hide_behind_arithmetic_or_are_waited_for(given, flops, seconds):
-    passages = [Passage(MIB, flops * number // 64) for number in range(1, 65)]
-    lanes = {"up": 64 * (BEGIN + MIB / given.up), "down": 64 * (BEGIN + MIB / given.down), 0: 0}
-    assert waiting(passages, 1, given) == pytest.approx(lanes[seconds], abs=0.02 * lanes["down"])
+def test_copies_hide_behind_arithmetic_or_are_waited_for(given, flops, lane, weights):
+    """Of layers that are recomputed one by one: a weight goes up twice and its state once, and both come down once."""
+    layers = {nn.Parameter(torch.empty(512, 1024, dtype=torch.bfloat16)): nn.Module() for _ in range(LAYERS)}
+    backward = [(p, is_read) for p in reversed(layers) for is_read in (True, False)]
+    events = [*((p, True) for p in layers), *backward]
+    what = moving(Strategy(1, 1, streamed=7 if not weights else 8, weights=weights), events, layers, "bf16")
+    moved = len(what.states)
+    copies = {"up": (moved + 2 * LAYERS * weights, what.carried[0]), "down": (moved * (1 + weights), what.carried[1])}
+    rates = {"up": given.up, "down": given.down}
+    lanes = {name: count * BEGIN + size / rates[name] for name, (count, size) in copies.items()} | {"": 0.0}
+    done = [flops * number // len(what.events) for number in range(1, len(what.events) + 1)]
+    assert waiting(what, done, given) == pytest.approx(lanes[lane], abs=0.05 * lanes["down"])
 
 
 def test_without_a_card_or_for_a_larger_one_rates_are_assumed_and_said_so(monkeypatch):

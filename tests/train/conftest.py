@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ from lowvram_db.config import Config
 from lowvram_db.families import open_model
 from lowvram_db.train.batches import Batches
 from lowvram_db.train.checkpoint import frozen, read_state
+from lowvram_db.train.strategy import Event
 from lowvram_db.train.trained import trains_text
 from lowvram_db.train.trainer import Trainer
 
@@ -20,7 +21,9 @@ CPU = torch.device("cpu")
 def make_trainer(tmp_path) -> Callable[..., Trainer]:
     """A trainer at step 0; the subject's own photos stand in for class images, which saves generating them."""
 
-    def make(config: Config, device: torch.device = CPU, start: Path | None = None) -> Trainer:
+    def make(
+        config: Config, device: torch.device = CPU, start: Path | None = None, order: Sequence[Event] = ()
+    ) -> Trainer:
         """start: a checkpoint to go on from."""
         family = open_model(config.model.name)
         step = read_state(start).step if start else 0
@@ -39,7 +42,7 @@ def make_trainer(tmp_path) -> Callable[..., Trainer]:
             prompts=prompts,
         )
         batches = Batches(concept, cached, config.train.batch, config.train.seed, config.train.hold_out)
-        trainer = Trainer(config, family, batches, device, step=step)
+        trainer = Trainer(config, family, batches, device, step=step, order=order)
         if start:
             trainer.restore(start)
         return trainer

@@ -1,6 +1,7 @@
 """A trainer whose state lives in RAM is, to the bit, one whose state does not; the way may change at any step."""
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,13 +11,14 @@ from lowvram_db.errors import DoesNotFit
 from lowvram_db.families import open_blank
 from lowvram_db.memory.stream import pinning
 from lowvram_db.memory.stream.made_up import MadeUpTime
-from lowvram_db.memory.stream.schedule import Use, planned
+from lowvram_db.memory.stream.schedule import Use, least_room, planned
 from lowvram_db.optim.placement import state_bytes
 from lowvram_db.plan import predict
-from lowvram_db.train import checkpoint, streaming
+from lowvram_db.train import checkpoint
 from lowvram_db.train.strategy import Strategy
 
 RESIDENT, HALF, ALL = (Strategy(5, 5, streamed=eighths) for eighths in (0, 4, 8))
+WEIGHTS = Strategy(5, 5, streamed=8, weights=True)
 FULL = "CUDA out of memory. Tried to allocate 2.00 GiB."
 
 
@@ -38,9 +40,17 @@ def sdxl(tmp_path_factory):
     return folder
 
 
+def order_of(config, strategy=RESIDENT):
+    """Of a step that recomputes everything, or as a strategy says."""
+    with predict.rehearsal(config, open_blank(Path(config.model.name))) as traced:
+        traced.steps(strategy)
+        return traced.order()
+
+
 def exact(trainer):
     """All that is trained, all of the state, and the average."""
-    tensors = {name: p.detach().clone() for name, p in trainer.trained.items()}
+    with trainer.optimizer.at_rest():
+        tensors = {name: trainer.optimizer.kept(p).clone() for name, p in trainer.trained.items()}
     for place, state in trainer.optimizer.state_dict()["state"].items():
         tensors |= {f"{place}/{k}": v.clone() for k, v in state.items() if isinstance(v, torch.Tensor)}
     return tensors | (trainer.average.weights if trainer.average else {})
@@ -71,14 +81,14 @@ def test_streamed_in_part_in_whole_and_not_at_all_are_the_same(make_config, make
     is_sdxl, sections = SECTIONS[name]
     model = {"model": {"name": str(sdxl)}} if is_sdxl else {}
     config = make_config(**{"precision": {"compute": "bf16"}, **model, **sections})
-    straight, changing, resumed = (make_trainer(config) for _ in range(3))
-    for number, way in enumerate((HALF, ALL, RESIDENT, ALL)):
+    straight, changing, resumed = (make_trainer(config, order=order_of(config)) for _ in range(3))
+    for number, way in enumerate((HALF, ALL, RESIDENT, WEIGHTS, WEIGHTS)):
         straight.train_step()
         changing.use(way)
         changing.train_step()
         if number == 1:
             checkpoint.save(tmp_path / "step-000002", changing.contents())
-            resumed.use(HALF)
+            resumed.use(WEIGHTS)
             resumed.restore(tmp_path / "step-000002")
         elif number > 1:
             resumed.train_step()
@@ -119,20 +129,22 @@ def test_out_of_memory_moves_state_into_ram_and_loses_no_step(make_config, make_
 
 def test_the_ladder_goes_on_into_ram_where_it_is_adam8s_state_of_whole_networks(make_config, make_trainer):
     for sections, last in [
-        ({}, ALL),
-        ({"train": {"gradient_checkpointing": False}}, Strategy(0, 5, streamed=8)),
+        ({}, WEIGHTS),
+        ({"train": {"gradient_checkpointing": False}}, Strategy(0, 5, streamed=8, weights=True)),
+        ({"precision": {"compute": "bf16", "weights": "fp32"}}, ALL),
         ({"optimizer": {"name": "adafactor"}}, RESIDENT),
         ({"optimizer": {"name": "adamw"}}, Strategy(5, 5, parts=2)),
         ({"method": {"name": "lora"}, "optimizer": {"name": "adam8"}}, RESIDENT),
     ]:
-        trainer = make_trainer(make_config(**sections))
+        config = make_config(**sections)
+        trainer = make_trainer(config, order=order_of(config, last.resident) if last.weights else ())
         assert trainer._ladder[-1] == last
         assert not trainer.strategy.streamed, "nothing is known of the memory"
 
 
 def test_the_least_room_lets_the_largest_state_come_while_another_is_stepped():
     sizes = [4096, 2**20, 2**20]
-    room = streaming.room_for(sizes, 8)
+    room = least_room([Use(number, True) for number in range(3)], sizes)
     assert room == 2 * 2**20
     first, second = planned([Use(1, True), Use(2, True)], sizes, room)
     assert first.start != second.start
@@ -150,48 +162,21 @@ def test_ram_that_is_not_free_is_said_before_anything_is_moved(make_config, make
     trainer.train_step()
 
 
-@pytest.mark.parametrize("pinnable", [1.0, 0.6, 0.3, 0.0])
-def test_as_much_ram_is_pinned_as_can_be(monkeypatch, capfd, pinnable):
-    """Half as much in turn, where the system has refused; with threads for the stages where any is not."""
-    total, asked = 64 * 2**20, []
-
-    class Card(MadeUpTime):
-        def __init__(self, device, staged):
-            super().__init__(lambda lane, size: 0.0)
-            self.staged, self.closed = staged, False
-            asked.append(self)
-
-        def home(self, size, pinned):
-            if pinned and size > pinnable * total:
-                raise MemoryError(f"{size} bytes cannot be pinned")
-            return super().home(size, pinned)
-
-        def close(self):
-            self.closed = True
-
-    monkeypatch.setattr(streaming, "Cuda", Card)
-    ram, lanes = streaming._ram(total, torch.device("cuda"))
-    homes = [ram.home(2**20) for _ in range(64)]
-    pinned = sum(home.pinned for home in homes)
-    assert pinned == 64 * next(share for share in (1, 1 / 2, 1 / 4, 0) if share <= pinnable)
-    assert lanes is asked[-1] and lanes.staged == (pinned < 64)
-    assert [card.closed for card in asked] == [True] * (len(asked) - 1) + [False]
-    assert capfd.readouterr().err.count("cannot be pinned: what is not is copied once more") == len(asked) - 1
-
-
-def test_what_a_plan_counts_on_the_card_is_what_the_lanes_do(make_config, make_trainer, miniature):
+@pytest.mark.parametrize("way", [ALL, WEIGHTS], ids=str)
+def test_what_a_plan_counts_on_the_card_is_what_the_lanes_do(make_config, make_trainer, miniature, way):
     config = make_config(precision={"compute": "bf16"})
-    trainer = make_trainer(config)
+    trainer = make_trainer(config, order=order_of(config))
     made: list[MadeUpTime] = []
-    lanes = streaming.MadeUpTime
+    lanes = pinning.MadeUpTime
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streaming, "MadeUpTime", lambda duration: made.append(lanes(duration)) or made[-1])
-        trainer.use(ALL)
+        patch.setattr(pinning, "MadeUpTime", lambda duration: made.append(lanes(duration)) or made[-1])
+        trainer.use(way)
     trainer.train_step()
     with predict.rehearsal(config, open_blank(miniature)) as traced:
-        resident, streamed = (traced.steps(way)[1] for way in (RESIDENT, ALL))
+        resident, streamed = (traced.steps(one)[1] for one in (RESIDENT, way))
     homes = [v for s in trainer.optimizer.state_dict()["state"].values() if "codes" in s for v in s.values()]
-    held = sum(-(-v.nbytes // 512) * 512 for v in homes if isinstance(v, torch.Tensor))
+    weights = [trainer.optimizer.kept(p) for p in trainer.lendable if way.weights]
+    held = sum(-(-v.nbytes // 512) * 512 for v in [*homes, *weights] if isinstance(v, torch.Tensor))
     assert streamed.ram_bytes == held
-    gone = resident.components["optimizer"] - streamed.components["optimizer"]
+    gone = sum(resident.components[kind] - streamed.components[kind] for kind in ("weights", "optimizer"))
     assert gone == held - made[0].card_bytes

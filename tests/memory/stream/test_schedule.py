@@ -22,7 +22,7 @@ def test_every_visit_knows_who_last_had_its_bytes_and_who_last_changed_its_parce
     changed: dict[int, int] = {}
     for number in range(3 * len(uses)):
         visit = visits[number % len(uses)]
-        assert (visit.parcel, visit.changes) == uses[number % len(uses)]
+        assert (visit.parcel, visit.changes, visit.until) == uses[number % len(uses)]
         assert visit.size >= sizes[visit.parcel] and visit.start + visit.size <= room
         place = range(visit.start, visit.start + visit.size, GRANULE)
         if number >= 2 * len(uses):  # what came before is a whole round
