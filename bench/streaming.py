@@ -1,4 +1,5 @@
-"""What does a step cost when Adam's state lives in RAM? `python bench/streaming.py --simulate`, which needs no GPU
+"""What does a step cost when Adam's state, or the weights too, live in RAM? `python bench/streaming.py --simulate`,
+which needs no GPU
 
 Traces a training step on tensors without values (1 photo + 1 class image, checkpointing everywhere, adam8, bf16),
 makes the schedule that such a run has, and computes when each copy and computation of a steady step ends: a row a card,
@@ -17,26 +18,24 @@ the same schedule in made-up time with parcels of a 256th of their size. Compute
 """
 
 import argparse
+from collections import deque
 from collections.abc import Sequence
-from itertools import pairwise
+from dataclasses import replace
+from itertools import chain
 from typing import NamedTuple
 
 from machine import add_row
 from recipes import Work, everywhere
-from torch import Tensor
 
 from lowvram_db.memory.stream.engine import Stream
 from lowvram_db.memory.stream.made_up import MadeUpTime
 from lowvram_db.memory.stream.ram import Ram
 from lowvram_db.memory.stream.schedule import GRANULE, Use, Visit, planned
 from lowvram_db.memory.stream.timeline import Timing, simulated
-from lowvram_db.optim.placement import state_bytes
-from lowvram_db.optim.storage import SMALLEST
 from lowvram_db.plan import predict
-from lowvram_db.plan.tracing import tracing
-from lowvram_db.plan.waiting import BEGIN
+from lowvram_db.plan.waiting import Rates, timings
 from lowvram_db.train.strategy import EIGHTHS
-from lowvram_db.train.streaming import ROOM, room_for
+from lowvram_db.train.streaming import ROOM, Moving
 
 MODELS = {"sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", 512),
           "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0", 1024)}  # fmt: skip
@@ -67,11 +66,10 @@ CARDS = {
 
 
 class Traced(NamedTuple):
-    """A step: gradients in the order of their arrival."""
+    """What a step of some strategy moves, and what it has computed at each event of that."""
 
-    sizes: list[int]  # elements of each large tensor
-    flops: list[int]  # done when each has its gradient
-    total: int  # of the whole step
+    what: Moving
+    done: list[int]  # floating point operations
 
 
 def main() -> None:
@@ -80,89 +78,89 @@ def main() -> None:
     parser.add_argument("--models", default="sd15,sdxl")
     for model in parser.parse_args().models.split(","):
         name, resolution = MODELS[model]
-        traced = trace(Work(name, resolution))
-        for card_name, card in CARDS.items():
-            for system, rate in LANE.items():
-                if system <= card.newest:
-                    for room in rooms(traced):
-                        report(model, card_name, system, traced, card, rate * card.lanes, room)
+        for traced in trace(Work(name, resolution)):
+            for card_name, card in CARDS.items():
+                for system, rate in LANE.items():
+                    if system <= card.newest:
+                        for room in rooms(traced.what):
+                            report(model, card_name, system, traced, card, rate * card.lanes, room)
 
 
-def trace(work: Work) -> Traced:
-    config, family = work.config(), work.family()
-    order: list[tuple[int, int]] = []
-    with tracing(config.autocasts, config.optimizer.name) as log:
-        learner = predict.blank_learner(config, family, everywhere(family), log)
-
-        def note(parameter: Tensor) -> None:
-            if parameter.numel() >= SMALLEST:
-                order.append((parameter.numel(), log.flops))
-
-        for parameter in learner.parameters:
-            parameter.register_post_accumulate_grad_hook(note)
-        learner.backward(predict.blank_batch(config, family))
-        return Traced([size for size, _ in order], [flops for _, flops in order], log.flops)
+def trace(work: Work) -> list[Traced]:
+    """All of the state, and the weights too."""
+    family = work.family()
+    resident = everywhere(family)
+    with predict.rehearsal(work.config(), family) as traced:
+        traced.steps(resident)
+        moved = [traced.moving(replace(resident, streamed=EIGHTHS, weights=weights)) for weights in (False, True)]
+        return [Traced(what, traced.done(what)) for what in moved]
 
 
-def timings(traced: Traced, model: str, card: Card, copy_rate: float) -> list[Timing]:
-    flop = 1 / (TENSOR_SHARE * card.teraflops * 1e12) + BYTES_A_FLOP[model] / (card.gigabytes_a_second * 1e9)
-    weight = ADAM8_BYTES / (MEMORY_SHARE * card.gigabytes_a_second * 1e9)
-    done = [traced.flops[-1] - traced.total, *traced.flops]  # what follows the last gradient comes before the first
-    return [
-        Timing((now - before) * flop, size * weight, *[BEGIN + state_bytes(size, "bf16") / copy_rate] * 2)
-        for size, (before, now) in zip(traced.sizes, pairwise(done), strict=True)
-    ]
+def rooms(what: Moving) -> list[int]:
+    """Bytes of the card that all passes through: what a plan gives it, and for state alone what it does before."""
+    return [what.room] if what.strategy.weights else [ROOM, what.room]
 
 
-def rooms(traced: Traced) -> list[int]:
-    """Bytes of the card that state passes through: what all but the last of a plan's rungs take, and what that does."""
-    return [ROOM, room_for([state_bytes(size, "bf16") for size in traced.sizes], EIGHTHS)]
-
-
-def run_by_the_engine(sizes: Sequence[int], visits: Sequence[Visit], times: Sequence[Timing], room: int) -> list[float]:
+def run_by_the_engine(
+    sizes: Sequence[int], uses: Sequence[Use], visits: Sequence[Visit], times: Sequence[Timing], room: int
+) -> list[float]:
     """When each step ends by the engine itself, in made-up time: seconds."""
-    asked = {"compute": 0, "up": 0, "down": 0}
+    computing: deque[float] = deque()  # what each computation takes, before it is asked for
+    asked = {"up": 0, "down": 0}
+    leaving: list[list[int]] = [[] for _ in uses]  # by the use at whose end they are let go
+    for number, use in enumerate(uses):
+        leaving[number + use.until].insert(0, number)
+    left = list(chain.from_iterable(leaving))
+    carried = {"up": range(len(uses)), "down": [number for number in left if uses[number].changes]}
 
     def duration(lane: str, size: int) -> float:
+        if lane == "compute":
+            return computing.popleft()
         number = asked[lane]
         asked[lane] += 1
-        if lane != "compute":
-            return times[number % len(times)].up
-        time = times[number // 2 % len(times)]
-        return time.own if size else time.before
+        return getattr(times[carried[lane][number % len(carried[lane])]], lane)
 
     lanes = MadeUpTime(duration)
     ram = Ram(lanes, sum(sizes), sum(sizes))
-    homes = [ram.home(size) for size in sizes]
-    stream = Stream(visits, homes, ram, lanes, lanes.room(room))
+    stream = Stream(visits, [ram.home(size) for size in sizes], ram, lanes, lanes.room(room))
     for _ in range(ROUNDS):
-        for parcel in range(len(sizes)):
+        for use, time, gone in zip(uses, times, leaving, strict=True):
+            computing.append(time.before)
             lanes.work()
-            stream.take(parcel)
-            stream.give_back(parcel)
+            stream.take(use.parcel)
+            computing.append(time.own)
+            lanes.work()
+            for number in gone:
+                computing.append(0.0)
+                stream.give_back(uses[number].parcel)
     ends = [done.end for done in lanes.timeline if done.lane == "compute" and done.size]
     lanes.close()
-    return ends[len(sizes) - 1 :: len(sizes)]
+    return ends[len(uses) - 1 :: len(uses)]
 
 
 def report(model: str, name: str, system: str, traced: Traced, card: Card, copy_rate: float, room: int) -> None:
-    times = timings(traced, model, card, copy_rate)
-    uses = [Use(parcel, True) for parcel in range(len(times))]
-    small = [-(-state_bytes(size, "bf16") // SCALE // GRANULE) * GRANULE for size in traced.sizes]
+    what = traced.what
+    flop = 1 / (TENSOR_SHARE * card.teraflops * 1e12) + BYTES_A_FLOP[model] / (card.gigabytes_a_second * 1e9)
+    weight = ADAM8_BYTES / (MEMORY_SHARE * card.gigabytes_a_second * 1e9)
+    given = Rates(1 / flop, copy_rate, copy_rate, "")
+    times = timings(what, [operations * flop for operations in traced.done], lambda p: p.numel() * weight, given)
+    uses = list(chain.from_iterable(what.uses))
+    small = [-(-size // SCALE // GRANULE) * GRANULE for size in what.sizes]
     visits = planned(uses, small, room // SCALE)
-    by_engine, alone = run_by_the_engine(small, visits, times, room // SCALE), simulated(visits, times, ROUNDS)
+    by_engine, alone = run_by_the_engine(small, uses, visits, times, room // SCALE), simulated(visits, times, ROUNDS)
     differs = max(abs(a - b) / b for a, b in zip(by_engine, alone, strict=True))
-    ends = simulated(planned(uses, [state_bytes(size, "bf16") for size in traced.sizes], room), times, ROUNDS)
+    ends = simulated(planned(uses, what.sizes, room), times, ROUNDS)
     resident = sum(time.before + time.own for time in times)
-    step = ends[-1] - ends[-2]
+    step, (up, down) = ends[-1] - ends[-2], what.carried
     row = {
         "card": name,
         "system": f"{system} x{card.lanes}",
         "model": model,
-        "streamed": "state",
+        "streamed": "weights and state" if what.strategy.weights else "state",
         "room_mib": room // 2**20,
-        "copied_gb_each_way": f"{sum(state_bytes(size, 'bf16') for size in traced.sizes) / 1e9:.2f}",
-        "copies_s_each_way": f"{sum(time.up for time in times):.3f}",
+        "up_gb": f"{up / 1e9:.2f}",
+        "down_gb": f"{down / 1e9:.2f}",
+        "up_s": f"{sum(time.up for time in times):.3f}",
         "resident_s": f"{resident:.3f}",
         "streamed_s": f"{step:.3f}",
         "times_resident": f"{step / resident:.3f}",
