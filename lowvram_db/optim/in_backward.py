@@ -220,9 +220,10 @@ class InBackward(torch.optim.Optimizer, ABC):
     def place(self, placement: Placement) -> None:
         """Let larger tensors and their state live there from now on; nothing else changes."""
         self._placement.end()
-        self._placement = placement
+        before, self._placement = self._placement, placement
         for p in self._places:
             if p.numel() >= SMALLEST:
+                before.leave(p)
                 self.state[p] = placement.keep(p, self.state[p])
 
     def at_rest(self) -> AbstractContextManager[None]:
@@ -286,9 +287,9 @@ class InBackward(torch.optim.Optimizer, ABC):
         for state in self.state.values():  # all of it before a weight grows
             for moment in self.moments:
                 state.pop(moment, None)
-        for p, state in self.state.items():
-            exact = self.exact(p)  # type: ignore[arg-type]
-            p.data = exact.clone() if "master" in state else exact
+        for p in self._places:
+            state, exact = self.state[p], self.exact(p)
+            self._placement.replace(p, exact.clone() if "master" in state else exact)
             state.clear()
 
     @torch.no_grad()

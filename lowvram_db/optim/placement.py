@@ -43,7 +43,13 @@ class Placement(Protocol):
         """While others read and write what is kept. May be entered again inside."""
 
     def end(self) -> None:
-        """There is no further step; what is kept is as the last one left it."""
+        """There is no further step; what is kept is as the last one left it. leave() or replace() follows for each."""
+
+    def leave(self, p: nn.Parameter) -> None:
+        """Let the weight live where it is used, so that another placement can take it."""
+
+    def replace(self, p: nn.Parameter, value: Tensor) -> None:
+        """Let the weight be this for good: what is kept, or more exact."""
 
 
 class Resident:
@@ -70,6 +76,12 @@ class Resident:
     def end(self) -> None:
         pass
 
+    def leave(self, p: nn.Parameter) -> None:
+        pass
+
+    def replace(self, p: nn.Parameter, value: Tensor) -> None:
+        p.data = value
+
 
 class Imagined(Resident):
     """What Streamed takes of the card and of RAM, where there are no values and nobody reads any."""
@@ -87,14 +99,24 @@ class Imagined(Resident):
         kept = {name: torch.empty_like(tensor, device=device) for name, tensor in _tensors(state).items()}
         return {**state, **kept}
 
+    def kept(self, p: nn.Parameter) -> Tensor:
+        return self._homes[p] if p in self._layers else super().kept(p)
+
     @contextmanager
     def weight_of(self, p: nn.Parameter, learning: bool) -> Iterator[Tensor]:
         yield layers.shown(self._room, p)
 
     def end(self) -> None:
-        for p, layer in self._layers.items():
+        for layer in self._layers.values():
             layers.lend(layer, None)
+
+    def leave(self, p: nn.Parameter) -> None:
+        if p in self._layers:
             p.data = torch.empty_like(p)
+
+    def replace(self, p: nn.Parameter, value: Tensor) -> None:
+        if p not in self._layers:  # else it is in RAM, and there a parameter of the card cannot be without values
+            super().replace(p, value)
 
 
 @cache  # a network has few sizes of tensors many times over

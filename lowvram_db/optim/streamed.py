@@ -128,10 +128,13 @@ class Streamed(Resident):
             self._let_all_go()
             self._stream.settle()
             self._stream = None
-        for p, layer in self._layers.items():
+        for layer in self._layers.values():
             layers.lend(layer, None)
-            p.data = self.kept(p)
         self._lanes.close()
+
+    def leave(self, p: nn.Parameter) -> None:
+        if p in self._weights:
+            p.data = self.kept(p).to(self._room.device, copy=True)
 
     def _start(self) -> None:
         homes = [self._homes[number] for number in range(len(self._homes))]

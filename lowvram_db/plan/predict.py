@@ -120,8 +120,12 @@ def training(config: Config, family: Blank, strategy: Strategy, limit: int | Non
     """First step, steady step, sampling one picture at a time and saving, under one strategy. Raises OverLimit as soon
     as a step needs more."""
     with rehearsal(config, family) as traced:
+        steps = traced.moved(strategy, traced.steps(strategy.resident, None if strategy.streamed else limit))
+        if limit is not None and (most := max(phase.peak_bytes for phase in steps)) > limit:
+            raise OverLimit(most)
+        traced.use(strategy)
         sampling = [traced.sampling(1)] if config.sample.every else []
-        return [*traced.steps(strategy, limit), *sampling, traced.saving()]
+        return [*steps, *sampling, traced.saving()]
 
 
 @contextmanager
@@ -186,22 +190,29 @@ class Rehearsal:
     def use(self, strategy: Strategy) -> None:
         """For what is traced from now on."""
         if strategy.streamed:
-            self._learner.order = self.order()
+            self._learner.order = self._order_of(strategy)
         self._learner.use(strategy)
         self._trace.label("optimizer", state(self._learner.optimizer))
 
     def order(self) -> list[Event]:
         """As a learner takes it: of the step with most recomputing that was traced to its end. That of gradients is the
         same in all."""
-        if not self._seen:
-            self._begin_anew()
-            self._learner.backward(self._batch)
-            self._seen[self._learner.strategy.resident] = self._events.copy()
-        return [event for event, _ in self._seen[max(self._seen, key=lambda strategy: strategy.checkpointed)]]
+        most = max(self._seen, key=lambda strategy: strategy.checkpointed, default=self._learner.strategy)
+        return self._order_of(most)
 
     def moving(self, strategy: Strategy) -> Moving:
-        self._learner.order = self.order()
+        """What a strategy moves."""
+        self._learner.order = self._order_of(strategy)
         return self._learner.moving(strategy)
+
+    def _order_of(self, strategy: Strategy) -> list[Event]:
+        resident = strategy.resident
+        if resident not in self._seen:
+            self._begin_anew()
+            self._learner.use(resident)
+            self._learner.backward(self._batch)
+            self._seen[resident] = self._events.copy()
+        return [event for event, _ in self._seen[resident]]
 
     def done(self, what: Moving) -> list[int]:
         """Floating point operations that a step has done at each event of what is moved. A step of that strategy, with

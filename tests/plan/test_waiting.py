@@ -10,7 +10,7 @@ from lowvram_db.train.streaming import moving
 
 FAST = Rates(1e12, 1e9, 1e9, "a test")
 SLOW_DOWN = Rates(1e12, 1e9, 0.5e9, "a test")
-LAYERS = 64
+LAYERS, MIB = 64, 2**20
 
 
 @pytest.mark.parametrize("weights", [False, True])
@@ -23,7 +23,8 @@ LAYERS = 64
     ],
 )
 def test_copies_hide_behind_arithmetic_or_are_waited_for(given, flops, lane, weights):
-    """Of layers that are recomputed one by one: a weight goes up twice and its state once, and both come down once."""
+    """Of layers that are recomputed one by one: a weight goes up twice and its state once, and both come down once,
+    when the forward pass is over."""
     layers = {nn.Parameter(torch.empty(512, 1024, dtype=torch.bfloat16)): nn.Module() for _ in range(LAYERS)}
     backward = [(p, is_read) for p in reversed(layers) for is_read in (True, False)]
     events = [*((p, True) for p in layers), *backward]
@@ -32,6 +33,7 @@ def test_copies_hide_behind_arithmetic_or_are_waited_for(given, flops, lane, wei
     copies = {"up": (moved + 2 * LAYERS * weights, what.carried[0]), "down": (moved * (1 + weights), what.carried[1])}
     rates = {"up": given.up, "down": given.down}
     lanes = {name: count * BEGIN + size / rates[name] for name, (count, size) in copies.items()} | {"": 0.0}
+    lanes["down"] += LAYERS * weights * (BEGIN + MIB / given.up)
     done = [flops * number // len(what.events) for number in range(1, len(what.events) + 1)]
     assert waiting(what, done, given) == pytest.approx(lanes[lane], abs=0.05 * lanes["down"])
 
