@@ -96,7 +96,7 @@ def test_a_ladder_that_rises_here_and_there_still_ends_at_a_rung_that_fits(plann
 
 
 def test_what_does_not_fit_says_what_would(planned, blank):
-    config = planned(**SMALL)
+    config = planned(prior={"batch": 1}, train={"resolution": 128, "batch": 16})
     plan = choose(config, blank, int(peaks(config, blank)[-1] * (1 + MARGIN)) - 2**20)
     assert plan.fits is False
     assert plan.strategy == ladder(config, 5)[-1], "the smallest"
