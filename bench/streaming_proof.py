@@ -1,11 +1,12 @@
-"""Is a step with Adam's state in RAM, bit for bit, the step without? `python bench/streaming_proof.py --schedules 1000`
+"""Is a step with state, or weights, in RAM bit for bit the step without? `bench/streaming_proof.py --schedules 1000`
 
 On a CPU: miniatures of Stable Diffusion 1.5 and SDXL in turn, 20 steps of each from the same weights, with the state
-streamed in made-up time: at random an eighth to all of it, a few neighbours in the order of gradients swapped, copies
-that take between nothing and very long, all RAM pinned or none. A row says how many were the same; a canary or a race
-ends it. On a GPU, with --model: a true size once, beside the time of a step and the peak of memory; by deterministic
-kernels, and after a resident run that has to repeat itself, for the usual ones do not. On a CPU, with --model: one step
-of a true size, at 256 px, after which weights, state and room that would lie on a card are counted beside the plan's.
+streamed in made-up time: at random an eighth to all of it, or weights too, a few neighbours in the order of events
+swapped, copies that take between nothing and very long, all RAM pinned or none. A row says how many were the same; a
+canary or a race ends it. On a GPU, with --model: a true size once, beside the time of a step and the peak of memory;
+by deterministic kernels, and after a resident run that has to repeat itself, for the usual ones do not. On a CPU, with
+--model: one step of a true size, at 256 px, after which weights, state and room that would lie on a card are counted
+beside the plan's.
 Rows go to bench/results/streaming_proof.csv.
 """
 
@@ -15,6 +16,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -29,11 +31,13 @@ from lowvram_db.memory.device import peak_bytes, pick_device, release_memory, re
 from lowvram_db.memory.stream import pinning
 from lowvram_db.memory.stream.made_up import MadeUpTime
 from lowvram_db.memory.stream.ram import Ram
+from lowvram_db.optim.adam8 import Adam8
 from lowvram_db.optim.storage import SMALLEST
 from lowvram_db.plan import predict
 from lowvram_db.train.strategy import EIGHTHS, Event, Strategy
 
 STEPS = 20
+WEIGHTS = "weights and state"
 MODELS = {"sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", 512),
           "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0", 1024)}  # fmt: skip
 
@@ -41,6 +45,7 @@ MODELS = {"sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", 512),
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--schedules", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="the first of them, by its number")
     parser.add_argument("--model", choices=MODELS)
     given = parser.parse_args()
     if given.schedules:
@@ -48,7 +53,7 @@ def main() -> None:
             write_pipeline(Path(folder) / "sd15")
             write_sdxl(Path(folder) / "sdxl")
             for model in MODELS:
-                _miniature(model, Path(folder) / model, given.schedules // len(MODELS))
+                _miniature(model, Path(folder) / model, given.first, given.schedules // len(MODELS))
     if given.model and pick_device().type == "cpu":
         _counted(given.model, MODELS[given.model][0])
     elif given.model:
@@ -63,10 +68,13 @@ def trained(work: Work, strategy: Strategy, order: list[Event]) -> tuple[str, fl
     for _ in range(STEPS - 1):
         recipe.step()
     seconds = (_now() - began) / (STEPS - 1)
-    states = recipe.learner.optimizer.state_dict()["state"].values()
+    optimizer, digest = recipe.learner.optimizer, hashlib.sha256()
+    assert isinstance(optimizer, Adam8)
+    states = optimizer.state_dict()["state"].values()
     state = [value for held in states for value in held.values() if isinstance(value, Tensor)]
-    digest = hashlib.sha256()
-    for tensor in (*recipe.learner.parameters, *state):
+    with optimizer.at_rest():
+        weights = [optimizer.kept(parameter).clone() for parameter in recipe.learner.parameters]
+    for tensor in (*weights, *state):
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest(), seconds
 
@@ -78,16 +86,24 @@ def _now() -> float:
 
 
 def order_of(work: Work) -> list[Event]:
+    strategy = everywhere(work.family())
     with predict.rehearsal(work.config(), work.family()) as traced:
+        traced.steps(strategy)
         return traced.order()
 
 
-def _miniature(model: str, folder: Path, schedules: int) -> None:
+def _miniature(model: str, folder: Path, first: int, schedules: int) -> None:
     work = Work(str(folder), 64)
     order, strategy = order_of(work), everywhere(work.family())
     wanted, _ = trained(work, strategy, order)
-    same = sum(_random_schedule(work, strategy, order, seed) == wanted for seed in range(schedules))
-    row = {"model": f"{model} in miniature", "steps": STEPS, "schedules": schedules, "same": same}
+    same = sum(_random_schedule(work, strategy, order, seed) == wanted for seed in range(first, first + schedules))
+    row = {
+        "model": f"{model} in miniature",
+        "moved": f"state or {WEIGHTS}",
+        "steps": STEPS,
+        "schedules": schedules,
+        "same": same,
+    }
     _report(row)
 
 
@@ -103,53 +119,66 @@ def _random_schedule(work: Work, strategy: Strategy, order: list[Event], seed: i
     def ram(lanes: MadeUpTime, total: int, pinned: int) -> Ram:
         return Ram(lanes, total, generator.choice([0, pinned // 2, pinned]))
 
-    eighths = generator.randint(1, EIGHTHS)
+    way = generator.choice([*range(1, EIGHTHS + 1), WEIGHTS])
+    streamed = _weights(strategy) if way == WEIGHTS else replace(strategy, streamed=way)
     with patch.object(pinning, "MadeUpTime", made_up), patch.object(pinning, "Ram", ram):
-        return trained(work, Strategy(strategy.checkpointed, strategy.blocks, streamed=eighths), order)[0]
+        return trained(work, streamed, order)[0]
+
+
+def _weights(strategy: Strategy) -> Strategy:
+    return replace(strategy, streamed=EIGHTHS, weights=True)
 
 
 def _true_size(model: str, name: str, resolution: int) -> None:
     work, device = Work(name, resolution), pick_device()
     resident = everywhere(work.family())
-    order, found = order_of(work), []
-    for strategy in (resident, resident, Strategy(resident.checkpointed, resident.blocks, streamed=EIGHTHS)):
+    ways = {"": resident, "again": resident, "state": replace(resident, streamed=EIGHTHS), WEIGHTS: _weights(resident)}
+    order, found = order_of(work), {}
+    for way, strategy in ways.items():
         reset_peak(device)
         with deterministic(True):
-            found.append((*trained(work, strategy, order), peak_bytes(device)))
+            found[way] = (*trained(work, strategy, order), peak_bytes(device))
         release_memory()
-    (wanted, _, _), (again, before, most), (got, now, peak) = found
-    if again != wanted:
+    wanted, before, most = found[""]
+    if found["again"][0] != wanted:
         raise SystemExit(f"{model}: two resident runs differ, so that a streamed one says nothing")
-    row = {"model": model, "steps": STEPS, "schedules": 1, "same": int(wanted == got)}
-    row |= {"times_resident": f"{now / before:.3f}", "resident_gib": f"{most / 2**30:.2f}"}
-    _report(row | {"streamed_gib": f"{peak / 2**30:.2f}"})
+    for way in ("state", WEIGHTS):
+        got, now, peak = found[way]
+        row = {"model": model, "moved": way, "steps": STEPS, "schedules": 1, "same": int(wanted == got)}
+        row |= {"times_resident": f"{now / before:.3f}", "resident_gib": f"{most / 2**30:.2f}"}
+        _report(row | {"streamed_gib": f"{peak / 2**30:.2f}"})
 
 
 def _counted(model: str, name: str) -> None:
-    work, made = Work(name, 256), list[MadeUpTime]()
-    strategy = Strategy(everywhere(work.family()).checkpointed, work.family().checkpoint_steps, streamed=EIGHTHS)
-    with predict.rehearsal(work.config(), work.family()) as traced:
-        planned, order = traced.steps(strategy)[1].components, traced.order()
+    work, resident = Work(name, 256), everywhere(Work(name, 256).family())
+    for way, strategy in {"state": replace(resident, streamed=EIGHTHS), WEIGHTS: _weights(resident)}.items():
+        made: list[MadeUpTime] = []
+        with predict.rehearsal(work.config(), work.family()) as traced:
+            planned, order = traced.steps(strategy)[1].components, traced.order()
 
-    def made_up(duration: Callable[[str, int], float]) -> MadeUpTime:
-        made.append(MadeUpTime(duration))
-        return made[-1]
+        def made_up(duration: Callable[[str, int], float], made: list[MadeUpTime] = made) -> MadeUpTime:
+            made.append(MadeUpTime(duration))
+            return made[-1]
 
-    with patch.object(pinning, "MadeUpTime", made_up):
-        recipe = Ours(work, pick_device(), strategy, order)
-        recipe.step()
-    learner = recipe.learner
-    at_home = {parameter for parameter in learner.parameters if parameter.numel() >= SMALLEST}
-    beside = (learner.optimizer.state[p] for p in learner.parameters if p not in at_home)
-    state = [value for held in beside for value in held.values() if isinstance(value, Tensor)]
-    on_card = [*learner.denoiser.parameters(), *learner.denoiser.buffers(), *state]
-    counted = made[0].card_bytes + sum(tensor.nbytes for tensor in on_card)
-    gib = {"counted_gib": counted, "planned_gib": planned["weights"] + planned["optimizer"]}
-    _report({"model": f"{model}, 256 px", "steps": 1, **{key: f"{size / 2**30:.3f}" for key, size in gib.items()}})
+        with patch.object(pinning, "MadeUpTime", made_up):
+            recipe = Ours(work, pick_device(), strategy, order)
+            recipe.step()
+        learner = recipe.learner
+        beside = (learner.optimizer.state[p] for p in learner.parameters if p.numel() < SMALLEST)
+        state = [value for held in beside for value in held.values() if isinstance(value, Tensor)]
+        lent = learner.lendable if strategy.weights else {}
+        weights = [p for p in learner.denoiser.parameters() if p not in lent]
+        on_card = [*weights, *learner.denoiser.buffers(), *state]
+        counted = made[0].card_bytes + sum(tensor.nbytes for tensor in on_card)
+        sizes = {"counted_gib": counted, "planned_gib": planned["weights"] + planned["optimizer"]}
+        row = {"model": f"{model}, 256 px", "moved": way, "steps": 1}
+        _report(row | {key: f"{size / 2**30:.3f}" for key, size in sizes.items()})
+        del recipe, learner
+        release_memory()
 
 
 def _report(row: dict[str, object]) -> None:
-    row = {"model": "", "steps": "", "schedules": "", "same": "", "times_resident": "", "resident_gib": "",
+    row = {"model": "", "moved": "", "steps": "", "schedules": "", "same": "", "times_resident": "", "resident_gib": "",
            "streamed_gib": "", "counted_gib": "", "planned_gib": "", **row}  # fmt: skip
     add_row("streaming_proof", row)
     print("  ".join(map(str, row.values())), flush=True)
