@@ -17,7 +17,8 @@ from lowvram_db.optim.storage import Weights
 from lowvram_db.optim.streamed import Streamed
 from lowvram_db.train.strategy import EIGHTHS, Strategy
 
-ROOM = 256 * 2**20  # bytes of the card that all passes through, at the most where no weights do
+ROOM = 256 * 2**20  # bytes of the card that state passes through, at the most
+_WIDER = 2 * ROOM  # and weights, which come up to three times a step and leave more of the card free
 
 Events = Sequence[tuple[nn.Parameter, bool]]  # see schedule.uses_of_a_step
 
@@ -56,11 +57,12 @@ class Moving:
 
     @property
     def room(self) -> int:
-        """Bytes of the card that all passes through: where it is all of the state the least there can be, for who comes
-        to that has no more to give. Weights leave more of the card free, and come up to three times a step."""
-        least = least_room(list(chain.from_iterable(self.uses)), self.sizes)
-        tight = self.strategy.streamed == EIGHTHS and not self.strategy.weights
-        return least if tight else max(least, min(ROOM, sum(self.sizes) // 4))
+        """Bytes of the card that all passes through: where it is all of the state and nothing else, the least there can
+        be, for who comes to that has no more to give but weights."""
+        least, quarter = least_room(list(chain.from_iterable(self.uses)), self.sizes), sum(self.sizes) // 4
+        if self.strategy.weights:
+            return max(least, min(_WIDER, quarter))
+        return least if self.strategy.streamed == EIGHTHS else max(least, min(ROOM, quarter))
 
 
 def moving(strategy: Strategy, events: Events, layers: Mapping[nn.Parameter, nn.Module], weights: Weights) -> Moving:

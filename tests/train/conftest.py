@@ -7,14 +7,28 @@ import torch
 from lowvram_db.cache import Framing, Store, precompute
 from lowvram_db.concept import describe, subject_photos
 from lowvram_db.config import Config
-from lowvram_db.families import open_model
+from lowvram_db.families import open_blank, open_model
+from lowvram_db.plan import predict
 from lowvram_db.train.batches import Batches
 from lowvram_db.train.checkpoint import frozen, read_state
-from lowvram_db.train.strategy import Event
+from lowvram_db.train.strategy import Event, Strategy
 from lowvram_db.train.trained import trains_text
 from lowvram_db.train.trainer import Trainer
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def order_of() -> Callable[..., list[Event]]:
+    """What a step does that recomputes everything, or as a strategy says."""
+
+    def order(config: Config, strategy: Strategy | None = None) -> list[Event]:
+        family = open_blank(Path(config.model.name))
+        with predict.rehearsal(config, family) as traced:
+            traced.steps(strategy or Strategy(family.checkpoint_steps, family.checkpoint_steps))
+            return traced.order()
+
+    return order
 
 
 @pytest.fixture

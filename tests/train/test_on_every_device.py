@@ -1,6 +1,7 @@
 """What holds on a CPU, with Triton's interpreter for its kernels, and on the GPU where there is one: the same tests."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from lowvram_db.kernels import adam8, launch
 from lowvram_db.optim.adam8 import Adam8
 from lowvram_db.optim.layout import is_channels_last
 from lowvram_db.train import checkpoint, learner
+from lowvram_db.train.keeper import keeper_of
 from lowvram_db.train.strategy import Strategy, ladder
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -27,9 +29,11 @@ def kernels_of(device):
 
 
 @pytest.fixture
-def trainer_on(make_config, make_trainer, device):
+def trainer_on(make_config, make_trainer, order_of, device):
     def make(strategy=None, **sections):
-        trainer = make_trainer(make_config(**{"precision": {"compute": "bf16"}, **sections}), device)
+        config = make_config(**{"precision": {"compute": "bf16"}, **sections})
+        order = order_of(config) if strategy and strategy.weights else ()
+        trainer = make_trainer(config, device, order=order)
         trainer.use(strategy or Strategy(0, 5))
         return trainer
 
@@ -38,7 +42,9 @@ def trainer_on(make_config, make_trainer, device):
 
 def exact(trainer):
     """All that is trained: weights, and all of the optimizer's state."""
-    tensors = {name: p.detach().cpu().clone() for name, p in trainer.denoiser.named_parameters()}
+    keeper = keeper_of(trainer.optimizer)
+    with keeper.at_rest():
+        tensors = {name: keeper.kept(p).cpu().clone() for name, p in trainer.denoiser.named_parameters()}
     for place, state in trainer.optimizer.state_dict()["state"].items():
         tensors |= {f"{place}/{k}": v.cpu().clone() for k, v in state.items() if isinstance(v, torch.Tensor)}
     return tensors
@@ -141,9 +147,10 @@ def test_checkpointing_changes_no_bit(trainer_on):
 
 
 @pytest.mark.parametrize("weights", ["bf16", "bf16+residual"])
-def test_state_in_ram_changes_no_bit(trainer_on, weights):
+def test_what_is_in_ram_changes_no_bit(trainer_on, weights):
     precision = {"compute": "bf16", "weights": weights}
-    trainers = [trainer_on(Strategy(5, 5, streamed=eighths), precision=precision) for eighths in (0, 3, 8)]
+    ways = [Strategy(5, 5, streamed=eighths) for eighths in (0, 3, 8)]
+    trainers = [trainer_on(way, precision=precision) for way in (*ways, replace(ways[-1], weights=True))]
     for trainer in trainers:
         for _ in range(3):
             trainer.train_step()

@@ -1,7 +1,6 @@
 """A trainer whose state lives in RAM is, to the bit, one whose state does not; the way may change at any step."""
 
 import random
-from pathlib import Path
 
 import pytest
 import torch
@@ -40,13 +39,6 @@ def sdxl(tmp_path_factory):
     return folder
 
 
-def order_of(config, strategy=RESIDENT):
-    """Of a step that recomputes everything, or as a strategy says."""
-    with predict.rehearsal(config, open_blank(Path(config.model.name))) as traced:
-        traced.steps(strategy)
-        return traced.order()
-
-
 def exact(trainer):
     """All that is trained, all of the state, and the average."""
     with trainer.optimizer.at_rest():
@@ -76,7 +68,9 @@ SECTIONS = {
 
 
 @pytest.mark.parametrize("name", SECTIONS)
-def test_streamed_in_part_in_whole_and_not_at_all_are_the_same(make_config, make_trainer, sdxl, tmp_path, name):
+def test_streamed_in_part_in_whole_and_not_at_all_are_the_same(
+    make_config, make_trainer, sdxl, tmp_path, name, order_of
+):
     """Each step in another way, with a checkpoint in the middle that is taken up in yet another one."""
     is_sdxl, sections = SECTIONS[name]
     model = {"model": {"name": str(sdxl)}} if is_sdxl else {}
@@ -127,7 +121,7 @@ def test_out_of_memory_moves_state_into_ram_and_loses_no_step(make_config, make_
     assert "Repeated, and on from here, with checkpointing everywhere, 4/8 of the state in RAM" in said
 
 
-def test_the_ladder_goes_on_into_ram_where_it_is_adam8s_state_of_whole_networks(make_config, make_trainer):
+def test_the_ladder_goes_on_into_ram_where_it_is_adam8s_state_of_whole_networks(make_config, make_trainer, order_of):
     for sections, last in [
         ({}, WEIGHTS),
         ({"train": {"gradient_checkpointing": False}}, Strategy(0, 5, streamed=8, weights=True)),
@@ -163,7 +157,7 @@ def test_ram_that_is_not_free_is_said_before_anything_is_moved(make_config, make
 
 
 @pytest.mark.parametrize("way", [ALL, WEIGHTS], ids=str)
-def test_what_a_plan_counts_on_the_card_is_what_the_lanes_do(make_config, make_trainer, miniature, way):
+def test_what_a_plan_counts_on_the_card_is_what_the_lanes_do(make_config, make_trainer, miniature, way, order_of):
     config = make_config(precision={"compute": "bf16"})
     trainer = make_trainer(config, order=order_of(config))
     made: list[MadeUpTime] = []
