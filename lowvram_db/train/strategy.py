@@ -18,7 +18,7 @@ class Strategy:
     blocks: int  # of how many
     parts: int = 1  # a batch goes through in so many parts, whose gradients add up
     streamed: int = 0  # eighths of the optimizer's state that live in RAM and pass through the card
-    weights: bool = False  # whether the denoiser's do so too, where all of the state does
+    weights: bool = False  # whether those of large layers do so too, where all of the state does
 
     @property
     def resident(self) -> "Strategy":
