@@ -146,7 +146,9 @@ class Learner:
     @cached_property
     def lendable(self) -> dict[nn.Parameter, nn.Module]:
         """Those layers whose weights can live elsewhere, by their weights."""
-        layers: list[Any] = [layer for network in self.modules.values() for layer in network.modules() if can_ask(layer)]
+        layers: list[Any] = [
+            layer for network in self.modules.values() for layer in network.modules() if can_ask(layer)
+        ]
         trained = set(self.parameters)
         return {layer.weight: layer for layer in layers if layer.weight in trained and layer.weight.numel() >= SMALLEST}
 

@@ -29,7 +29,7 @@ from lowvram_db.train.ema import Average
 from lowvram_db.train.keeper import keeper_of
 from lowvram_db.train.learner import Learner, Surroundings
 from lowvram_db.train.outcome import Numbers, Outcome
-from lowvram_db.train.strategy import Event, Strategy, ladder, tells_of, without_budget
+from lowvram_db.train.strategy import EIGHTHS, Event, Strategy, ladder, tells_of, without_budget
 from lowvram_db.train.trained import Trained, denoisers, idle, load_networks, stage_end, trains_text
 
 
@@ -143,9 +143,8 @@ class Trainer(Learner):
         else:
             self.optimizer.zero_grad(set_to_none=True)
         release_memory()
-        next_one = (
-            smaller[-1] if smaller[0].streamed else smaller[0]
-        )  # all of the state at once: each move takes RAM twice
+        # All of the state at once: each move takes RAM twice.
+        next_one = smaller[0] if not smaller[0].streamed else next(one for one in smaller if one.streamed == EIGHTHS)
         self.use(next_one)
         note = f"; {moved} of {len(self.parameters)} tensors had made this step already and keep it" if moved else ""
         say(f"step {self.step + 1}: out of memory ({full}). Repeated, and on from here, with {next_one}{note}")
