@@ -7,14 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from lowvram_db import dreambooth
 from lowvram_db.demo.miniature import write_pipeline, write_sdxl
 from lowvram_db.dreambooth import run_dreambooth
-from lowvram_db.errors import UserError
+from lowvram_db.errors import Interrupted, UserError
 from lowvram_db.families import open_blank
 from lowvram_db.memory.overheads import MARGIN
 from lowvram_db.plan.choose import choose
@@ -185,6 +187,32 @@ def test_streamed_killed_and_interrupted_it_ends_as_if_state_had_never_left_the_
         assert "the same command goes on from there" in process.communicate()[1].splitlines()[-1]
     assert planned_for() == 8 and step_of(run) < STEPS
     assert_same_result(straight, run_dreambooth(config(0)))
+
+
+def test_with_weights_in_ram_a_run_ends_as_without(config_of, straight_run, monkeypatch):
+    """Stopped halfway, which is a checkpoint's, and with pictures and validation on the way, which only read."""
+    straight, whole = straight_run("adam8"), dreambooth.make_plan
+
+    def planned(config, budget):
+        plan = whole(config, budget)
+        return replace(plan, strategy=replace(plan.strategy, streamed=8, weights=True))
+
+    monkeypatch.setattr(dreambooth, "make_plan", planned)
+    config = config_of("streamed", "adam8", validate_every=5)
+    config = config.model_copy(update={"sample": config.sample.model_copy(update={"every": 5})})
+
+    def stop(*_):
+        raise Interrupted("here")
+
+    with monkeypatch.context() as stopping, pytest.raises(Interrupted):
+        stopping.setattr("lowvram_db.train.loop._checkpoint_due", lambda settings, step, _: step < 6 or stop())
+        run_dreambooth(config)
+    run = run_dreambooth(config)
+    assert json.loads(run.plan.read_text())["strategy"]["weights"]
+    assert run.sample_grid(5).exists() and "validation_subject" in run.metrics.read_text()
+    losses = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in losses if "loss" in line))
+    assert_same_result(straight, run)
 
 
 def test_more_steps_go_on_and_keep_the_first_model(config_of):
