@@ -193,7 +193,6 @@ class InBackward(torch.optim.Optimizer, ABC):
         self._this_unscale = None
         for p in self._places:
             p.grad = None
-        self._placement.break_off()
         return len(self._moved)
 
     @abstractmethod
@@ -303,7 +302,6 @@ class InBackward(torch.optim.Optimizer, ABC):
             )
         if parameter in self._moved:
             parameter.grad = None
-            self._placement.pass_over(parameter)
             return
         self._arrived.add(parameter)
         number = self._group_of[parameter]

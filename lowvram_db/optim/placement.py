@@ -33,12 +33,6 @@ class Placement(Protocol):
     def lent(self, p: nn.Parameter, state: State) -> AbstractContextManager[tuple[Tensor, State]]:
         """The weight, and the kept state beside it, for a step of it."""
 
-    def pass_over(self, p: nn.Parameter) -> None:
-        """Its gradient has come, and it makes no step."""
-
-    def break_off(self) -> None:
-        """Backward has ended halfway, and is going to be repeated."""
-
     def at_rest(self) -> AbstractContextManager[None]:
         """While others read and write what is kept. May be entered again inside."""
 
@@ -63,12 +57,6 @@ class Resident:
 
     def lent(self, p: nn.Parameter, state: State) -> AbstractContextManager[tuple[Tensor, State]]:
         return nullcontext((p, state))
-
-    def pass_over(self, p: nn.Parameter) -> None:
-        pass
-
-    def break_off(self) -> None:
-        pass
 
     def at_rest(self) -> AbstractContextManager[None]:
         return nullcontext()

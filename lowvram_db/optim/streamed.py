@@ -102,14 +102,6 @@ class Streamed(Resident):
             else:
                 self._stream.give_back(number, changed=False)
 
-    def pass_over(self, p: nn.Parameter) -> None:
-        if p in self._waiting:
-            self._let_go(p)
-
-    def break_off(self) -> None:
-        if self._stream:
-            self._turn(learning=True)
-
     @contextmanager
     def at_rest(self) -> Iterator[None]:
         if self._stream is None or self._resting:
