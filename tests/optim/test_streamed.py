@@ -103,6 +103,7 @@ def training(miniature):
                     loss_of(unet, step).backward()
                 hook.remove()
                 optimizer.break_off()
+                optimizer.state_dict()  # which takes rest, while weights wait for a step that never came
             loss_of(unet, step).backward()
             optimizer.step()
             with torch.no_grad():
