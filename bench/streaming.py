@@ -4,7 +4,7 @@ which needs no GPU
 Traces a training step on tensors without values (1 photo + 1 class image, checkpointing everywhere, adam8, bf16),
 makes the schedule that such a run has, and computes when each copy and computation of a steady step ends: a row a card,
 system and model in bench/results/streaming.csv. Each timeline is compared with that of the engine itself, which runs
-the same schedule in made-up time with parcels of a 256th of their size. Computed, not measured. What is assumed:
+the same schedule in made-up time with parcels of a 2,048th of their size. Computed, not measured. What is assumed:
 
 - Arithmetic at 60% of the card's dense bf16 rate with fp32 sums: what a model of a 4070 (machine code and dispatch
   counts, without the card) comes to, 6.13 TFLOP in 176 ms. Rates and bandwidths: NVIDIA's data sheets and its Ampere
@@ -39,7 +39,7 @@ from lowvram_db.train.streaming import ROOM, Moving
 
 MODELS = {"sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", 512),
           "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0", 1024)}  # fmt: skip
-SCALE = 256  # by which parcels are smaller where the engine itself runs
+SCALE = 2048  # by which parcels are smaller where the engine itself runs
 ROUNDS = 3  # steps that are simulated; the last counts
 
 TENSOR_SHARE, MEMORY_SHARE = 0.6, 0.85
