@@ -13,9 +13,7 @@ from lowvram_db.memory.stream.made_up import MadeUpTime
 from lowvram_db.memory.stream.ram import Ram
 from lowvram_db.progress import say
 
-LESS_RAM = (
-    "close other programs, or let less live there: by a larger --vram, a smaller train.resolution or train.batch"
-)
+LESS_RAM = "close other programs, or let less live there: by a larger --vram, a smaller train.resolution or train.batch"
 _SHARES = 1, 1 / 2, 1 / 4, 1 / 8, 0  # of the RAM, tried in turn
 
 
