@@ -1,7 +1,5 @@
 """A network whose weights come from RAM computes, to the bit, what it computes with all of them on the device."""
 
-import random
-
 import pytest
 import torch
 from hypothesis import given
@@ -10,9 +8,7 @@ from torch import nn
 
 from lowvram_db.memory.device import lay_out, pick_device
 from lowvram_db.memory.stream import lent as room
-from lowvram_db.memory.stream import pinning
 from lowvram_db.memory.stream.lent import Lent, room_for
-from lowvram_db.memory.stream.made_up import MadeUpTime
 
 DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
 
@@ -42,26 +38,6 @@ def network(device, dtype):
 
 def inputs(number, device, dtype):
     return torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(number)).to(device, dtype)
-
-
-@pytest.fixture
-def delayed(monkeypatch):
-    """Copies and computations take anything between nothing and very long; on a card what they take."""
-    made = []
-
-    def delayed(seed):
-        generator = random.Random(seed)
-
-        def made_up(duration):
-            made.append(
-                MadeUpTime(lambda lane, size: size * generator.choice([0.0, 0.1, 1.0, 20.0]) * generator.random())
-            )
-            return made[-1]
-
-        monkeypatch.setattr(pinning, "MadeUpTime", made_up)
-        return made
-
-    return delayed
 
 
 @given(
