@@ -1,6 +1,7 @@
 """Whether a base model predicts what its scheduler says, found before anything is made with it."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,7 +46,7 @@ def check_prediction(
     ]
     dtype, _ = picture_dtypes(config.precision.compute, device)
     denoiser = OnlyRead(family.load_denoiser(lambda weight: weight.to(dtype)), device, _PURPOSE, streamed)
-    read = denoiser.read(lambda: errors(family, denoiser.network, pictures, dtype))
+    read = denoiser.read(partial(errors, family, denoiser.network, pictures, dtype))
     del denoiser
     release_memory()
     if (speaks := spoken_instead(read, said)) is None:
