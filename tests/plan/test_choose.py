@@ -220,7 +220,7 @@ def test_class_images_come_fewer_at_once_unless_the_user_says_how_many(planned, 
     assert (fixed.prior_batch, fixed.fits) == (4, False)
 
 
-@pytest.mark.parametrize(("gib", "streams"), [(8, False), (4, True)])
+@pytest.mark.parametrize(("gib", "streams"), [(8, False), (5.5, True)])
 def test_pictures_of_sdxl_at_1024_px_fit(planned, gib, streams):
     """With its denoiser, of 4.8 GiB, on the card as long as that is large enough."""
     name, limit = "stabilityai/stable-diffusion-xl-base-1.0", int(gib * 2**30 / (1 + MARGIN))
@@ -231,24 +231,31 @@ def test_pictures_of_sdxl_at_1024_px_fit(planned, gib, streams):
 
 
 @pytest.mark.parametrize("prior", [{"enabled": False}, {}, {"batch": 4}])
-def test_pictures_come_by_weights_in_ram_where_not_one_fits_with_them_on_the_card(planned, blank, prior, capsys):
-    """Or not as many as the user has said. Their RAM holds the denoiser that else goes through it."""
-    config = planned(prior=prior, train={"resolution": 64}, sample={"seeds": 1, "guidance": [7.5]})
+def test_pictures_come_by_weights_in_ram_where_not_one_fits_with_them_on_the_card(planned, blank, prior):
+    """Or not as many as the user has said."""
+    config = planned(prior=prior, train={"resolution": 64}, sample={"seeds": 4, "guidance": [7.5]})
     with predict.drawing(config, blank) as draw:
-        resident, streamed = (
-            draw.denoising("", prior.get("batch", 1), 7.5, streamed).peak_bytes for streamed in (False, True)
-        )
-    assert streamed < resident
-    roomy, tight = (choose(config, blank, int(peak * (1 + MARGIN)) + 1) for peak in (resident, resident - 2))
-    assert (roomy.drawn_streamed, tight.drawn_streamed) == (False, True)
-    for before, now in zip(roomy.phases, tight.phases, strict=True):
-        denoises = now.name.endswith("denoising")
-        assert bool(now.ram_bytes) >= denoises and (now.peak_bytes <= resident - 2 or not denoises)
-    assert tight.sample_batch == 1 and tight.prior_batch == config.prior.batch
-    assert Plan.from_json(tight.to_json()) == tight
-    for plan in (roomy, tight):
+        resident = draw.denoising("", prior.get("batch", 1), 7.5).peak_bytes
+    (*roomy, on_the_card), (drawn, sampling, *tight, streamed) = (
+        _pictures(config, blank, limit) for limit in (resident, resident - 1)
+    )
+    assert (on_the_card, streamed) == (False, True)
+    assert all(
+        phase.ram_bytes > 0 and phase.peak_bytes < resident for phase in (*drawn, *sampling) if "den" in phase.name
+    )
+    assert all(phase.ram_bytes == 0 for phases in roomy[:2] for phase in phases)
+    assert prior.get("batch", tight[0]) == tight[0]
+
+
+def test_a_plan_says_by_which_weights_pictures_are_drawn(planned, blank, monkeypatch, capsys):
+    config = planned(train={"resolution": 64})
+    found = _pictures(config, blank, None)
+    for streamed in (False, True):
+        monkeypatch.setattr("lowvram_db.plan.choose._pictures", lambda *_, says=streamed: (*found[:-1], says))
+        plan = choose(config, blank, None)
+        assert plan.drawn_streamed == streamed and Plan.from_json(plan.to_json()) == plan
         show(plan)
-        assert ("pictures drawn by weights in RAM" in capsys.readouterr().out) == plan.drawn_streamed
+        assert ("pictures drawn by weights in RAM" in capsys.readouterr().out) == streamed
 
 
 def test_the_ram_of_weights_that_pictures_are_drawn_by_is_counted(planned):
