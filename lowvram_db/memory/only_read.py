@@ -53,6 +53,7 @@ class OnlyRead:
         """Let it be of another precision."""
         if self._lent is not None:
             self._lent.end()
+            self._lent = None  # nor its room on the device
         elif self._does(lambda: self.network.to(dtype)):
             return
         else:
@@ -76,9 +77,9 @@ class OnlyRead:
 
     def _go_to_ram(self) -> None:
         say(f"{self._purpose}: out of memory; the denoiser's weights pass through from RAM from here on")
-        release_memory()
         check_free(sum(p.nbytes for p in _away(self.network)), "close other programs")
         self.network.to("cpu")
+        release_memory()
 
     @staticmethod
     def _does(work: Callable[[], object]) -> bool:

@@ -1,8 +1,10 @@
 """A network that is only read, its weights in RAM: each is on the device while its layer computes, and a while before.
 
-lent = Lent(network, device)
-network(x)  # as if it were all there, to the bit
-lent.end()
+    lent = Lent(network, device)
+    network(x)  # as if it were all there, to the bit
+    lent.end()
+
+Its first pass finds out in which order weights are asked for; from the second on they come before that.
 """
 
 from __future__ import annotations
@@ -56,9 +58,8 @@ class Lent:
         self._homes = dict(zip(weights, _housed(weights, pinning), strict=True))
         self._numbers = {p: number for number, p in enumerate(weights)}
         self._lanes = pinning.lanes
-        room = self._lanes.room(room_for(sizes))
-        homes = list(self._homes.values())
-        self._stream = Stream([], homes, pinning.ram(0), self._lanes, room)  # no home is its ram's own, all stages are
+        room, stages = self._lanes.room(room_for(sizes)), pinning.ram(0)  # of no homes of its own
+        self._stream = Stream([], list(self._homes.values()), stages, self._lanes, room)
         self._rounds = Rounds(self._stream, sizes, room.nbytes)
         for p in weights:
             p.data = layers.shown(room, p)
