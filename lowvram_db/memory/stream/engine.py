@@ -82,11 +82,6 @@ class Stream:
         """Whether it is out, and the schedule says that it changes."""
         return any(visit.parcel == parcel and visit.changes for visit in map(self._visit, self._lent))
 
-    def give_all_back(self) -> None:
-        """As give_back() for whatever is out: after a step that broke off."""
-        for number in list(self._lent):
-            self._let_go(number, self._visit(number).changes)
-
     @contextmanager
     def at_rest(self) -> Iterator[None]:
         """While the homes are read and written by others. Raises RuntimeError where a parcel is out."""

@@ -20,6 +20,7 @@ class Rounds:
         self._stream, self._sizes, self._room = stream, sizes, room
         self._found: list[int] = []  # in the order in which they were asked for
         self._visits: list[Visit] = []  # once it is known
+        self._known: set[int] = set()  # whom they bring
 
     def begin(self) -> None:
         """The next parcel is the first of a round. Raises RuntimeError where one is out."""
@@ -29,13 +30,16 @@ class Rounds:
 
     def take(self, parcel: int) -> Tensor:
         """As the stream's. A round ends where its first parcel comes again."""
+        if self._visits and parcel not in self._known:  # the first round broke off
+            self._visits = []
+            self._found.clear()
         if not self._visits:
             self._seek(parcel)
         return self._stream.take(parcel)
 
     def _seek(self, parcel: int) -> None:
         if parcel in self._found:
-            self._visits = self._planned(self._found)
+            self._visits, self._known = self._planned(self._found), set(self._found)
             self._stream.follow(self._visits)
         else:
             self._found.append(parcel)

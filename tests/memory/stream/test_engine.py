@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lowvram_db.memory.stream.engine import Stream
 from lowvram_db.memory.stream.lanes import Why
-from lowvram_db.memory.stream.made_up import MadeUpTime
+from lowvram_db.memory.stream.made_up import MadeUpTime, Race
 from lowvram_db.memory.stream.ram import Ram
 from lowvram_db.memory.stream.schedule import GRANULE, Use, planned
 
@@ -126,13 +126,53 @@ def test_two_parcels_may_be_out_at_once_where_there_is_room():
         narrow.stream.take(1)
 
 
-def test_what_is_out_when_a_step_breaks_off_is_given_back_as_it_is():
+def test_nothing_rests_while_a_parcel_is_out():
     streamed = Streamed([Use(0, True), Use(1, True)], [GRANULE] * 2, 2 * GRANULE, MadeUpTime(delays(0)))
     advance(streamed.stream.take(0), 0)
     with pytest.raises(RuntimeError, match="parcel 0 is still out"), streamed.stream.at_rest():
         pass
-    streamed.stream.give_all_back()
+    streamed.stream.give_back(0)
     advance(streamed.plain[0], 0)
+    streamed.check()
+
+
+def test_who_has_to_change_a_parcel_gets_a_visit_that_carries_it_down():
+    streamed = Streamed([Use(0, False), Use(1, True), Use(0, True)], [GRANULE] * 2, 4 * GRANULE, MadeUpTime(delays(0)))
+    advance(streamed.stream.take(0, to_change=True), 0)
+    assert streamed.stream.may_change(0) and not streamed.stream.may_change(1)
+    streamed.stream.give_back(0)
+    advance(streamed.plain[0], 0)
+    streamed.stream.take(0)
+    assert not streamed.stream.may_change(0), "the next round begins with one that reads"
+    streamed.stream.give_back(0)
+    streamed.check()
+    reading = Streamed([Use(0, False)], [GRANULE], GRANULE, MadeUpTime(delays(0)))
+    with pytest.raises(KeyError, match="no visit brings parcel 0 to be changed"):
+        reading.stream.take(0, to_change=True)
+
+
+def test_what_has_not_been_changed_is_not_carried_down():
+    """And a change that is denied is seen."""
+    lanes = MadeUpTime(delays(0))
+    streamed = Streamed([Use(0, True)], [GRANULE], GRANULE, lanes)
+    streamed.stream.take(0)
+    streamed.stream.give_back(0, changed=False)
+    streamed.check()
+    assert not [done for done in lanes.timeline if done.lane == "down"]
+    advance(streamed.stream.take(0), 0)
+    with pytest.raises(Race, match="only to be read"):
+        streamed.stream.give_back(0, changed=False)
+
+
+def test_another_round_may_be_followed_from_its_beginning():
+    streamed = Streamed([Use(0, True), Use(1, True)], [GRANULE] * 3, 3 * GRANULE, MadeUpTime(delays(0)))
+    streamed.use(Use(0, True), 0)
+    others = [Use(2, False), Use(0, True)]
+    streamed.stream.follow(planned(others, [GRANULE] * 3, 3 * GRANULE))
+    for use in others:
+        streamed.use(use, 1)
+    with pytest.raises(KeyError, match="no visit brings parcel 1"):
+        streamed.stream.take(1)
     streamed.check()
 
 

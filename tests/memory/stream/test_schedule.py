@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lowvram_db.memory.stream.schedule import GRANULE, Use, arrivals, planned
+from lowvram_db.memory.stream.schedule import GRANULE, Use, arrivals, least_room, planned, uses_of_a_step
 
 SIZES = st.lists(st.integers(1, 5 * GRANULE), min_size=1, max_size=6)
 
@@ -41,6 +41,37 @@ def test_a_room_smaller_than_a_parcel_is_refused_with_its_size():
 def test_a_visit_can_be_read():
     (visit,) = planned([Use(0, True)], [700], 2048)
     assert str(visit) == "parcel 0 changed at 0 + 1024, takes from 1 ago"
+
+
+def test_who_reads_a_weight_again_has_it_until_its_step():
+    """Two layers of a block that recomputes, and one beside it: "c" of the latter, whose state is on the card."""
+    events = [("a", 1), ("b", 1), ("c", 1), ("c", 0), ("a", 1), ("b", 1), ("b", 0), ("d", 0), ("a", 0)]
+    weights, states = {"a": 10, "b": 11, "c": 12}, {"a": 0, "b": 1, "d": 3}
+    uses = uses_of_a_step([(key, bool(is_read)) for key, is_read in events], weights, states)
+    assert uses == [
+        [Use(10, False)], [Use(11, False)], [Use(12, False)],
+        [Use(12, True)],
+        [Use(10, True, until=4)], [Use(11, True, until=1)],
+        [Use(1, True)],
+        [Use(3, True)],
+        [Use(0, True)],
+    ]  # fmt: skip
+    assert uses_of_a_step([("a", False)], {"a": 1}, {"a": 0}) == [[Use(1, True, until=1), Use(0, True)]]
+
+
+@given(SIZES, st.data())
+def test_in_the_least_room_no_use_waits_for_what_is_out(sizes, data):
+    """Byte by byte: no place is that of another which is still out."""
+    stays = st.integers(0, 3)
+    uses = [Use(data.draw(st.integers(0, len(sizes) - 1)), True, data.draw(stays)) for _ in range(8)]
+    uses = [use._replace(until=min(use.until, 7 - number)) for number, use in enumerate(uses)]
+    visits = planned(uses, sizes, least_room(uses, sizes))
+    for number in range(2 * len(uses)):
+        visit = visits[number % 8]
+        for ago in range(1, 4):
+            other = visits[(number - ago) % 8]
+            if number >= ago and other.until >= ago:
+                assert visit.start + visit.size <= other.start or other.start + other.size <= visit.start
 
 
 def test_gradients_arrive_in_the_same_order_without_values():
