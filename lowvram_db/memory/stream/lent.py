@@ -66,8 +66,6 @@ class Lent:
         network.to(device)
         for layer in self._layers:
             layers.lend(layer, self)
-        self._broken_off = False  # whether the last pass has not come to its end
-        self._hooks = [network.register_forward_pre_hook(self._begin), network.register_forward_hook(self._finish)]
 
     @contextmanager
     def weight_of(self, p: nn.Parameter, learning: bool) -> Iterator[Tensor]:
@@ -82,21 +80,11 @@ class Lent:
     def end(self) -> None:
         """The layers have their weights again, in RAM; all else stays where it is."""
         self._stream.settle()
-        for hook in self._hooks:
-            hook.remove()
         for layer in self._layers:
             layers.lend(layer, None)
         for p, home in self._homes.items():
             p.data = layers.shown(home.memory, p)
         self._lanes.close()
-
-    def _begin(self, *_: object) -> None:
-        if self._broken_off:
-            self._rounds.begin()
-        self._broken_off = True
-
-    def _finish(self, *_: object) -> None:
-        self._broken_off = False
 
 
 def _housed(weights: Sequence[nn.Parameter], pinning: Pinning) -> list[Home]:
