@@ -75,12 +75,12 @@ def build_cache(config: Config) -> Path:
         run, device = Run.of(config), pick_device()
         say_emulation(config.precision.compute, device)
         budget = budget_for(config.memory.vram, device)
-        at_once = None if budget is None else make_plan(config, budget).prior_batch
+        plan = None if budget is None else make_plan(config, budget)
         cap(budget, device)
         photos = _photos(config, run)
         with run.locked(), Store(cache_folder(config, run)) as store:
             family, _ = _open_family(config, photos, store)
-            concept = _concept(config, family, photos, store, device, at_once)
+            concept = _concept(config, family, photos, store, device, plan)
             release_memory()
             encode_all(config, family, store, concept, device)
     return store.folder
@@ -127,17 +127,18 @@ def _run(config: Config, resume: str, strict: bool) -> Run:
             run.save_config(config)
             optional(partial(run.save_identifier, identifier), "identifier.json")
             with _reported(run), Watch(device), Meter(plan, run, device) as meter:
+                sampled = plan.sample_batch, meter.begins, plan.drawn_streamed
                 if start is None:
-                    check_prediction(config, family, store, photos, device, meter.begins)
-                concept = _concept(config, family, photos, store, device, plan.prior_batch, meter.begins)
+                    check_prediction(config, family, store, photos, device, meter.begins, plan.drawn_streamed)
+                concept = _concept(config, family, photos, store, device, plan, meter.begins)
                 release_memory()
                 if start is None or not has_base_grid(config, run):
-                    draw = partial(sample_base, config, run, family, device, plan.sample_batch, meter.begins)
+                    draw = partial(sample_base, config, run, family, device, *sampled)
                     optional(draw, "pictures of the base model")
                 while (done := _train(config, family, run, concept, store, device, start, plan, meter)) < steps:
                     start = run.checkpoint(done)  # a further stage begins as a run that goes on does
                 release_memory()
-                sample = partial(sample_result, config, run, device, plan.sample_batch, meter.begins)
+                sample = partial(sample_result, config, run, device, *sampled)
                 optional(sample, "pictures of the result")
             write_single_file(config, run)
     return run
@@ -175,7 +176,7 @@ def _check_ram(plan: Plan, device: torch.device) -> None:
     free = psutil.virtual_memory().available
     if device.type != "cuda" or free >= plan.least_ram_bytes:
         return
-    if plan.strategy.streamed:
+    if plan.strategy.streamed or plan.drawn_streamed:
         raise DoesNotFit(f"needs {gib(plan.least_ram_bytes)} of RAM, {gib(free)} are free; {LESS_RAM}")
     say(f"{gib(free)} of RAM are free, and about {gib(plan.least_ram_bytes)} are wanted; close other programs")
 
@@ -231,7 +232,7 @@ def _concept(
     photos: list[Path],
     store: Store,
     device: torch.device,
-    at_once: int | None = None,
+    plan: Plan | None,
     begins: Callable[[str], None] = lambda phase: None,
 ) -> Concept:
     """Photos, and class images where prior preservation wants them."""
@@ -240,9 +241,9 @@ def _concept(
     base = model_digest(family, store.catalogue)
     folder = Path(config.prior.images).expanduser() if config.prior.images else shared_folder(config, base)
     text = partial(encode_text, config, family, store, device)
-    made = class_images(
-        config, family, folder, base, text, device, at_once, store.catalogue.is_good, stages("class images", begins)
-    )
+    told = stages("class images", begins)
+    at_once, streamed = (plan.prior_batch, plan.drawn_streamed) if plan else (None, False)
+    made = class_images(config, family, folder, base, text, device, at_once, store.catalogue.is_good, told, streamed)
     concept = describe(config, photos, made)
     concept.check(family)
     return concept

@@ -1,6 +1,7 @@
 """Whether a base model predicts what its scheduler says, found before anything is made with it."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +14,10 @@ from lowvram_db.families.base import Family
 from lowvram_db.families.conditioning import collated
 from lowvram_db.families.prediction import Picture, errors, spoken_instead
 from lowvram_db.memory.device import picture_dtypes, release_memory
+from lowvram_db.memory.only_read import OnlyRead
 from lowvram_db.progress import say
+
+_PURPOSE = "the check of what is predicted"
 
 
 def check_prediction(
@@ -23,15 +27,16 @@ def check_prediction(
     photos: list[Path],
     device: torch.device,
     begins: Callable[[str], None],
+    streamed: bool = False,
 ) -> None:
     """See that the base weights predict what the model's scheduler says. Raises UserError where they do not by far,
-    and says so where the user has decided."""
+    and says so where the user has decided. streamed: whether it is known that they have to come from RAM."""
     prompt, said = config.fill(config.prior.prompt), family.noise_schedule.prediction_type
     begins("text encoding")
     encode(config, family, store, device, photos=[], prompts=[prompt])
     begins("latent encoding")
     cached = encode(config, family, store, device, photos=photos, prompts=[prompt])
-    begins("the check of what is predicted")
+    begins(_PURPOSE)
     pictures = [
         Picture(
             cached.moments(frame.keys[:1]).mean,
@@ -40,8 +45,8 @@ def check_prediction(
         for frame in cached.photos.values()
     ]
     dtype, _ = picture_dtypes(config.precision.compute, device)
-    denoiser = family.load_denoiser(lambda weight: weight.to(dtype)).to(device)
-    read = errors(family, denoiser, pictures, dtype)
+    denoiser = OnlyRead(family.load_denoiser(lambda weight: weight.to(dtype)), device, _PURPOSE, streamed)
+    read = denoiser.read(partial(errors, family, denoiser.network, pictures, dtype))
     del denoiser
     release_memory()
     if (speaks := spoken_instead(read, said)) is None:

@@ -48,10 +48,17 @@ def write_single_file(config: Config, run: Run) -> None:
 
 
 def sample_base(
-    config: Config, run: Run, family: Family, device: torch.device, at_once: int, begins: Callable[[str], None]
+    config: Config,
+    run: Run,
+    family: Family,
+    device: torch.device,
+    at_once: int,
+    begins: Callable[[str], None],
+    streamed: bool = False,
 ) -> None:
-    """The sample grid of the base model, as of step 0: it stands above all that follow."""
-    draw = _of_model(config, family, device, at_once, begins)
+    """The sample grid of the base model, as of step 0: it stands above all that follow. streamed: as for
+    drawer_for."""
+    draw = _of_model(config, family, device, at_once, begins, streamed)
     _write_sheet(run.sample_grid(0), None, _BASE, _drawn(config, draw))
 
 
@@ -81,9 +88,11 @@ def sample_trainer(trainer: Trainer, run: Run, at_once: int, path: Path) -> None
     release_memory()
 
 
-def sample_result(config: Config, run: Run, device: torch.device, at_once: int, begins: Callable[[str], None]) -> None:
-    """The sample grid of what came of a run, drawn by what stands on the disk."""
-    draw = _of_model(config, method_of(config).open(config, run), device, at_once, begins)
+def sample_result(
+    config: Config, run: Run, device: torch.device, at_once: int, begins: Callable[[str], None], streamed: bool = False
+) -> None:
+    """The sample grid of what came of a run, drawn by what stands on the disk. streamed: as for drawer_for."""
+    draw = _of_model(config, method_of(config).open(config, run), device, at_once, begins, streamed)
     steps = config.train.steps
     _write_sheet(run.sample_grid(steps), _base_grid(run), f"step {steps}", _drawn(config, draw))
 
@@ -94,10 +103,11 @@ def stages(what: str, begins: Callable[[str], None]) -> Callable[[str], None]:
 
 
 def _of_model(
-    config: Config, family: Family, device: torch.device, at_once: int, begins: Callable[[str], None]
+    config: Config, family: Family, device: torch.device, at_once: int, begins: Callable[[str], None], streamed: bool
 ) -> Callable[..., Grid]:
     compute, told = config.precision.compute, stages("sampling", begins)
-    return partial(grid_of_model, family, compute=compute, device=device, at_once=at_once, begins=told)
+    draw = partial(grid_of_model, family, compute=compute, device=device, begins=told)
+    return partial(draw, at_once=at_once, streamed=streamed)
 
 
 def _drawn(config: Config, draw: Callable[..., Grid]) -> Grid:

@@ -54,12 +54,14 @@ def grid_of_model(
     *,
     at_once: int,
     begins: Callable[[str], None] = lambda stage: None,
+    streamed: bool = False,
     **how: Any,
 ) -> Grid:
-    """The grid of a model on disk: its text encoders have gone before its denoiser comes."""
+    """The grid of a model on disk: its text encoders have gone before its denoiser comes. streamed: as for
+    drawer_for."""
     dtype, _ = picture_dtypes(compute, device)
     known = dict(encoded(family, list(dict.fromkeys([*prompts, NO_PROMPT])), device, dtype))
-    drawer = drawer_for(family, compute, device, at_once, begins)
+    drawer = drawer_for(family, compute, device, at_once, begins, streamed)
     return sample_grid(drawer, prompts, lambda wanted: collated([known[prompt] for prompt in wanted]), **how)
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -28,6 +29,8 @@ from lowvram_db.demo.miniature import write_photos, write_pipeline
 from lowvram_db.families import open_model
 from lowvram_db.families.base import Family
 from lowvram_db.memory.arithmetic import deterministic
+from lowvram_db.memory.stream import pinning
+from lowvram_db.memory.stream.made_up import MadeUpTime
 
 # A slow moment is no failure, and fixtures of one test may serve all its examples: ours are factories.
 _PATIENT = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
@@ -167,6 +170,27 @@ def halves_are_native(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]
         monkeypatch.setattr("lowvram_db.memory.device.is_native", lambda dtype, _: native or dtype == torch.float32)
 
     return answer
+
+
+@pytest.fixture
+def delayed(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[MadeUpTime]]:
+    """What passes through a CPU from now on: its copies and computations take anything between nothing and very long,
+    by a seed. Gives the lanes that are made."""
+
+    def delayed(seed: int) -> list[MadeUpTime]:
+        generator, made = random.Random(seed), list[MadeUpTime]()
+
+        def takes(lane: str, size: int) -> float:
+            return size * generator.choice([0.0, 0.1, 1.0, 20.0]) * generator.random()
+
+        def made_up(duration: Callable[[str, int], float]) -> MadeUpTime:
+            made.append(MadeUpTime(takes))
+            return made[-1]
+
+        monkeypatch.setattr(pinning, "MadeUpTime", made_up)
+        return made
+
+    return delayed
 
 
 @pytest.fixture

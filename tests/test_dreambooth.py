@@ -23,6 +23,7 @@ from lowvram_db.dreambooth import build_cache, run_dreambooth
 from lowvram_db.errors import DoesNotFit, Interrupted, UserError
 from lowvram_db.families import open_blank
 from lowvram_db.families.sd import StableDiffusion
+from lowvram_db.memory import only_read
 from lowvram_db.memory.device import pick_device
 from lowvram_db.plan.choose import choose
 from lowvram_db.run import Run
@@ -43,6 +44,22 @@ def test_a_run_on_real_photos_from_start_to_picture(make_config, dog_photos):
     assert Image.open(run.sample_grid(4)).height > 3 * 64
     pipeline = StableDiffusionPipeline.from_pretrained(run.model)
     assert pipeline("a photo of a pkblz dog", num_inference_steps=1, height=64, width=64).images[0].size == (64, 64)
+
+
+def test_where_the_plan_says_so_all_that_draws_has_its_weights_in_ram(make_config, monkeypatch):
+    """Class images, the base model, the result; and what checks what is predicted."""
+    made, plan = [], room._plan
+
+    class Noted(only_read.OnlyRead):
+        def __init__(self, *how):
+            super().__init__(*how)
+            made.append(self.is_streamed)
+
+    monkeypatch.setattr("lowvram_db.families.draw.OnlyRead", Noted)
+    monkeypatch.setattr("lowvram_db.prediction_check.OnlyRead", Noted)
+    monkeypatch.setattr(room, "_plan", lambda *how: replace(plan(*how), drawn_streamed=True))
+    run_dreambooth(make_config(train={"steps": 1}))
+    assert made == [True] * 4
 
 
 ENDS_IN_NOISE = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
@@ -478,7 +495,7 @@ def test_the_allocator_is_capped_at_the_budget_before_anything_is_loaded(make_co
 @pytest.mark.parametrize(("device", "free", "said"), [("cuda", 3, True), ("cuda", 5, False), ("cpu", 3, False)])
 def test_little_ram_beside_a_gpu_is_said(monkeypatch, capfd, device, free, said):
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=free * 2**30))
-    plan = SimpleNamespace(least_ram_bytes=4 * 2**30, strategy=Strategy(0, 1))
+    plan = SimpleNamespace(least_ram_bytes=4 * 2**30, strategy=Strategy(0, 1), drawn_streamed=False)
     room._check_ram(plan, torch.device(device))
     line = "3.00 GiB of RAM are free, and about 4.00 GiB are wanted; close other programs"
     assert (line in capfd.readouterr().err) == said
@@ -526,8 +543,9 @@ def test_a_run_that_would_swap_all_the_time_does_not_begin(make_config, miniatur
     streamed = replace(plan, strategy=replace(plan.strategy, streamed=8), least_ram_bytes=int(10.4 * 2**30))
     memory = room.psutil.virtual_memory()
     monkeypatch.setattr(room.psutil, "virtual_memory", lambda: memory._replace(available=int(9.1 * 2**30)))
-    with pytest.raises(DoesNotFit, match=r"^needs 10\.40 GiB of RAM, 9\.10 GiB are free; close other .*--vram"):
-        room._check_ram(streamed, torch.device("cuda"))
+    for needs in (streamed, replace(streamed, strategy=plan.strategy, drawn_streamed=True)):
+        with pytest.raises(DoesNotFit, match=r"^needs 10\.40 GiB of RAM, 9\.10 GiB are free; close other .*--vram"):
+            room._check_ram(needs, torch.device("cuda"))
     room._check_ram(replace(streamed, least_ram_bytes=9 * 2**30), torch.device("cuda"))
     assert capfd.readouterr().err == ""
     room._check_ram(replace(streamed, strategy=plan.strategy), torch.device("cuda"))  # which swaps once, while it loads

@@ -10,6 +10,7 @@ from lowvram_db.families import open_model
 from lowvram_db.families.base import NO_PROMPT
 from lowvram_db.families.conditioning import collated
 from lowvram_db.families.draw import drawer_for
+from lowvram_db.families.sd import StableDiffusion
 from lowvram_db.families.text import encoded
 from lowvram_db.sampling import parse_scales, sample_grid, sample_model
 
@@ -95,6 +96,31 @@ def test_sample_model_writes_and_never_overwrites(miniature, tmp_path):
     assert Image.open(out).format == "PNG"
     with pytest.raises(UserError, match=r"--out .*grid\.png: exists already"):
         sample_model(str(miniature), ["a ball"], out, **options)
+
+
+def test_a_model_that_does_not_fit_is_drawn_by_weights_from_ram(miniature, tmp_path, monkeypatch, delayed, capfd):
+    delayed(0)
+    load, options = StableDiffusion.load_denoiser, OPTIONS | {"compute": "fp32"}
+
+    def too_large(*how):
+        denoiser = load(*how)
+        move, moves = denoiser.to, []
+
+        def to(*where):
+            moves.append(where)
+            if len(moves) == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return move(*where)
+
+        denoiser.to = to
+        return denoiser
+
+    sample_model(str(miniature), ["a ball"], tmp_path / "fits.png", **options)
+    monkeypatch.setattr(StableDiffusion, "load_denoiser", too_large)
+    sample_model(str(miniature), ["a ball"], tmp_path / "does-not.png", **options)
+    assert capfd.readouterr().err.count("pictures: out of memory; the denoiser's weights pass through from RAM") == 1
+    fits, does_not = (Image.open(tmp_path / f"{name}.png").tobytes() for name in ("fits", "does-not"))
+    assert does_not == fits
 
 
 def test_the_models_own_resolution_is_the_default(miniature, tmp_path):

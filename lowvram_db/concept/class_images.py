@@ -42,12 +42,13 @@ def class_images(
     at_once: int | None = None,
     is_good: Callable[[Path], bool] = lambda photo: False,
     begins: Callable[[str], None] = lambda stage: None,
+    streamed: bool = False,
 ) -> list[Path]:
     """`prior.count` class images from `folder`; the missing ones are generated into it, each by its own number.
 
     base: digest of the base model. text: gives the text part of the conditioning of prompts; asked where pictures are
     made: all of them at once. at_once: how many go through the model together; default: prior.batch.
-    begins: told of the stages of drawing.
+    begins: told of the stages of drawing. streamed: as for drawer_for.
 
     A picture is a function of (recipe, its number), so an interrupted generation goes on where it stopped and ends with
     the same set. The user's own pictures in the folder count first and are never touched; each is decoded once, unless
@@ -65,7 +66,8 @@ def class_images(
                 prompts = list(dict.fromkeys(recipe_of(number).prompt for number in found.missing))
                 told = text([*prompts, NO_PROMPT])
                 release_memory()
-                drawer = drawer_for(family, config.precision.compute, device, at_once or config.prior.batch, begins)
+                compute, together = config.precision.compute, at_once or config.prior.batch
+                drawer = drawer_for(family, compute, device, together, begins, streamed)
                 by_prompt = {prompt: rows_at(told, [place, -1]) for place, prompt in enumerate(prompts)}
                 _generate(drawer, by_prompt, recipe_of, found)
     return found.images

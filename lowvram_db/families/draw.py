@@ -2,7 +2,7 @@
 black without a word.
 
 The big networks need not be on the device together: text encoders have gone before a denoiser comes, and where the VAE
-does not fit beside the denoiser, that makes way for it.
+does not fit beside the denoiser, that makes way for it. Where not even the denoiser fits, its weights come from RAM.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +19,8 @@ from lowvram_db.families.base import Family
 from lowvram_db.families.conditioning import Conditioning, brought
 from lowvram_db.families.decoder import Decoder
 from lowvram_db.families.guidance import Scales
-from lowvram_db.memory.device import lay_out, picture_dtypes, release_memory
+from lowvram_db.memory.device import picture_dtypes, release_memory
+from lowvram_db.memory.only_read import OnlyRead
 from lowvram_db.memory.out_of_memory import is_out_of_memory
 from lowvram_db.progress import say
 
@@ -32,13 +33,18 @@ class Wanted(NamedTuple):
 
 
 def drawer_for(
-    family: Family, compute: str, device: torch.device, at_once: int, begins: Callable[[str], None] = lambda stage: None
+    family: Family,
+    compute: str,
+    device: torch.device,
+    at_once: int,
+    begins: Callable[[str], None] = lambda stage: None,
+    streamed: bool = False,
 ) -> "Drawer":
-    """For a model on disk, in the precision of pictures."""
+    """For a model on disk, in the precision of pictures. streamed: whether it is known that the denoiser's weights have
+    to come from RAM."""
     dtype, wider = picture_dtypes(compute, device)
-    denoiser: Any = family.load_denoiser(lambda weight: weight.to(dtype)).to(device)
-    lay_out(denoiser, device)
-    return Drawer(family, denoiser, device, dtype, at_once, wider=wider, makes_way=True, begins=begins)
+    own = OnlyRead(family.load_denoiser(lambda weight: weight.to(dtype)), device, "pictures", streamed)
+    return Drawer(family, own.network, device, dtype, at_once, own=own, wider=wider, begins=begins)
 
 
 class Drawer:
@@ -53,17 +59,18 @@ class Drawer:
         at_once: int,
         *,
         decoding: torch.dtype | None = None,
+        own: OnlyRead | None = None,
         wider: torch.dtype | None = None,
-        makes_way: bool = False,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         begins: Callable[[str], None] = lambda stage: None,
     ) -> None:
-        """denoiser: on the device, taking `dtype`. decoding: the VAE's dtype; default: the same. wider: the precision
-        that a denoiser in fp16 goes over to, for good, where it overflows; None where its weights are not its own.
-        makes_way: whether it may leave the device for the VAE. autocast: around the denoiser. begins: is told
-        of every "denoising" and "decoding"."""
+        """denoiser: on the device, taking `dtype`. decoding: the VAE's dtype; default: the same. own: where nobody else
+        uses the denoiser: it may leave the device for the VAE then, and have its weights in RAM. wider: the precision
+        that such a one in fp16 goes over to, for good, where it overflows. autocast: around the denoiser. begins: is
+        told of every "denoising" and "decoding"."""
         self._family, self._denoiser, self._device, self._dtype = family, denoiser, device, dtype
-        self._at_once, self._wider, self._makes_way, self._autocast = at_once, wider, makes_way, autocast
+        self._most = self._at_once = at_once
+        self._own, self._wider, self._autocast = own, wider, autocast
         self._begins, self._pipeline = begins, family.sampler(denoiser)
         self._decoder = Decoder(family, device, decoding or dtype)
 
@@ -83,30 +90,38 @@ class Drawer:
             self._begins("denoising")
             latents = self._latents(conditioning, left[: self._at_once], inputs)
             if latents is None:
-                self._at_once = min(self._at_once, len(left)) // 2
-                say(f"pictures: out of memory; {self._at_once} at once from here on")
-                release_memory()
+                self._take_less(min(self._at_once, len(left)))
                 continue
             self._begins("decoding")
             yield from [self._picture(pixels) for pixels in self._decoded(latents)]
             left = left[len(latents) :]
+
+    def _take_less(self, together: int) -> None:
+        """Memory does not suffice for so many pictures together."""
+        if together > 1:
+            self._at_once = together // 2
+            say(f"pictures: out of memory; {self._at_once} at once from here on")
+            release_memory()
+        elif self._own is not None:
+            self._own.stream()
+            self._at_once = self._most  # now there is room, and the more share the copies the better
 
     def _latents(self, conditioning: Conditioning, pictures: list[Wanted], inputs: dict[str, Any]) -> Tensor | None:
         """Finite ones, [len(pictures), C, h, w]; None where memory does not suffice for so many."""
         latents = self._try(conditioning, pictures, inputs)
         if latents is None or latents.isfinite().all():
             return latents
-        if self._wider is not None and self._dtype == torch.float16:
+        if self._own is not None and self._wider is not None and self._dtype == torch.float16:
             name = str(self._wider).removeprefix("torch.")
             say(f"the model overflows in fp16: its pictures are drawn in {name} from here on")
             self._dtype = self._wider
-            self._denoiser.to(self._wider)
+            self._own.convert(self._wider)
             return self._latents(conditioning, pictures, inputs)
         raise UserError(f"the model's pictures are no numbers (NaN); {self._mend()}")
 
     def _try(self, conditioning: Conditioning, pictures: list[Wanted], inputs: dict[str, Any]) -> Tensor | None:
-        """None where memory does not suffice for so many: whoever tries again must not do it inside `except`, which
-        keeps it full."""
+        """None where memory does not suffice for so many, and less can be taken: whoever tries again must not do it
+        inside `except`, which keeps it full."""
         generators = [torch.Generator().manual_seed(picture.seed) for picture in pictures]  # on the CPU
         rows = {
             "num_images_per_prompt": len(pictures),
@@ -118,7 +133,8 @@ class Drawer:
             with self._autocast():
                 return self._pipeline(**told, **inputs, **rows).images
         except Exception as error:
-            if len(pictures) == 1 or not is_out_of_memory(error):
+            is_least = len(pictures) == 1 and (self._own is None or self._own.is_streamed)
+            if is_least or not is_out_of_memory(error):
                 raise
             return None
 
@@ -127,15 +143,15 @@ class Drawer:
         pixels = self._decoder.decode(latents)
         if pixels is not None:
             return pixels
-        if self._makes_way:
-            self._denoiser.to("cpu")
-            release_memory()
+        if self._own is not None and not self._own.is_streamed:
+            self._own.leave()
             pixels = self._decoder.decode(latents)
         while pixels is None:
             if not self._decoder.tile():
                 raise torch.OutOfMemoryError("no picture can be decoded, not even in tiles")
             pixels = self._decoder.decode(latents)
-        self._denoiser.to(self._device)
+        if self._own is not None:
+            self._own.come()
         return pixels
 
     def _picture(self, pixels: Tensor) -> Image.Image:

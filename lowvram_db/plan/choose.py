@@ -39,7 +39,7 @@ def choose(config: Config, family: Blank, budget: int | None, explain: bool = Fa
     with deterministic(config.train.deterministic), _another_process() as beside:
         others = beside(_others, config, family, limit)
         training, rungs, on_the_way, average, order, by = _training(config, family, limit, explain)
-        drawn, encoding, sampling, batch, at_the_end = others()
+        drawn, encoding, sampling, batch, at_the_end, streamed = others()
     phases = [*drawn, *encoding, *training, *sampling]
     fits = None if limit is None else all(phase.peak_bytes <= limit for phase in phases)
     chosen = next(rung.strategy for rung in rungs if rung.chosen)
@@ -47,6 +47,7 @@ def choose(config: Config, family: Blank, budget: int | None, explain: bool = Fa
     ram = predict.host_memory(steps, [*drawn, *encoding, *sampling], average, config.sample.every > 0)
     at_once = min(on_the_way, at_the_end)
     plan = Plan(fits, budget, chosen, batch, at_once, phases, rungs, *ram, average, config.optimizer.name, order, by)
+    plan.drawn_streamed = streamed
     if not config.optimizer.kind.streams:
         plan.resident = f"{config.optimizer.name} keeps its state on the card; only adam8's can live in RAM"
     if fits is False:
@@ -163,10 +164,13 @@ def _relative(rungs: list[Rung]) -> list[Rung]:
     return rungs
 
 
-def _others(config: Config, family: Blank, limit: int | None) -> tuple[list[Phase], list[Phase], list[Phase], int, int]:
-    """The phases beside training; and how many class images, and pictures of the result, are made at once."""
-    drawn, sampling, batch, pictures = _pictures(config, family, limit)
-    return drawn, list(predict.encoding(config, family)), sampling, batch, pictures
+def _others(
+    config: Config, family: Blank, limit: int | None
+) -> tuple[list[Phase], list[Phase], list[Phase], int, int, bool]:
+    """The phases beside training; how many class images, and pictures of the result, are made at once; and whether by a
+    denoiser that is streamed."""
+    drawn, sampling, batch, pictures, streamed = _pictures(config, family, limit)
+    return drawn, list(predict.encoding(config, family)), sampling, batch, pictures, streamed
 
 
 @contextmanager
@@ -186,25 +190,37 @@ def _end_at_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def _pictures(config: Config, family: Blank, limit: int | None) -> tuple[list[Phase], list[Phase], int, int]:
-    """Class images, where they are wanted, and sampling, two phases each; and how many of each are made at once: class
-    images exactly prior.batch where the user has set it."""
-    batch, fixed = config.prior.batch, "batch" in config.prior.model_fields_set
+def _pictures(config: Config, family: Blank, limit: int | None) -> tuple[list[Phase], list[Phase], int, int, bool]:
+    """Class images, where they are wanted, and sampling, two phases each; how many of each are made at once; and
+    whether by a denoiser that is streamed: where not so few fit with it on the card."""
     with predict.drawing(config, family) as draw:
-        guidance = max(config.sample.guidance)
-        denoised, pictures = _as_many(
-            config.sample.pictures_a_row, lambda count: draw.denoising("sampling", count, guidance), limit
-        )
-        decoded = draw.decoding("sampling", limit)
-        sampling = [denoised, decoded]
-        if not config.prior.enabled:
-            return [], sampling, batch, pictures
-        drawn, batch = _as_many(
-            batch,
-            lambda count: draw.denoising("class images", count, config.prior.guidance),
-            None if fixed else limit,
-        )
-        return [drawn, replace(decoded, name="class images, decoding")], sampling, batch, pictures
+        for streamed in (False, True):
+            denoise = partial(draw.denoising, streamed=streamed)
+            drawn, sampled, batch, pictures = _denoised(config, denoise, limit)
+            if limit is None or all(phase.peak_bytes <= limit for phase in (*drawn, sampled)):
+                break
+        decoded = draw.decoding("sampling", limit, streamed)
+    decoded_too = [replace(decoded, name="class images, decoding") for _ in drawn]
+    return [*drawn, *decoded_too], [sampled, decoded], batch, pictures, streamed
+
+
+def _denoised(
+    config: Config, denoise: Callable[[str, int, float], Phase], limit: int | None
+) -> tuple[list[Phase], Phase, int, int]:
+    """As many at once as fit, and at least one; class images exactly prior.batch where the user has set it."""
+    batch, fixed = config.prior.batch, "batch" in config.prior.model_fields_set
+    guidance = max(config.sample.guidance)
+    sampled, pictures = _as_many(
+        config.sample.pictures_a_row, lambda count: denoise("sampling", count, guidance), limit
+    )
+    if not config.prior.enabled:
+        return [], sampled, batch, pictures
+    drawn, batch = _as_many(
+        batch,
+        lambda count: denoise("class images", count, config.prior.guidance),
+        None if fixed else limit,
+    )
+    return [drawn], sampled, batch, pictures
 
 
 def _as_many(wanted: int, draw: Callable[[int], Phase], limit: int | None) -> tuple[Phase, int]:

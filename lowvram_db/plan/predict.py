@@ -20,6 +20,8 @@ from lowvram_db.families.conditioning import brought, collated
 from lowvram_db.framing import View
 from lowvram_db.memory.device import DTYPES
 from lowvram_db.memory.overheads import CONTEXT, CUBLAS_WORKSPACES, RAM_WITH_CUDA
+from lowvram_db.memory.stream.lent import lendable, room_for, weights_of
+from lowvram_db.memory.stream.schedule import whole_granules
 from lowvram_db.memory.trace import GRANULE, TEMPORARY, OverLimit, Trace
 from lowvram_db.optim.kinds import StepsInBackward
 from lowvram_db.optim.storage import SMALLEST
@@ -57,7 +59,8 @@ def drawing(config: Config, family: Blank) -> Iterator["Drawing"]:
 
 
 class Drawing:
-    """The two stages of families/draw.py, in the precision that the config computes in."""
+    """The two stages of families/draw.py, in the precision that the config computes in, with the denoiser on the card
+    or with its weights in RAM."""
 
     def __init__(self, config: Config, family: Blank, trace: Trace):
         self._config, self._family, self._trace = config, family, trace
@@ -65,24 +68,35 @@ class Drawing:
         self._denoised: dict[int, Phase] = {}  # by rows, of which class images and a sample are mostly the same
         self._denoiser: Any = family.load_denoiser(lambda weight: weight.to(self._dtype))
         trace.label("weights", _tensors([self._denoiser]))
+        sizes = [p.nbytes for p in weights_of(lendable(self._denoiser))]
+        self._lent, self._room = sum(map(whole_granules, sizes)), whole_granules(room_for(sizes))
 
-    def denoising(self, what: str, pictures: int, guidance: float) -> Phase:
+    def denoising(self, what: str, pictures: int, guidance: float, streamed: bool = False) -> Phase:
         """So many pictures at once."""
         rows = _rows(pictures, guidance)
         if rows not in self._denoised:
             start = self._trace.mark()
             _denoise(self._config, self._family, self._denoiser, rows, self._dtype)
             self._denoised[rows] = _phase("denoising", self._trace, start)
-        return replace(self._denoised[rows], name=f"{what}, denoising")
+        phase = replace(self._denoised[rows], name=f"{what}, denoising")
+        return self._streamed(phase) if streamed else phase
 
-    def decoding(self, what: str, limit: int | None) -> Phase:
-        """One picture at a time: beside the denoiser, or without it where that is over the limit, or then in tiles."""
+    def decoding(self, what: str, limit: int | None, streamed: bool = False) -> Phase:
+        """One picture at a time: beside the denoiser, or without it where that is over the limit, or then in tiles. One
+        that is streamed stays."""
         beside = self._decoded(what, tiled=False)
-        away = sum(-(-tensor.nbytes // GRANULE) * GRANULE for tensor in _tensors([self._denoiser]))
-        for phase in (beside, _with(beside, "weights", -away)):
+        without = self._streamed if streamed else self._away
+        for phase in (without(beside),) if streamed else (beside, without(beside)):
             if limit is None or phase.peak_bytes <= limit:
                 return phase
-        return _with(self._decoded(what, tiled=True), "weights", -away)
+        return without(self._decoded(what, tiled=True))
+
+    def _away(self, phase: Phase) -> Phase:
+        return _with(phase, "weights", -sum(whole_granules(tensor.nbytes) for tensor in _tensors([self._denoiser])))
+
+    def _streamed(self, phase: Phase) -> Phase:
+        """What is in RAM then, and the room that it passes through, count alike at every moment."""
+        return replace(_with(phase, "weights", self._room - self._lent), ram_bytes=self._lent)
 
     def _decoded(self, what: str, tiled: bool) -> Phase:
         start = self._trace.mark()
@@ -249,8 +263,8 @@ class Rehearsal:
 
 def host_memory(training: list[Phase], others: list[Phase], average: int, samples: bool) -> tuple[int, int]:
     """Bytes of RAM that a run on a GPU takes, with and without a checkpoint's copy. The networks of a phase pass
-    through it on their way to the card, the trained ones as they are stored there. What lives there and passes through
-    the card is there from before they have gone, to the end.
+    through it on their way to the card, the trained ones as they are stored there, or stay while they are read from
+    there. What of training lives there and passes through the card is there from before they have gone, to the end.
 
     average: bytes of the average of what is trained, which is there for as long as that. samples: whether it is sampled
     on the way, for which the weights wait beside it.
@@ -258,7 +272,8 @@ def host_memory(training: list[Phase], others: list[Phase], average: int, sample
     weights = max(phase.components["weights"] for phase in training)
     streamed = max(phase.ram_bytes for phase in training)
     saved = max(phase.components["weights"] + phase.components["optimizer"] for phase in training) + streamed
-    loaded = max(phase.components["weights"] for phase in [*training, *others])
+    read = max((phase.components["weights"] + phase.ram_bytes for phase in others), default=0)
+    loaded = max(read, *(phase.components["weights"] for phase in training))
     waiting = weights if average and samples else 0
     least = max(loaded, average + waiting)
     beside = RAM_WITH_CUDA + streamed

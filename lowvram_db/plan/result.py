@@ -51,7 +51,8 @@ class Rung:
 @dataclass
 class Plan:
     """fits: None where there is no budget to compare with. advice: changes of which each alone would make it fit.
-    emulation: of the precision, where training on the machine that makes the plan would compute in another one."""
+    emulation: of the precision, where training on the machine that makes the plan would compute in another one.
+    drawn_streamed: whether what draws, from disk, has its denoiser's weights in RAM."""
 
     fits: bool | None
     budget_bytes: int | None
@@ -69,6 +70,7 @@ class Plan:
     resident: str = ""  # why no rung has state in RAM
     advice: list[str] = field(default_factory=list)
     emulation: str = ""
+    drawn_streamed: bool = False
 
     @property
     def peak(self) -> Phase:
@@ -103,6 +105,7 @@ class Plan:
             "resident",
             "advice",
             "emulation",
+            "drawn_streamed",
         )
         known = {key: tree[key] for key in plain}
         order = [Event(*event) for event in tree["order"]]

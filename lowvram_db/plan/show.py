@@ -66,6 +66,8 @@ def summary(plan: Plan) -> str:
     words = f"peak {gib(plan.peak.peak_bytes)} in {plan.peak.name}, with {plan.optimizer} and {plan.strategy}"
     if any(phase.name.startswith("class images") for phase in plan.phases):
         words += f", {plan.prior_batch} class images at once"
+    if plan.drawn_streamed:
+        words += ", pictures drawn by weights in RAM"
     if plan.budget_bytes is None:
         return f"{words}; no budget given, for example --vram 12GiB"
     return f"{words}; budget {gib(plan.budget_bytes)}"

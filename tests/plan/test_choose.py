@@ -220,12 +220,50 @@ def test_class_images_come_fewer_at_once_unless_the_user_says_how_many(planned, 
     assert (fixed.prior_batch, fixed.fits) == (4, False)
 
 
-def test_class_images_of_sdxl_at_1024_px_fit_8_gib(planned):
-    name, limit = "stabilityai/stable-diffusion-xl-base-1.0", int(2**33 / (1 + MARGIN))
+@pytest.mark.parametrize(("gib", "streams"), [(8, False), (5.5, True)])
+def test_pictures_of_sdxl_at_1024_px_fit(planned, gib, streams):
+    """With its denoiser, of 4.8 GiB, on the card as long as that is large enough."""
+    name, limit = "stabilityai/stable-diffusion-xl-base-1.0", int(gib * 2**30 / (1 + MARGIN))
     config = planned(name, train={"resolution": 1024})
-    drawn, _, batch, _ = _pictures(config, open_blank(known_configs(name)), limit)
+    drawn, sampling, batch, _, streamed = _pictures(config, open_blank(known_configs(name)), limit)
     assert batch >= 1 and [phase.name for phase in drawn] == ["class images, denoising", "class images, decoding"]
-    assert all(phase.peak_bytes <= limit for phase in drawn)
+    assert streamed == streams and all(phase.peak_bytes <= limit for phase in (*drawn, *sampling))
+
+
+@pytest.mark.parametrize("prior", [{"enabled": False}, {}, {"batch": 4}])
+def test_pictures_come_by_weights_in_ram_where_not_one_fits_with_them_on_the_card(planned, blank, prior):
+    """Or not as many as the user has said."""
+    config = planned(prior=prior, train={"resolution": 64}, sample={"seeds": 4, "guidance": [7.5]})
+    with predict.drawing(config, blank) as draw:
+        resident = draw.denoising("", prior.get("batch", 1), 7.5).peak_bytes
+    (*roomy, on_the_card), (drawn, sampling, *tight, streamed) = (
+        _pictures(config, blank, limit) for limit in (resident, resident - 1)
+    )
+    assert (on_the_card, streamed) == (False, True)
+    assert all(
+        phase.ram_bytes > 0 and phase.peak_bytes < resident for phase in (*drawn, *sampling) if "den" in phase.name
+    )
+    assert all(phase.ram_bytes == 0 for phases in roomy[:2] for phase in phases)
+    assert prior.get("batch", tight[0]) == tight[0]
+
+
+def test_a_plan_says_by_which_weights_pictures_are_drawn(planned, blank, monkeypatch, capsys):
+    config = planned(train={"resolution": 64})
+    found = _pictures(config, blank, None)
+    for streamed in (False, True):
+        monkeypatch.setattr("lowvram_db.plan.choose._pictures", lambda *_, says=streamed: (*found[:-1], says))
+        plan = choose(config, blank, None)
+        assert plan.drawn_streamed == streamed and Plan.from_json(plan.to_json()) == plan
+        show(plan)
+        assert ("pictures drawn by weights in RAM" in capsys.readouterr().out) == streamed
+
+
+def test_the_ram_of_weights_that_pictures_are_drawn_by_is_counted(planned):
+    """They are the most that is there at once where what is trained is small."""
+    drawn = Phase("sampling, denoising", {"weights": 2**28}, ram_bytes=5 * 2**30)
+    training = Phase("steady step", {"weights": 2**30, "optimizer": 0})
+    _, least = predict.host_memory([training], [drawn], 0, False)
+    assert least == 3 * 2**30 + 5 * 2**30 + 2**28
 
 
 @pytest.mark.parametrize("every", [0, 1])

@@ -13,9 +13,10 @@ from lowvram_db.families import open_blank
 from lowvram_db.formats.known import known_configs
 from lowvram_db.memory import trace as trace_room
 from lowvram_db.memory.overheads import CONTEXT, CUBLAS_WORKSPACES, MARGIN
+from lowvram_db.memory.stream.lent import lendable, room_for
 from lowvram_db.memory.trace import OverLimit, Trace
 from lowvram_db.optim.layout import is_channels_last
-from lowvram_db.optim.placement import state_bytes
+from lowvram_db.optim.placement import Imagined, state_bytes
 from lowvram_db.optim.storage import SMALLEST
 from lowvram_db.plan import predict
 from lowvram_db.plan import tracing as as_on_a_gpu
@@ -193,6 +194,29 @@ def test_state_in_ram_leaves_the_card_but_for_what_passes_through(planned, blank
         drawn, held = (phase.components["optimizer"] for phase in (traced.sampling(1), streamed[1]))
         assert abs(drawn - held) <= trace_room.GRANULE
         assert traced.steps(everywhere) == resident
+
+
+def test_a_denoiser_that_is_streamed_takes_to_the_byte_what_a_trace_of_such_a_one_does(planned, blank):
+    """A step of it, and the VAE beside it, in tiles too."""
+    config = planned(train={"resolution": 128})
+
+    def phases(draw, **how):
+        # Nobody has so little that even tiles do not fit, and then they are what is left.
+        return [draw.denoising("x", 2, 7.5, **how), *(draw.decoding("x", limit, **how) for limit in (None, 0))]
+
+    with predict.drawing(config, blank) as draw:
+        predicted = phases(draw, streamed=True)
+    with predict.drawing(config, blank) as draw:
+        lent = lendable(draw._denoiser)
+        sizes = [layer.weight.nbytes for layer in lent]
+        draw._trace.label("weights", [room := torch.empty(room_for(sizes), dtype=torch.uint8)])
+        imagined = Imagined([], room, {layer.weight: layer for layer in lent})
+        for layer in lent:
+            imagined.keep(layer.weight, {})
+        assert draw._trace.in_ram == sum(-(-size // 512) * 512 for size in sizes)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(draw, "_away", lambda phase: phase)  # it stays
+            assert phases(draw) == predicted
 
 
 @pytest.mark.parametrize("optimizer", ["adam8", "adamw"])

@@ -1,7 +1,7 @@
 """Lanes of a GPU: two streams for the copies, events between them and the computation's stream, pinned memory.
 
-Nothing in a step waits for the device. Where stages are in use, each lane is served by a thread: "fill" and "drain"
-copy in RAM, and a copy that waits for them is asked for when they are done; the host then waits, at most, for that.
+Nothing in a step waits for the device. Once there are stages, each lane is served by a thread: "fill" and "drain" copy
+in RAM, and a copy that waits for them is asked for when they are done; the host then waits, at most, for that.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Event = Future[torch.cuda.Event | None]
 
 
 class Cuda:
-    """device: with its number. staged: whether there will be stages."""
+    """device: with its number."""
 
-    def __init__(self, device: torch.device, staged: bool) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._device = device
         self._streams = {lane: torch.cuda.Stream(device) for lane in ("up", "down")}
-        self._threads = {lane: ThreadPoolExecutor(1, lane) for lane in ("fill", "up", "down", "drain") if staged}
+        self._threads: dict[Lane, ThreadPoolExecutor] = {}
         self._registered: list[Tensor] = []
         # Also where nobody closes it: pages that go back to the system while they are registered are, to the driver,
         # still those of before, and whoever gets their addresses next has other bytes copied than it reads.
@@ -48,6 +48,8 @@ class Cuda:
         return self._pinned(size) if pinned else torch.zeros(size, dtype=torch.uint8)
 
     def stage(self, size: int) -> Tensor:
+        lanes: tuple[Lane, ...] = "fill", "up", "down", "drain"
+        self._threads = self._threads or {lane: ThreadPoolExecutor(1, lane) for lane in lanes}
         return self._pinned(size)
 
     def copy(self, lane: Lane, destination: Tensor, source: Tensor, waits: Sequence[Wait]) -> Event:

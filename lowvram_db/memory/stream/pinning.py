@@ -13,30 +13,41 @@ from lowvram_db.memory.stream.made_up import MadeUpTime
 from lowvram_db.memory.stream.ram import Ram
 from lowvram_db.progress import say
 
-LESS_RAM = (
-    "close other programs, or let less of the optimizer's state live there: by a larger --vram, a smaller "
-    "train.resolution or train.batch"
-)
-_PINNED = 1, 1 / 2, 1 / 4, 1 / 8  # of the RAM, tried in turn
+LESS_RAM = "close other programs, or let less live there: by a larger --vram, a smaller train.resolution or train.batch"
+_SHARES = 1, 1 / 2, 1 / 4, 1 / 8, 0  # of the RAM, tried in turn
+
+
+class Pinning:
+    """RAM piece by piece, as much of each pinned as the system still allows: Windows pins half of a computer's RAM, a
+    container may pin less.
+
+    lanes: there.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        gpu = device.type == "cuda"
+        self.lanes: Lanes = Cuda(device) if gpu else MadeUpTime(lambda lane, size: 0.0)
+        self._shares = list(_SHARES)
+
+    def ram(self, total: int) -> Ram:
+        """For parcels of so many bytes together, each rounded up to schedule.GRANULE."""
+        while True:
+            try:
+                return Ram(self.lanes, total, int(total * self._shares[0]))
+            except MemoryError as error:
+                say(f"{error}: what is not is copied once more on its way to the card")
+                del self._shares[0]
 
 
 def open_ram(total: int, device: torch.device) -> tuple[Ram, Lanes]:
-    """For parcels of so many bytes together, each rounded up to schedule.GRANULE; and the lanes there. Raises
-    DoesNotFit where so much is not free. Windows pins half of a computer's RAM, a container may pin less."""
+    """As Pinning.ram, in one piece, and the lanes there. Raises DoesNotFit where so much is not free."""
+    check_free(total, LESS_RAM)
+    pinning = Pinning(device)
+    return pinning.ram(total), pinning.lanes
+
+
+def check_free(total: int, change: str) -> None:
+    """Raises DoesNotFit where so many bytes of RAM are not free. change: what helps."""
     free = psutil.virtual_memory().available
     if total > free:
-        raise DoesNotFit(
-            f"needs {gib(total)} of RAM for what passes through the card, {gib(free)} are free; {LESS_RAM}"
-        )
-    if device.type != "cuda":
-        lanes = MadeUpTime(lambda lane, size: 0.0)
-        return Ram(lanes, total, total), lanes
-    for share in _PINNED:
-        gpu = Cuda(device, staged=share < 1)
-        try:
-            return Ram(gpu, total, int(total * share)), gpu
-        except MemoryError as error:
-            gpu.close()
-            say(f"{error}: what is not is copied once more on its way to the card")
-    gpu = Cuda(device, staged=True)
-    return Ram(gpu, total, 0), gpu
+        raise DoesNotFit(f"needs {gib(total)} of RAM for what passes through the card, {gib(free)} are free; {change}")

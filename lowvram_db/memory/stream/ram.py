@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lowvram_db.memory.stream.lanes import Lanes, Wait, Why
-from lowvram_db.memory.stream.schedule import GRANULE
+from lowvram_db.memory.stream.schedule import whole_granules
 
 STAGES = 2  # each way: one is filled while the other goes up
 
@@ -25,7 +25,7 @@ class Home(NamedTuple):
 class Ram:
     """Homes for parcels of `total` bytes together, of which `pinned` are one block of pinned memory, made once.
 
-    total, pinned: bytes of homes, each rounded up to GRANULE. Raises MemoryError where the block cannot be had.
+    total, pinned: bytes of homes, each in whole granules. Raises MemoryError where the block cannot be had.
     """
 
     def __init__(self, lanes: Lanes, total: int, pinned: int) -> None:
@@ -38,7 +38,7 @@ class Ram:
     def home(self, size: int) -> Home:
         """The next one, of `size` bytes. Pinned and other ones alternate, so that staged copies are spread over a
         step."""
-        rounded = -(-size // GRANULE) * GRANULE
+        rounded = whole_granules(size)
         self._seen += rounded
         if self._seen > self._total:
             raise MemoryError(f"homes for {self._seen} bytes where there was to be room for {self._total}")

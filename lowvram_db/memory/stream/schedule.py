@@ -20,6 +20,11 @@ GRANULE = 512  # bytes: where a visit may begin, as what the allocator hands out
 Key = TypeVar("Key", bound=Hashable)
 
 
+def whole_granules(size: int) -> int:
+    """Bytes that a parcel of `size` bytes takes."""
+    return -(-size // GRANULE) * GRANULE
+
+
 class Use(NamedTuple):
     parcel: int
     changes: bool  # whether it comes back other than it went up
@@ -47,7 +52,7 @@ def planned(uses: Sequence[Use], sizes: Sequence[int], room: int) -> list[Visit]
 
     uses: in their order. sizes: bytes of each parcel. room: bytes. Raises ValueError where a parcel is larger than it.
     """
-    rounded = [-(-sizes[use.parcel] // GRANULE) * GRANULE for use in uses]
+    rounded = [whole_granules(sizes[use.parcel]) for use in uses]
     if rounded and max(rounded) > room:
         raise ValueError(f"a room of {gib(room)} is too small for a parcel of {gib(max(rounded))}")
     starts, end = [], 0
@@ -117,7 +122,7 @@ def uses_of_a_step(
 
 def least_room(uses: Sequence[Use], sizes: Sequence[int]) -> int:
     """Bytes in which no use waits for a parcel that is out, and one comes while another is used."""
-    rounded = [-(-sizes[use.parcel] // GRANULE) * GRANULE for use in uses]
+    rounded = [whole_granules(sizes[use.parcel]) for use in uses]
     longest = max(sum(rounded[number : number + use.until + 1]) for number, use in enumerate(uses))
     return longest + max(rounded)  # so much is left over at the room's end
 

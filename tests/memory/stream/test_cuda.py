@@ -23,8 +23,8 @@ CYCLES = 20_000_000  # some 10 ms of a card's clock
 class Slow(Cuda):
     """One lane, or the computation, takes 10 ms a parcel, and one wait may be removed."""
 
-    def __init__(self, staged, slow=None, removed=None):
-        super().__init__(torch.device("cuda", torch.cuda.current_device()), staged)
+    def __init__(self, slow=None, removed=None):
+        super().__init__(torch.device("cuda", torch.cuda.current_device()))
         self.slow, self.removed = slow, removed
 
     def left(self, waits):
@@ -78,7 +78,7 @@ def test_each_use_finds_what_the_last_one_left(pinned):
     for slow in (None, "up", "down", "compute", *(("fill", "drain") if pinned < 1 else ())):
         sizes = [MIB * generator.randint(1, 8) for _ in range(6)]
         uses = [Use(parcel, True) for parcel in generator.sample(range(6), 6)]
-        lanes = Slow(staged=pinned < 1, slow=slow)
+        lanes = Slow(slow)
         assert wrong_after(uses, sizes, 2 * max(sizes), lanes, pinned) == 0, slow
 
 
@@ -86,7 +86,7 @@ def test_each_use_finds_what_the_last_one_left(pinned):
 def test_the_removal_of_any_wait_is_a_race_on_a_card_too(slow_lane, awaited, is_removed):
     staged = awaited in (Why.FILLED, Why.SENT, Why.LANDED, Why.DRAINED)
     uses = [Use(parcel, awaited is not Why.READ) for parcel in (0, 1, 2, 3, 0, 1)]
-    lanes = Slow(staged, slow_lane[awaited], awaited if is_removed else None)
+    lanes = Slow(slow_lane[awaited], awaited if is_removed else None)
     wrong = wrong_after(uses, [MIB] * 4, 3 * MIB, lanes, 0.0 if staged else 1.0)
     assert (wrong > 0) == is_removed
 
@@ -96,17 +96,17 @@ def test_memory_is_pinned_no_longer_than_its_lanes_are_there(monkeypatch):
     memory = torch.zeros(2 * MIB, dtype=torch.uint8)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "zeros", lambda *_, **__: memory)
-        lanes = Slow(staged=True)
+        lanes = Slow()
         lanes.home(MIB, pinned=True)
         del lanes
         gc.collect()
-        other = Slow(staged=True)
+        other = Slow()
         other.home(MIB, pinned=True)  # which was refused, were it pinned still
         other.close()
 
 
 def test_what_cannot_be_pinned_is_no_error_of_the_next_kernel(monkeypatch):
-    lanes, memory = Slow(staged=True), torch.zeros(2 * MIB, dtype=torch.uint8)
+    lanes, memory = Slow(), torch.zeros(2 * MIB, dtype=torch.uint8)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "zeros", lambda *_, **__: memory)
         lanes.home(MIB, pinned=True)

@@ -6,31 +6,54 @@ import torch
 from lowvram_db.memory.stream import pinning
 from lowvram_db.memory.stream.made_up import MadeUpTime
 
+MIB = 2**20
+GPU = torch.device("cuda")
+
+
+@pytest.fixture
+def pins(monkeypatch):
+    """A card whose system pins so many bytes altogether."""
+
+    def pins(most):
+        class Card(MadeUpTime):
+            def __init__(self, device):
+                super().__init__(lambda lane, size: 0.0)
+                self.left = most
+
+            def home(self, size, pinned):
+                if pinned and size > self.left:
+                    raise MemoryError(f"{size} bytes cannot be pinned")
+                self.left -= size * pinned
+                return super().home(size, pinned)
+
+        monkeypatch.setattr(pinning, "Cuda", Card)
+
+    return pins
+
+
+SHARES = 1, 1 / 2, 1 / 4, 1 / 8, 0
+
+
+def tried_in_vain(capfd):
+    return capfd.readouterr().err.count("cannot be pinned: what is not is copied once more")
+
 
 @pytest.mark.parametrize("pinnable", [1.0, 0.6, 0.3, 0.0])
-def test_as_much_ram_is_pinned_as_can_be(monkeypatch, capfd, pinnable):
-    """Half as much in turn, where the system has refused; with threads for the stages where any is not."""
-    total, asked = 64 * 2**20, []
+def test_as_much_ram_is_pinned_as_can_be(pins, capfd, pinnable):
+    """Half as much in turn, where the system has refused."""
+    pins(pinnable * 64 * MIB)
+    ram, _ = pinning.open_ram(64 * MIB, GPU)
+    pinned = sum(ram.home(MIB).pinned for _ in range(64))
+    share = next(share for share in SHARES if share <= pinnable)
+    assert pinned == 64 * share
+    assert tried_in_vain(capfd) == SHARES.index(share)
 
-    class Card(MadeUpTime):
-        def __init__(self, device, staged):
-            super().__init__(lambda lane, size: 0.0)
-            self.staged, self.closed = staged, False
-            asked.append(self)
 
-        def home(self, size, pinned):
-            if pinned and size > pinnable * total:
-                raise MemoryError(f"{size} bytes cannot be pinned")
-            return super().home(size, pinned)
-
-        def close(self):
-            self.closed = True
-
-    monkeypatch.setattr(pinning, "Cuda", Card)
-    ram, lanes = pinning.open_ram(total, torch.device("cuda"))
-    homes = [ram.home(2**20) for _ in range(64)]
-    pinned = sum(home.pinned for home in homes)
-    assert pinned == 64 * next(share for share in (1, 1 / 2, 1 / 4, 0) if share <= pinnable)
-    assert lanes is asked[-1] and lanes.staged == (pinned < 64)
-    assert [card.closed for card in asked] == [True] * (len(asked) - 1) + [False]
-    assert capfd.readouterr().err.count("cannot be pinned: what is not is copied once more") == len(asked) - 1
+@pytest.mark.parametrize("pinnable", [1.0, 0.6, 0.3, 0.0])
+def test_piece_by_piece_too_and_what_was_refused_once_is_not_asked_for_again(pins, capfd, pinnable):
+    pins(pinnable * 64 * MIB)
+    pieces = pinning.Pinning(GPU)
+    rams = [pieces.ram(8 * MIB) for _ in range(8)]
+    pinned = sum(ram.home(MIB).pinned for ram in rams for _ in range(8))
+    assert 0 <= pinnable * 64 - pinned < 1
+    assert tried_in_vain(capfd) == (0 if pinnable == 1 else 4)
