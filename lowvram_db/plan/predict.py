@@ -264,7 +264,8 @@ class Rehearsal:
 def host_memory(training: list[Phase], others: list[Phase], average: int, samples: bool) -> tuple[int, int]:
     """Bytes of RAM that a run on a GPU takes, with and without a checkpoint's copy. The networks of a phase pass
     through it on their way to the card, the trained ones as they are stored there, or stay while they are read from
-    there. What of training lives there and passes through the card is there from before they have gone, to the end.
+    there. What of training lives there and passes through the card is there until that ends; what of it was loaded
+    goes into it, weight by weight.
 
     average: bytes of the average of what is trained, which is there for as long as that. samples: whether it is sampled
     on the way, for which the weights wait beside it.
@@ -273,11 +274,9 @@ def host_memory(training: list[Phase], others: list[Phase], average: int, sample
     streamed = max(phase.ram_bytes for phase in training)
     saved = max(phase.components["weights"] + phase.components["optimizer"] for phase in training) + streamed
     read = max((phase.components["weights"] + phase.ram_bytes for phase in others), default=0)
-    loaded = max(read, *(phase.components["weights"] for phase in training))
     waiting = weights if average and samples else 0
-    least = max(loaded, average + waiting)
-    beside = RAM_WITH_CUDA + streamed
-    return beside + max(least, average + saved + average + waiting), beside + least
+    least = max(read, streamed + max(weights, average + waiting))
+    return RAM_WITH_CUDA + max(least, streamed + average + saved + average + waiting), RAM_WITH_CUDA + least
 
 
 def _step(learner: Learner, batch: Batch, trace: Trace, name: str) -> Phase:

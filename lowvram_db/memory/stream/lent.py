@@ -18,14 +18,13 @@ from torch import Tensor, nn
 
 from lowvram_db.memory import layers
 from lowvram_db.memory.stream.engine import Stream
-from lowvram_db.memory.stream.pinning import Pinning
-from lowvram_db.memory.stream.ram import Home
+from lowvram_db.memory.stream.pinning import Growing, Pinning
+from lowvram_db.memory.stream.ram import Home, Ram
 from lowvram_db.memory.stream.reading import Rounds
 from lowvram_db.memory.stream.schedule import whole_granules
 
 SMALLEST = 4096  # elements: a copy takes 10 us to begin, in which 200 KiB go; no layer of a true UNet has less
 ROOM = 256 * 2**20  # bytes of the card that all passes through, at the most where no weight is half as large
-PIECE = 256 * 2**20  # bytes of RAM that are had at once: so much there is for a while beside the whole network
 
 
 def lendable(network: nn.Module) -> list[Any]:
@@ -55,11 +54,11 @@ class Lent:
         self._layers = lendable(network)
         weights, pinning = weights_of(self._layers), Pinning(device)
         sizes = [p.nbytes for p in weights]
-        self._homes = dict(zip(weights, _housed(weights, pinning), strict=True))
+        ram, self._lanes = Growing(pinning, sum(map(whole_granules, sizes))), pinning.lanes
+        self._homes = {p: _housed(p, ram) for p in weights}
         self._numbers = {p: number for number, p in enumerate(weights)}
-        self._lanes = pinning.lanes
-        room, stages = self._lanes.room(room_for(sizes)), pinning.ram(0)  # of no homes of its own
-        self._stream = Stream([], list(self._homes.values()), stages, self._lanes, room)
+        room = self._lanes.room(room_for(sizes))
+        self._stream = Stream([], list(self._homes.values()), ram, self._lanes, room)
         self._rounds = Rounds(self._stream, sizes, room.nbytes)
         for p in weights:
             p.data = layers.shown(room, p)
@@ -87,26 +86,8 @@ class Lent:
         self._lanes.close()
 
 
-def _housed(weights: Sequence[nn.Parameter], pinning: Pinning) -> list[Home]:
-    """Homes for the weights, which are there then and nowhere else."""
-    homes = []
-    for piece in _pieces(weights):
-        ram = pinning.ram(sum(whole_granules(p.nbytes) for p in piece))
-        for p in piece:
-            home = ram.home(p.nbytes)
-            p.data = layers.shown(home.memory, p).copy_(p.detach())
-            homes.append(home)
-    return homes
-
-
-def _pieces(weights: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """As many one after the other as fit into PIECE together, or a larger one by itself."""
-    pieces: list[list[nn.Parameter]] = []
-    left = 0
-    for p in weights:
-        if whole_granules(p.nbytes) > left:
-            pieces.append([])
-            left = PIECE
-        pieces[-1].append(p)
-        left -= whole_granules(p.nbytes)
-    return pieces
+def _housed(p: nn.Parameter, ram: Ram) -> Home:
+    """A home for a weight, which is there then and nowhere else."""
+    home = ram.home(p.nbytes)
+    p.data = layers.shown(home.memory, p).copy_(p.detach())
+    return home

@@ -35,6 +35,11 @@ class Ram:
         self._up: _Ring | None = None
         self._down: _Ring | None = None
 
+    @property
+    def left(self) -> int:
+        """Bytes of homes that there is room for."""
+        return self._total - self._seen
+
     def home(self, size: int) -> Home:
         """The next one, of `size` bytes. Pinned and other ones alternate, so that staged copies are spread over a
         step."""

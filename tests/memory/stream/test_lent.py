@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lowvram_db.memory.device import lay_out, pick_device
-from lowvram_db.memory.stream import lent as room
 from lowvram_db.memory.stream.lent import Lent, room_for
 
 DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
@@ -105,15 +104,8 @@ def test_a_network_moves_piece_by_piece(growth):
     before = """
 import torch
 from torch import nn
-from lowvram_db.memory.stream import lent
-lent.PIECE = lent.ROOM = 16 * 2**20
+from lowvram_db.memory.stream import lent, pinning
+pinning.PIECE = lent.ROOM = 16 * 2**20
 network = nn.Sequential(*[nn.Linear(1024, 1024, bias=False) for _ in range(32)])
 warm = lent.Lent(nn.Sequential(nn.Linear(64, 64)), torch.device("cpu"))"""
     assert growth(before, "streamed = lent.Lent(network, torch.device('cpu'))") < 64
-
-
-def test_pieces_hold_what_fits_and_a_larger_weight_has_its_own(monkeypatch):
-    monkeypatch.setattr(room, "PIECE", 2048)
-    sizes = [512, 1000, 512, 4000, 1, 2048]
-    weights = [nn.Parameter(torch.zeros(size, dtype=torch.uint8), requires_grad=False) for size in sizes]
-    assert [[p.nbytes for p in piece] for piece in room._pieces(weights)] == [[512, 1000, 512], [4000], [1], [2048]]

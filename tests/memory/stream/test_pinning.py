@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lowvram_db.memory.stream import pinning
 from lowvram_db.memory.stream.made_up import MadeUpTime
@@ -57,3 +59,32 @@ def test_piece_by_piece_too_and_what_was_refused_once_is_not_asked_for_again(pin
     pinned = sum(ram.home(MIB).pinned for ram in rams for _ in range(8))
     assert 0 <= pinnable * 64 - pinned < 1
     assert tried_in_vain(capfd) == (0 if pinnable == 1 else 4)
+
+
+@given(st.lists(st.integers(1, 3000), min_size=1, max_size=40))
+def test_pieces_are_had_when_they_are_wanted_and_filled(sizes):
+    """Homes apart from each other, and hardly more RAM than they take."""
+    made = []
+
+    class Card(MadeUpTime):
+        def __init__(self, device):
+            super().__init__(lambda lane, size: 0.0)
+
+        def home(self, size, pinned):
+            made.append(size)
+            return super().home(size, pinned)
+
+    whole = [-(-size // 512) * 512 for size in sizes]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pinning, "Cuda", Card)
+        patch.setattr(pinning, "PIECE", 4096)
+        patch.setattr(pinning, "check_free", lambda *_: None)
+        ram, _ = pinning.open_ram(sum(whole), GPU)
+        assert not sum(made)
+        homes = []
+        for number, size in enumerate(sizes):
+            homes.append(ram.home(size))
+            homes[-1].memory.fill_(number)
+            assert sum(made) <= sum(whole[: number + 1]) * 2 + 4096, "had before it is wanted"
+    assert all(home.pinned and home.memory.nbytes == size for home, size in zip(homes, sizes, strict=True))
+    assert all((home.memory == number).all() for number, home in enumerate(homes)), "no two share a byte"
