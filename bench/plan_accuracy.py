@@ -47,8 +47,8 @@ EVERYWHERE = [
     (SD1, 512, 1, True, "bnb-adam8", "fp32", 9),
 ]
 _WORK = ("model", "resolution", "batch", "optimizer", "weights", "strategy")
-PRESETS = ("sd15-4gb", "sd15-8gb", "sd15-12gb", "sd15-t4", "sd21-12gb", "sdxl-8gb", "sdxl-12gb", "sdxl-16gb",
-           "sdxl-vpred")  # fmt: skip
+PRESETS = ("sd15-4gb", "sd15-8gb", "sd15-12gb", "sd15-t4", "sd21-12gb", "sdxl-6gb", "sdxl-8gb", "sdxl-12gb",
+           "sdxl-16gb", "sdxl-vpred")  # fmt: skip
 _ROOT = Path(__file__).parents[1]
 
 

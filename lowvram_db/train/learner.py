@@ -138,7 +138,8 @@ class Learner:
     @property
     def events(self) -> list[tuple[nn.Parameter, bool]]:
         """What a step does with larger tensors, as schedule.uses_of_a_step takes it."""
-        known = [(self.parameters[event.place], event.reads) for event in self.order]
+        count = len(self.parameters)  # fewer than the order tells of where text encoders are trained no more
+        known = [(self.parameters[event.place], event.reads) for event in self.order if event.place < count]
         missing = dict.fromkeys(reversed(self.parameters)).keys() - {p for p, is_read in known if not is_read}
         rest = [(p, False) for p in reversed(self.parameters) if p in missing]
         return [(p, is_read) for p, is_read in [*known, *rest] if p.numel() >= SMALLEST]

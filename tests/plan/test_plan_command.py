@@ -98,6 +98,7 @@ def test_a_folder_without_weights_is_enough(plan, toml, miniature, tmp_path):
         ("sd15-12gb", 12),
         ("sd15-t4", 14.5),
         ("sd21-12gb", 12),
+        ("sdxl-6gb", 5.6),
         ("sdxl-8gb", 7.6),
         ("sdxl-12gb", 11.25),
         ("sdxl-16gb", 16),

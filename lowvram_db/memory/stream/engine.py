@@ -8,8 +8,8 @@
     with stream.at_rest():
         ...                          # the homes are whole, and may be written
 
-The order that the schedule tells decides only what is fetched early. Another one, as where a step is broken off and
-repeated, gives the same, later.
+The order that the schedule tells decides only what is fetched early. Another one gives the same, and no later where
+neighbours have changed places; what is far out of turn, as where a step is broken off and repeated, comes late.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class Stream:
         """Visits are numbered on from round to round."""
         self._sent = 0  # visits whose copies up have been asked for
         self._taken = 0  # visits that have been taken or passed over
+        self._overdue: list[int] = []  # visits that have been passed over, until another takes their place
         self._lent: dict[int, Tensor] = {}  # by visit: what has not been given back
         self._arrived: dict[int, Wait] = {}  # by visit
         self._free: dict[int, Wait] = {}  # by visit: until its place may be written anew
@@ -62,10 +63,14 @@ class Stream:
         """
         if not any(changes or not to_change for changes in self._parcels.get(parcel, ())):
             raise KeyError(f"no visit brings parcel {parcel}{' to be changed' * to_change}")
-        while not self._brings(self._visit(self._taken), parcel, to_change):  # passed over
-            self._drop(self._next())
-            self._send()
-        number = self._next()
+        number = next((n for n in self._overdue if self._brings(self._visit(n), parcel, to_change)), None)
+        if number is None:
+            while not self._brings(self._visit(self._taken), parcel, to_change):
+                self._overdue.append(self._next())
+                self._send()
+            number = self._next()
+        else:
+            self._overdue.remove(number)
         self._lent[number] = self._lanes.lend(self._place(number), [self._arrived[number]])
         return self._lent[number]
 
@@ -96,7 +101,7 @@ class Stream:
         a parcel is out."""
         if self._lent:
             raise RuntimeError(f"parcel {self._visit(min(self._lent)).parcel} is still out")
-        for number in range(self._taken, self._sent):
+        for number in (*self._overdue, *range(self._taken, self._sent)):
             self._drop(number)
         # Also for the places, for visits are then numbered anew.
         events = (wait.event for waits in (self._free, self._at_home) for wait in waits.values())
@@ -116,6 +121,9 @@ class Stream:
     def _next(self) -> int:
         """The number of the visit whose turn it is, and which has been sent for."""
         number = self._taken
+        while number == self._sent and self._overdue:
+            self._drop(self._overdue.pop(0))
+            self._send()
         if number == self._sent:
             out = sorted(self._visit(n).parcel for n in self._lent)
             raise NoRoom(f"no room for parcel {self._visit(number).parcel} while parcels {out} are out")

@@ -164,6 +164,30 @@ def test_what_has_not_been_changed_is_not_carried_down():
         streamed.stream.give_back(0, changed=False)
 
 
+@given(st.permutations(range(4)), st.integers(0, 2**32))
+def test_neighbours_that_change_places_cost_no_copy(order, seed):
+    """As a backward's gradients do, of a weight and its bias: within what has been brought already."""
+    lanes = MadeUpTime(delays(seed))
+    uses = [Use(parcel, True) for parcel in range(12)]
+    streamed = Streamed(uses, [GRANULE] * 12, 8 * GRANULE, lanes)
+    for step in range(3):
+        for parcel in [0, 1, *(2 + place for place in order), *range(6, 12)]:
+            streamed.use(uses[parcel], step)
+    up = [done for done in lanes.timeline if done.lane == "up"]
+    assert len(up) <= 3 * 12 + 8, "and what is brought for the next step"
+    streamed.check()
+
+
+def test_what_was_passed_over_makes_way_for_what_is_wanted():
+    """It comes anew in the next round."""
+    uses = [Use(parcel, True) for parcel in range(4)]
+    streamed = Streamed(uses, [GRANULE] * 4, 2 * GRANULE, MadeUpTime(delays(0)))
+    for step, parcels in enumerate(([1, 2, 3], [0, 3], [3, 0, 1])):
+        for parcel in parcels:
+            streamed.use(uses[parcel], step)
+    streamed.check()
+
+
 def test_another_round_may_be_followed_from_its_beginning():
     streamed = Streamed([Use(0, True), Use(1, True)], [GRANULE] * 3, 3 * GRANULE, MadeUpTime(delays(0)))
     streamed.use(Use(0, True), 0)
