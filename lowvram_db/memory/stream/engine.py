@@ -138,6 +138,9 @@ class Stream:
         place, parcel = self._place(number), self._visit(number).parcel
         done = self._lanes.take_back(place, self._lent.pop(number), changed)
         if changed:
+            for late in [other for other in self._overdue if self._visit(other).parcel == parcel]:
+                self._overdue.remove(late)  # it brought what was there before
+                self._drop(late)
             left, home = self._ram.down(place, self._homes[parcel], [Wait(Why.COMPUTED, done)])
             self._free[number], self._at_home[parcel] = Wait(Why.LEFT, left), Wait(Why.RETURNED, home)
         else:
