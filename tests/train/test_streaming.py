@@ -142,6 +142,13 @@ def test_the_ladder_goes_on_into_ram_where_it_is_adam8s_state_of_whole_networks(
         assert not trainer.strategy.streamed, "nothing is known of the memory"
 
 
+def test_weights_stay_where_nobody_knows_when_they_are_read(make_config, make_trainer, order_of):
+    """As after a plan that had nothing recompute: its order has each weight read once."""
+    config = make_config()
+    for order in ((), order_of(config, Strategy(0, 5))):
+        assert make_trainer(config, order=order)._ladder[-1] == ALL
+
+
 def test_the_least_room_lets_the_largest_state_come_while_another_is_stepped():
     sizes = [4096, 2**20, 2**20]
     room = least_room([Use(number, True) for number in range(3)], sizes)
