@@ -30,7 +30,7 @@ from recipes import Work, everywhere
 from lowvram_db.memory.stream.engine import Stream
 from lowvram_db.memory.stream.made_up import MadeUpTime
 from lowvram_db.memory.stream.ram import Ram
-from lowvram_db.memory.stream.schedule import GRANULE, Use, Visit, planned
+from lowvram_db.memory.stream.schedule import Use, Visit, planned, whole_granules
 from lowvram_db.memory.stream.timeline import Timing, simulated
 from lowvram_db.plan import predict
 from lowvram_db.plan.waiting import Rates, timings
@@ -145,7 +145,7 @@ def report(model: str, name: str, system: str, traced: Traced, card: Card, copy_
     given = Rates(1 / flop, copy_rate, copy_rate, "")
     times = timings(what, [operations * flop for operations in traced.done], lambda p: p.numel() * weight, given)
     uses = list(chain.from_iterable(what.uses))
-    small = [-(-size // SCALE // GRANULE) * GRANULE for size in what.sizes]
+    small = [whole_granules(-(-size // SCALE)) for size in what.sizes]
     visits = planned(uses, small, room // SCALE)
     by_engine, alone = run_by_the_engine(small, uses, visits, times, room // SCALE), simulated(visits, times, ROUNDS)
     differs = max(abs(a - b) / b for a, b in zip(by_engine, alone, strict=True))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lowvram_db.kernels import adam8
 from lowvram_db.memory import layers
-from lowvram_db.memory.stream.schedule import GRANULE
+from lowvram_db.memory.stream.schedule import whole_granules
 from lowvram_db.optim.storage import Weights
 
 State = dict[str, Any]
@@ -122,7 +122,7 @@ def _tensors(state: State) -> dict[str, Tensor]:
 
 def part_bytes(state: State) -> int:
     """What its tensors take one behind the other."""
-    return sum(-(-tensor.nbytes // GRANULE) * GRANULE for tensor in _tensors(state).values())
+    return sum(whole_granules(tensor.nbytes) for tensor in _tensors(state).values())
 
 
 def parts(memory: Tensor, like: State) -> dict[str, Tensor]:
@@ -130,5 +130,5 @@ def parts(memory: Tensor, like: State) -> dict[str, Tensor]:
     found, start = {}, 0
     for name, tensor in _tensors(like).items():
         found[name] = memory[start:][: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        start += -(-tensor.nbytes // GRANULE) * GRANULE
+        start += whole_granules(tensor.nbytes)
     return found

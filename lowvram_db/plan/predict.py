@@ -22,7 +22,7 @@ from lowvram_db.memory.device import DTYPES
 from lowvram_db.memory.overheads import CONTEXT, CUBLAS_WORKSPACES, RAM_WITH_CUDA
 from lowvram_db.memory.stream.lent import lendable, room_for, weights_of
 from lowvram_db.memory.stream.schedule import whole_granules
-from lowvram_db.memory.trace import GRANULE, TEMPORARY, OverLimit, Trace
+from lowvram_db.memory.trace import TEMPORARY, OverLimit, Trace
 from lowvram_db.optim.kinds import StepsInBackward
 from lowvram_db.optim.storage import SMALLEST
 from lowvram_db.plan.result import Phase
@@ -194,8 +194,8 @@ class Rehearsal:
         if not what.states:
             return resident
         states = len(what.states)
-        room = -(-what.room // GRANULE) * GRANULE - sum(what.sizes[:states])
-        weights = sum(-(-size // GRANULE) * GRANULE for size in what.sizes[states:])
+        room = whole_granules(what.room) - sum(what.sizes[:states])
+        weights = sum(map(whole_granules, what.sizes[states:]))
         return [
             replace(_with(_with(phase, "optimizer", room), "weights", -weights), ram_bytes=what.ram_bytes)
             for phase in resident

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowvram_db.memory.stream.pinning import open_ram
-from lowvram_db.memory.stream.schedule import GRANULE, Use, least_room, uses_of_a_step
+from lowvram_db.memory.stream.schedule import Use, least_room, uses_of_a_step, whole_granules
 from lowvram_db.optim.placement import Imagined, Placement, Resident, state_bytes
 from lowvram_db.optim.storage import Weights
 from lowvram_db.optim.streamed import Streamed
@@ -47,7 +47,7 @@ class Moving:
 
     @property
     def ram_bytes(self) -> int:
-        return sum(-(-size // GRANULE) * GRANULE for size in self.sizes)
+        return sum(map(whole_granules, self.sizes))
 
     @property
     def carried(self) -> tuple[int, int]:

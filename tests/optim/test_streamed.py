@@ -34,6 +34,23 @@ class Rehearsed:
         self.placement = Streamed(events, self.room, ram, self.lanes, lent)
 
 
+def recorded(unet, loss):
+    """What a step does in its order, by the names of larger weights, as Streamed takes it; and the layers of those."""
+    large = {p: name for name, p in unet.named_parameters() if p.numel() >= SMALLEST}
+    layers = {large[m.weight]: name for name, m in unet.named_modules() if can_ask(m) and m.weight in large}
+    step: list[tuple[str, bool]] = []
+    hooks = [p.register_hook(lambda _, name=name: step.append((name, False))) for p, name in large.items()]
+    hooks += [
+        unet.get_submodule(layer).register_forward_pre_hook(lambda *_, name=name: step.append((name, True)))
+        for name, layer in layers.items()
+    ]
+    loss().backward()
+    unet.zero_grad()
+    for hook in hooks:
+        hook.remove()
+    return step, layers
+
+
 @pytest.fixture(scope="module")
 def training(miniature):
     def loss_of(unet, step):
@@ -44,18 +61,7 @@ def training(miniature):
 
     base = UNet2DConditionModel.from_pretrained(miniature / "unet").train()
     base.enable_gradient_checkpointing()
-    large = {p: name for name, p in base.named_parameters() if p.numel() >= SMALLEST}
-    layers = {large[m.weight]: name for name, m in base.named_modules() if can_ask(m) and m.weight in large}
-    step: list[tuple[str, bool]] = []  # what it does in its order
-    hooks = [p.register_hook(lambda _, name=name: step.append((name, False))) for p, name in large.items()]
-    hooks += [
-        base.get_submodule(layer).register_forward_pre_hook(lambda *_, name=name: step.append((name, True)))
-        for name, layer in layers.items()
-    ]
-    loss_of(base, 0).backward()
-    base.zero_grad()
-    for hook in hooks:
-        hook.remove()
+    step, layers = recorded(base, lambda: loss_of(base, 0))
 
     def placed(unet, weights, seed, lends):
         """Some of the state, or all of it and some weights; what comes out of turn is only late."""
