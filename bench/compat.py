@@ -57,7 +57,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.place) as place:
         model, file = Path(place) / "model", Path(place) / "model.safetensors"
         write_true_size(model, family)
-        seconds, peak, _ = measure(["lowvram-db", "export", str(model), "--out", str(file)])
+        seconds, peak = measure(["lowvram-db", "export", str(model), "--out", str(file)], Path(place) / "export.log")
         if "export" in wanted:
             report(family, "export", "-", seconds, peak_gib=peak / 2**30)
         if "load" in wanted:

@@ -82,8 +82,9 @@ def main() -> None:
         command += ["--set", setting]
     if options.vram:
         command += ["--vram", options.vram]
-    seconds, peak, log = measure(command)
-    run = folder / name
+    said = folder / f"{name}.log"
+    seconds, peak = measure(command, said)
+    run, log = folder / name, said.read_text()
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     path = add_row(
         "full_size",
@@ -143,11 +144,12 @@ def _planned(run: Path) -> int:
     return max(sum(phase["components"][kind] for kind in kinds) for phase in phases)
 
 
-def measure(command: list[str]) -> tuple[float, int, str]:
-    """Run a command: seconds, the peak of its resident memory in bytes, and what it said on stderr."""
+def measure(command: list[str], said: Path) -> tuple[float, int]:
+    """Run a command: seconds, and the peak of its resident memory in bytes. said: where its stderr goes, to be read
+    while it runs."""
     began, peak = time.monotonic(), 0
     executable = Path(sys.executable).with_name(command[0])
-    with subprocess.Popen([executable, *command[1:]], stderr=subprocess.PIPE, text=True) as process:
+    with said.open("w") as log, subprocess.Popen([executable, *command[1:]], stderr=log) as process:
         watched = psutil.Process(process.pid)
         while process.poll() is None:
             try:
@@ -155,10 +157,9 @@ def measure(command: list[str]) -> tuple[float, int, str]:
             except psutil.Error:
                 break
             time.sleep(_SAMPLE_EVERY)
-        log = process.stderr.read() if process.stderr else ""
     if process.returncode:
-        raise SystemExit(f"{' '.join(command)} failed with {process.returncode}:\n{log}")
-    return time.monotonic() - began, peak, log
+        raise SystemExit(f"{' '.join(command)} failed with {process.returncode}:\n{said.read_text()}")
+    return time.monotonic() - began, peak
 
 
 if __name__ == "__main__":

@@ -60,14 +60,17 @@ def main() -> None:
         _true_size(given.model, *MODELS[given.model])
 
 
-def trained(work: Work, strategy: Strategy, order: list[Event]) -> tuple[str, float]:
-    """What STEPS steps leave, weights and state, as a digest; and the seconds of one, the first left out."""
-    recipe = Ours(work, pick_device(), strategy, order, train={"lr": 1e-3})
+def trained(work: Work, strategy: Strategy, order: list[Event]) -> tuple[str, float, int]:
+    """What STEPS steps leave, weights and state, as a digest; the seconds of one, the first left out; and the peak of
+    the device's memory, in bytes."""
+    device = pick_device()
+    reset_peak(device)
+    recipe = Ours(work, device, strategy, order, train={"lr": 1e-3})
     recipe.step()
     began = _now()
     for _ in range(STEPS - 1):
         recipe.step()
-    seconds = (_now() - began) / (STEPS - 1)
+    seconds, peak = (_now() - began) / (STEPS - 1), peak_bytes(device)
     optimizer, digest = recipe.learner.optimizer, hashlib.sha256()
     assert isinstance(optimizer, Adam8)
     states = optimizer.state_dict()["state"].values()
@@ -76,7 +79,7 @@ def trained(work: Work, strategy: Strategy, order: list[Event]) -> tuple[str, fl
         weights = [optimizer.kept(parameter).clone() for parameter in recipe.learner.parameters]
     for tensor in (*weights, *state):
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest(), seconds
+    return digest.hexdigest(), seconds, peak
 
 
 def _now() -> float:
@@ -95,7 +98,7 @@ def order_of(work: Work) -> list[Event]:
 def _miniature(model: str, folder: Path, first: int, schedules: int) -> None:
     work = Work(str(folder), 64)
     order, strategy = order_of(work), everywhere(work.family())
-    wanted, _ = trained(work, strategy, order)
+    wanted = trained(work, strategy, order)[0]
     same = sum(_random_schedule(work, strategy, order, seed) == wanted for seed in range(first, first + schedules))
     row = {
         "model": f"{model} in miniature",
@@ -130,14 +133,13 @@ def _weights(strategy: Strategy) -> Strategy:
 
 
 def _true_size(model: str, name: str, resolution: int) -> None:
-    work, device = Work(name, resolution), pick_device()
+    work = Work(name, resolution)
     resident = everywhere(work.family())
     ways = {"": resident, "again": resident, "state": replace(resident, streamed=EIGHTHS), WEIGHTS: _weights(resident)}
     order, found = order_of(work), {}
     for way, strategy in ways.items():
-        reset_peak(device)
         with deterministic(True):
-            found[way] = (*trained(work, strategy, order), peak_bytes(device))
+            found[way] = trained(work, strategy, order)
         release_memory()
     wanted, before, most = found[""]
     if found["again"][0] != wanted:
