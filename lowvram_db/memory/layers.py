@@ -67,10 +67,12 @@ class _Asking:
 
     @contextmanager
     def weighing(self, weight: Any, learning: bool) -> Iterator[Tensor]:
-        """The weight as it is computed with."""
+        """The weight as it is computed with. It learns where the layer's does: torch multiplies by one that does not
+        with other kernels, and other bits, where rows lie askew."""
         with nullcontext(weight) if self.lender is None else self.lender.weight_of(weight, learning) as own:
             room = self.room
-            yield own if room is None else room.as_strided(own.shape, own.stride()).copy_(own)
+            used = own if room is None else room.as_strided(own.shape, own.stride()).copy_(own)
+            yield used.detach().requires_grad_(weight.requires_grad)
 
 
 @cache
