@@ -1,12 +1,12 @@
 """Is a step with state, or weights, in RAM bit for bit the step without? `bench/streaming_proof.py --schedules 1000`
 
 On a CPU: miniatures of Stable Diffusion 1.5 and SDXL in turn, 20 steps of each from the same weights, with the state
-streamed in made-up time: at random an eighth to all of it, or weights too, a few neighbours in the order of events
-swapped, copies that take between nothing and very long, all RAM pinned or none. A row says how many were the same; a
-canary or a race ends it. On a GPU, with --model: a true size once, beside the time of a step and the peak of memory;
-by deterministic kernels, and after a resident run that has to repeat itself, for the usual ones do not. On a CPU, with
---model: one step of a true size, at 256 px, after which weights, state and room that would lie on a card are counted
-beside the plan's.
+streamed in made-up time: at random an eighth to all of it, or all and as much of the weights, a few neighbours in the
+order of events swapped, copies that take between nothing and very long, all RAM pinned or none. A row says how many
+were the same; a canary or a race ends it. On a GPU, with --model: a true size once, beside the time of a step and the
+peak of memory; by deterministic kernels, and after a resident run that has to repeat itself, for the usual ones do not.
+On a CPU, with --model: one step of a true size, at 256 px, after which weights, state and room that would lie on a card
+are counted beside the plan's.
 Rows go to bench/results/streaming_proof.csv.
 """
 
@@ -122,14 +122,16 @@ def _random_schedule(work: Work, strategy: Strategy, order: list[Event], seed: i
     def ram(lanes: MadeUpTime, total: int, pinned: int) -> Ram:
         return Ram(lanes, total, generator.choice([0, pinned // 2, pinned]))
 
-    way = generator.choice([*range(1, EIGHTHS + 1), WEIGHTS])
-    streamed = _weights(strategy) if way == WEIGHTS else replace(strategy, streamed=way)
+    eighths = generator.randint(1, EIGHTHS)
+    streamed = replace(strategy, streamed=eighths)
+    if generator.random() < 0.5:
+        streamed = replace(strategy, streamed=EIGHTHS, weights=eighths)
     with patch.object(pinning, "MadeUpTime", made_up), patch.object(pinning, "Ram", ram):
         return trained(work, streamed, order)[0]
 
 
 def _weights(strategy: Strategy) -> Strategy:
-    return replace(strategy, streamed=EIGHTHS, weights=True)
+    return replace(strategy, streamed=EIGHTHS, weights=EIGHTHS)
 
 
 def _true_size(model: str, name: str, resolution: int) -> None:
@@ -168,7 +170,7 @@ def _counted(model: str, name: str) -> None:
         learner = recipe.learner
         beside = (learner.optimizer.state[p] for p in learner.parameters if p.numel() < SMALLEST)
         state = [value for held in beside for value in held.values() if isinstance(value, Tensor)]
-        lent = learner.lendable if strategy.weights else {}
+        lent = learner.lendable if strategy.weights else {}  # all of them
         weights = [p for p in learner.denoiser.parameters() if p not in lent]
         on_card = [*weights, *learner.denoiser.buffers(), *state]
         counted = made[0].card_bytes + sum(tensor.nbytes for tensor in on_card)

@@ -195,7 +195,7 @@ def test_with_weights_in_ram_a_run_ends_as_without(config_of, straight_run, monk
 
     def planned(config, budget):
         plan = whole(config, budget)
-        return replace(plan, strategy=replace(plan.strategy, streamed=8, weights=True))
+        return replace(plan, strategy=replace(plan.strategy, streamed=8, weights=8))
 
     monkeypatch.setattr(dreambooth, "make_plan", planned)
     config = config_of("streamed", "adam8", validate_every=5)

@@ -18,12 +18,12 @@ class Strategy:
     blocks: int  # of how many
     parts: int = 1  # a batch goes through in so many parts, whose gradients add up
     streamed: int = 0  # eighths of the optimizer's state that live in RAM and pass through the card
-    weights: bool = False  # whether those of large layers do so too, where all of the state does
+    weights: int = 0  # eighths of the large layers' weights that do so too, where all of the state does
 
     @property
     def resident(self) -> "Strategy":
         """The same with all of it on the card."""
-        return replace(self, streamed=0, weights=False)
+        return replace(self, streamed=0, weights=0)
 
     def __str__(self) -> str:
         checkpointing = {0: "no checkpointing", self.blocks: "checkpointing everywhere"}.get(
@@ -31,7 +31,8 @@ class Strategy:
         )
         parts = f", batch in {self.parts} parts" if self.parts > 1 else ""
         share = "" if self.streamed == EIGHTHS else f"{self.streamed}/{EIGHTHS} of "
-        moved = "weights and state" if self.weights else f"{share}the state"
+        some = f"the state and {self.weights}/{EIGHTHS} of the weights"
+        moved = {0: f"{share}the state", EIGHTHS: "weights and state"}.get(self.weights, some)
         return checkpointing + parts + (f", {moved} in RAM" if self.streamed else "")
 
 
@@ -62,7 +63,7 @@ def ladder(config: Config, blocks: int) -> list[Strategy]:
     if config.optimizer.kind.streams and config.method.name == "full":
         rungs += [replace(rungs[-1], streamed=eighths) for eighths in range(1, EIGHTHS + 1)]
         if not config.autocasts:  # which a layer that asks for its weight would have to do for itself, twice
-            rungs.append(replace(rungs[-1], weights=True))
+            rungs += [replace(rungs[-1], weights=eighths) for eighths in range(1, EIGHTHS + 1)]
     return rungs
 
 

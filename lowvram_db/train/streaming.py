@@ -17,8 +17,7 @@ from lowvram_db.optim.storage import Weights
 from lowvram_db.optim.streamed import Streamed
 from lowvram_db.train.strategy import EIGHTHS, Strategy
 
-ROOM = 256 * 2**20  # bytes of the card that state passes through, at the most
-_WIDER = 2 * ROOM  # and weights, which come up to three times a step and leave more of the card free
+ROOM = 256 * 2**20  # bytes of the card that all passes through, unless a use needs more
 
 Events = Sequence[tuple[nn.Parameter, bool]]  # see schedule.uses_of_a_step
 
@@ -57,18 +56,14 @@ class Moving:
 
     @property
     def room(self) -> int:
-        """Bytes of the card that all passes through: where it is all of the state and nothing else, the least there can
-        be, for who comes to that has no more to give but weights."""
-        least, quarter = least_room(list(chain.from_iterable(self.uses)), self.sizes), sum(self.sizes) // 4
-        if self.strategy.weights:
-            return max(least, min(_WIDER, quarter))
-        return least if self.strategy.streamed == EIGHTHS else max(least, min(ROOM, quarter))
+        """Bytes of the card that all passes through."""
+        return max(least_room(list(chain.from_iterable(self.uses)), self.sizes), min(ROOM, sum(self.sizes) // 4))
 
 
 def moving(strategy: Strategy, events: Events, layers: Mapping[nn.Parameter, nn.Module], weights: Weights) -> Moving:
     """events: of larger tensors. layers: those whose weights can be elsewhere, by the weights."""
     states = _share([p for p, is_read in events if not is_read], strategy.streamed, weights)
-    lent = layers if strategy.weights else {}
+    lent = _lent(layers, strategy.weights)
     places = [place for place, (p, is_read) in enumerate(events) if p in (lent if is_read else states)]
     return Moving(strategy, [events[place] for place in places], places, states, lent)
 
@@ -81,6 +76,18 @@ def placement(what: Moving, device: torch.device, imagined: Callable[[int], Tens
     if imagined:
         return Imagined(what.states, imagined(what.room), what.weights)
     return Streamed(what.events, what.room, *open_ram(what.ram_bytes, device), what.weights)
+
+
+def _lent(layers: Mapping[nn.Parameter, nn.Module], eighths: int) -> dict[nn.Parameter, nn.Module]:
+    """Those whose weights are streamed. The largest stay: they belong to the smallest pictures, and so have the least
+    arithmetic to hide their copies behind."""
+    left = sum(p.nbytes for p in layers) * (EIGHTHS - eighths)
+    staying = set()
+    for p in sorted(layers, key=lambda p: p.nbytes, reverse=True):
+        if p.nbytes * EIGHTHS <= left:
+            left -= p.nbytes * EIGHTHS
+            staying.add(p)
+    return {p: layer for p, layer in layers.items() if p not in staying}
 
 
 def _share(order: Sequence[nn.Parameter], eighths: int, weights: Weights) -> dict[nn.Parameter, int]:

@@ -143,8 +143,9 @@ class Trainer(Learner):
         else:
             self.optimizer.zero_grad(set_to_none=True)
         release_memory()
-        # All of the state at once: each move takes RAM twice.
-        next_one = smaller[0] if not smaller[0].streamed else next(one for one in smaller if one.streamed == EIGHTHS)
+        # All of the state at once, and of the weights: each move takes RAM twice.
+        whole = [one for one in smaller if one.streamed == EIGHTHS and one.weights in (0, EIGHTHS)]
+        next_one = whole[0] if smaller[0].streamed else smaller[0]
         self.use(next_one)
         note = f"; {moved} of {len(self.parameters)} tensors had made this step already and keep it" if moved else ""
         say(f"step {self.step + 1}: out of memory ({full}). Repeated, and on from here, with {next_one}{note}")

@@ -162,7 +162,7 @@ def test_what_the_user_fixed_is_on_every_rung(make_config):
     fixed = {value: ladder(make_config(train={"gradient_checkpointing": value}), 4) for value in (True, False)}
     for value, count in ((True, 4), (False, 0)):
         rungs = [Strategy(count, 4, streamed=eighths) for eighths in range(9)]
-        assert fixed[value] == [*rungs, replace(rungs[-1], weights=True)]
+        assert fixed[value] == [*rungs, *(replace(rungs[-1], weights=eighths) for eighths in range(1, 9))]
     free = ladder(make_config(), 4)
     assert [rung.checkpointed for rung in free if not rung.streamed] == [0, 1, 2, 3, 4]
     assert free[4:] == fixed[True]

@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
 
 from lowvram_db.demo.miniature import write_sdxl
 from lowvram_db.errors import DoesNotFit
@@ -13,9 +16,10 @@ from lowvram_db.optim.placement import state_bytes
 from lowvram_db.plan import predict
 from lowvram_db.train import checkpoint
 from lowvram_db.train.strategy import Strategy
+from lowvram_db.train.streaming import moving
 
 RESIDENT, HALF, ALL = (Strategy(5, 5, streamed=eighths) for eighths in (0, 4, 8))
-WEIGHTS = Strategy(5, 5, streamed=8, weights=True)
+SOME, WEIGHTS = (Strategy(5, 5, streamed=8, weights=eighths) for eighths in (3, 8))
 FULL = "CUDA out of memory. Tried to allocate 2.00 GiB."
 
 
@@ -68,7 +72,7 @@ def test_streamed_in_part_in_whole_and_not_at_all_are_the_same(
     model = {"model": {"name": str(sdxl)}} if is_sdxl else {}
     config = make_config(**{"precision": {"compute": "bf16"}, **model, **sections})
     straight, changing, resumed = (make_trainer(config, order=order_of(config)) for _ in range(3))
-    for number, way in enumerate((HALF, WEIGHTS, RESIDENT, ALL, WEIGHTS)):
+    for number, way in enumerate((HALF, WEIGHTS, RESIDENT, SOME, ALL, WEIGHTS)):
         straight.train_step()
         changing.use(way)
         changing.train_step()
@@ -89,7 +93,12 @@ def test_streamed_in_part_in_whole_and_not_at_all_are_the_same(
 
 @pytest.mark.parametrize("where", ["conv_out.weight", "mid_block.resnets.0.conv1.weight"])
 @pytest.mark.parametrize(
-    ("smaller", "larger", "words"), [(ALL, RESIDENT, "the state in RAM"), (WEIGHTS, ALL, "weights and state in RAM")]
+    ("smaller", "larger", "words"),
+    [
+        (ALL, RESIDENT, "the state in RAM"),
+        (WEIGHTS, ALL, "weights and state in RAM"),
+        (WEIGHTS, SOME, "weights and state in RAM"),
+    ],
 )
 def test_out_of_memory_moves_more_into_ram_and_loses_no_step(
     make_config, make_trainer, order_of, where, smaller, larger, words, capfd
@@ -107,7 +116,8 @@ def test_out_of_memory_moves_more_into_ram_and_loses_no_step(
                 raise torch.OutOfMemoryError(FULL)
 
         trainer.use(way)
-        trainer._ladder = [way, smaller]
+        if way == smaller:
+            trainer._ladder = [way, smaller]
         trainer.denoiser.get_parameter(where).register_hook(fail)
         for _ in range(3):
             trainer.train_step()
@@ -122,7 +132,7 @@ def test_out_of_memory_moves_more_into_ram_and_loses_no_step(
 def test_the_ladder_goes_on_into_ram_where_it_is_adam8s_state_of_whole_networks(make_config, make_trainer, order_of):
     for sections, last in [
         ({}, WEIGHTS),
-        ({"train": {"gradient_checkpointing": False}}, Strategy(0, 5, streamed=8, weights=True)),
+        ({"train": {"gradient_checkpointing": False}}, Strategy(0, 5, streamed=8, weights=8)),
         ({"precision": {"compute": "bf16", "weights": "fp32"}}, ALL),
         ({"optimizer": {"name": "adafactor"}}, RESIDENT),
         ({"optimizer": {"name": "adamw"}}, Strategy(5, 5, parts=2)),
@@ -132,6 +142,18 @@ def test_the_ladder_goes_on_into_ram_where_it_is_adam8s_state_of_whole_networks(
         trainer = make_trainer(config, order=order_of(config, last.resident) if last.weights else ())
         assert trainer._ladder[-1] == last
         assert not trainer.strategy.streamed, "nothing is known of the memory"
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(0, 8))
+def test_of_the_weights_so_many_eighths_are_lent_and_the_largest_stay(sizes, eighths):
+    layers = {nn.Parameter(torch.empty(size, 4096)): nn.Module() for size in sizes}
+    events = [(p, is_read) for is_read in (True, True, False) for p in layers]
+    lent = moving(Strategy(1, 1, streamed=8, weights=eighths), events, layers, "bf16").weights
+    staying = [len(p) for p in layers if p not in lent]
+    assert sum(staying) * 8 <= sum(sizes) * (8 - eighths)
+    assert all((sum(staying) + len(p)) * 8 > sum(sizes) * (8 - eighths) for p in lent), "not one more could stay"
+    if max(sizes) * 8 <= sum(sizes) * (8 - eighths):
+        assert max(sizes) == max(staying)
 
 
 def test_weights_stay_where_nobody_knows_when_they_are_read(make_config, make_trainer, order_of):
@@ -161,7 +183,7 @@ def test_ram_that_is_not_free_is_said_before_anything_is_moved(make_config, make
     trainer.train_step()
 
 
-@pytest.mark.parametrize("way", [ALL, WEIGHTS], ids=str)
+@pytest.mark.parametrize("way", [ALL, SOME, WEIGHTS], ids=str)
 def test_what_a_plan_counts_on_the_card_is_what_the_lanes_do(make_config, make_trainer, miniature, way, order_of):
     config = make_config(precision={"compute": "bf16"})
     trainer = make_trainer(config, order=order_of(config))
@@ -172,9 +194,13 @@ def test_what_a_plan_counts_on_the_card_is_what_the_lanes_do(make_config, make_t
         trainer.use(way)
     trainer.train_step()
     with predict.rehearsal(config, open_blank(miniature)) as traced:
-        resident, streamed = (traced.steps(one)[1] for one in (RESIDENT, way))
+        on_the_card, traced_as_well = (traced.steps(one) for one in (RESIDENT, way))
+        resident, streamed = on_the_card[1], traced.moved(way, on_the_card)[1]
+    assert streamed.ram_bytes == traced_as_well[1].ram_bytes
+    for kind in ("weights", "optimizer"):
+        assert streamed.components[kind] == traced_as_well[1].components[kind]
     homes = [v for s in trainer.optimizer.state_dict()["state"].values() if "codes" in s for v in s.values()]
-    weights = [trainer.optimizer.kept(p) for p in trainer.lendable if way.weights]
+    weights = [trainer.optimizer.kept(p) for p in trainer.moving(way).weights]
     held = sum(-(-v.nbytes // 512) * 512 for v in [*homes, *weights] if isinstance(v, torch.Tensor))
     assert streamed.ram_bytes == held
     gone = sum(resident.components[kind] - streamed.components[kind] for kind in ("weights", "optimizer"))
