@@ -3,7 +3,8 @@ which needs no GPU
 
 Traces a training step on tensors without values (1 photo + 1 class image, checkpointing everywhere, adam8, bf16),
 makes the schedule that such a run has, and computes when each copy and computation of a steady step ends: a row a card,
-system and model in bench/results/streaming.csv. Each timeline is compared with that of the engine itself, which runs
+system, model and share of the weights in bench/results/streaming.csv, beside what is planned for such a step, without
+the driver's. Each timeline is compared with that of the engine itself, which runs
 the same schedule in made-up time with parcels of a 2,048th of their size. Computed, not measured. What is assumed:
 
 - Arithmetic at 60% of the card's dense bf16 rate with fp32 sums: what a model of a 4070 (machine code and dispatch
@@ -27,6 +28,7 @@ from typing import NamedTuple
 from machine import add_row
 from recipes import Work, everywhere
 
+from lowvram_db.memory.overheads import CONTEXT
 from lowvram_db.memory.stream.engine import Stream
 from lowvram_db.memory.stream.made_up import MadeUpTime
 from lowvram_db.memory.stream.ram import Ram
@@ -35,7 +37,7 @@ from lowvram_db.memory.stream.timeline import Timing, simulated
 from lowvram_db.plan import predict
 from lowvram_db.plan.waiting import Rates, timings
 from lowvram_db.train.strategy import EIGHTHS
-from lowvram_db.train.streaming import ROOM, Moving
+from lowvram_db.train.streaming import Moving
 
 MODELS = {"sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", 512),
           "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0", 1024)}  # fmt: skip
@@ -70,6 +72,7 @@ class Traced(NamedTuple):
 
     what: Moving
     done: list[int]  # floating point operations
+    peak: int  # bytes of the card that a plan gives such a step
 
 
 def main() -> None:
@@ -82,23 +85,20 @@ def main() -> None:
             for card_name, card in CARDS.items():
                 for system, rate in LANE.items():
                     if system <= card.newest:
-                        for room in rooms(traced.what):
-                            report(model, card_name, system, traced, card, rate * card.lanes, room)
+                        report(model, card_name, system, traced, card, rate * card.lanes)
 
 
 def trace(work: Work) -> list[Traced]:
-    """All of the state, and the weights too."""
+    """All of the state, and ever more of the weights."""
     family = work.family()
     resident = everywhere(family)
     with predict.rehearsal(work.config(), family) as traced:
-        traced.steps(resident)
-        moved = [traced.moving(replace(resident, streamed=EIGHTHS, weights=weights)) for weights in (False, True)]
-        return [Traced(what, traced.done(what)) for what in moved]
-
-
-def rooms(what: Moving) -> list[int]:
-    """Bytes of the card that all passes through: what a plan gives it, and for state alone what it does before."""
-    return [what.room] if what.strategy.weights else [ROOM, what.room]
+        phases, found = traced.steps(resident), []
+        for eighths in range(EIGHTHS + 1):
+            what = traced.moving(replace(resident, streamed=EIGHTHS, weights=eighths))
+            peak = max(phase.peak_bytes for phase in traced.moved(what.strategy, phases))
+            found.append(Traced(what, traced.done(what), peak))
+        return found
 
 
 def run_by_the_engine(
@@ -138,8 +138,8 @@ def run_by_the_engine(
     return ends[len(uses) - 1 :: len(uses)]
 
 
-def report(model: str, name: str, system: str, traced: Traced, card: Card, copy_rate: float, room: int) -> None:
-    what = traced.what
+def report(model: str, name: str, system: str, traced: Traced, card: Card, copy_rate: float) -> None:
+    what, room = traced.what, traced.what.room
     flop = 1 / (TENSOR_SHARE * card.teraflops * 1e12) + BYTES_A_FLOP[model] / (card.gigabytes_a_second * 1e9)
     weight = ADAM8_BYTES / (MEMORY_SHARE * card.gigabytes_a_second * 1e9)
     given = Rates(1 / flop, copy_rate, copy_rate, "")
@@ -156,7 +156,8 @@ def report(model: str, name: str, system: str, traced: Traced, card: Card, copy_
         "card": name,
         "system": f"{system} x{card.lanes}",
         "model": model,
-        "streamed": "weights and state" if what.strategy.weights else "state",
+        "weights_eighths": what.strategy.weights,
+        "planned_gib": f"{(traced.peak - CONTEXT) / 2**30:.2f}",
         "room_mib": room // 2**20,
         "up_gb": f"{up / 1e9:.2f}",
         "down_gb": f"{down / 1e9:.2f}",
