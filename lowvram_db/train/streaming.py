@@ -17,7 +17,7 @@ from lowvram_db.optim.storage import Weights
 from lowvram_db.optim.streamed import Streamed
 from lowvram_db.train.strategy import EIGHTHS, Strategy
 
-ROOM = 320 * 2**20  # bytes of the card that all passes through, unless a use needs more: what bench/streaming.py favours
+ROOM = 320 * 2**20  # bytes of the card that all passes through at the most, unless one use needs more
 
 Events = Sequence[tuple[nn.Parameter, bool]]  # see schedule.uses_of_a_step
 
