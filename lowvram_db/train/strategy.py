@@ -31,7 +31,7 @@ class Strategy:
         )
         parts = f", batch in {self.parts} parts" if self.parts > 1 else ""
         share = "" if self.streamed == EIGHTHS else f"{self.streamed}/{EIGHTHS} of "
-        some = f"the state and {self.weights}/{EIGHTHS} of the weights"
+        some = f"state and {self.weights}/{EIGHTHS} of weights"
         moved = {0: f"{share}the state", EIGHTHS: "weights and state"}.get(self.weights, some)
         return checkpointing + parts + (f", {moved} in RAM" if self.streamed else "")
 
