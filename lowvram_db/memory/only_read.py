@@ -15,6 +15,7 @@ from lowvram_db.memory.stream.pinning import check_free
 from lowvram_db.progress import say
 
 Result = TypeVar("Result")
+_CHANGE = "close other programs"  # where RAM is not free
 
 
 class OnlyRead:
@@ -50,14 +51,15 @@ class OnlyRead:
         self._lend()
 
     def convert(self, dtype: torch.dtype) -> None:
-        """Let it be of another precision."""
+        """Let it be of another precision. Raises DoesNotFit where that takes RAM that is not free."""
+        if self._lent is None:
+            if self._does(lambda: self.network.to(dtype)):
+                return
+            self._go_to_ram()
+        check_free(sum(p.numel() * dtype.itemsize - p.nbytes for p in self.network.parameters()), _CHANGE)
         if self._lent is not None:
             self._lent.end()
             self._lent = None  # nor its room on the device
-        elif self._does(lambda: self.network.to(dtype)):
-            return
-        else:
-            self._go_to_ram()
         self.network.to("cpu", dtype)
         self._lend()
 
@@ -77,7 +79,7 @@ class OnlyRead:
 
     def _go_to_ram(self) -> None:
         say(f"{self._purpose}: out of memory; the denoiser's weights pass through from RAM from here on")
-        check_free(sum(p.nbytes for p in _away(self.network)), "close other programs")
+        check_free(sum(p.nbytes for p in _away(self.network)), _CHANGE)
         self.network.to("cpu")
         release_memory()
 

@@ -108,3 +108,14 @@ def test_ram_that_is_not_free_is_said(monkeypatch):
         read.stream()
     monkeypatch.setattr(pinning.psutil, "virtual_memory", lambda: memory._replace(available=wanted))
     read.stream()
+
+
+def test_ram_that_a_wider_precision_takes_is_asked_for(monkeypatch):
+    read, memory = OnlyRead(network(torch.float16), CPU, "pictures", streamed=True), pinning.psutil.virtual_memory()
+    more = sum(p.nbytes for p in read.network.parameters())
+    monkeypatch.setattr(pinning.psutil, "virtual_memory", lambda: memory._replace(available=more - 1))
+    with pytest.raises(DoesNotFit, match=r"close other programs$"):
+        read.convert(torch.float32)
+    monkeypatch.setattr(pinning.psutil, "virtual_memory", lambda: memory._replace(available=more))
+    read.convert(torch.float32)
+    assert read.is_streamed and torch.equal(result(read.network), result(network(torch.float16).float()))
