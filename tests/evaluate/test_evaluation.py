@@ -155,6 +155,29 @@ def test_the_judge_comes_when_no_denoiser_is_left(finished, monkeypatch):
     assert len(alive) == 2
 
 
+def test_models_that_do_not_fit_draw_the_same_by_weights_from_ram(finished, monkeypatch, delayed, capfd):
+    delayed(0)
+    load_denoiser = StableDiffusion.load_denoiser
+
+    def large(family, *how):
+        network = load_denoiser(family, *how)
+
+        def fits(*_):
+            if not any(getattr(layer, "lender", None) for layer in network.modules()):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+        network.register_forward_pre_hook(fits)
+        return network
+
+    run = finished(train={"steps": 1, "hold_out": 1})
+    wanted = evaluate(run.folder, seeds=1)
+    shutil.rmtree(run.folder / "evaluation")
+    (run.folder / "evaluation.json").unlink()
+    monkeypatch.setattr(StableDiffusion, "load_denoiser", large)
+    assert evaluate(run.folder, seeds=1) == wanted
+    assert capfd.readouterr().err.count("the denoiser's weights pass through from RAM from here on") == 2
+
+
 def test_what_is_damaged_or_of_another_kind_is_said_and_left_out(finished, capfd):
     run = finished()
     one, two, three = (run.checkpoint(step) for step in (1, 2, 3))
