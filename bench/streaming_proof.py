@@ -3,8 +3,9 @@
 On a CPU: miniatures of Stable Diffusion 1.5 and SDXL in turn, 20 steps of each from the same weights, with the state
 streamed in made-up time: at random an eighth to all of it, or all and as much of the weights, a few neighbours in the
 order of events swapped, copies that take between nothing and very long, all RAM pinned or none. A row says how many
-were the same; a canary or a race ends it. On a GPU, with --model: a true size once, beside the time of a step and the
-peak of memory; by deterministic kernels, and after a resident run that has to repeat itself, for the usual ones do not.
+were the same; a canary or a race ends it. On a GPU, with --model: a true size once, beside the peak of memory, and the
+time of a step beside the one that is simulated by rates measured there and the resident step's time; by deterministic
+kernels, and after a resident run that has to repeat itself, for the usual ones do not.
 On a CPU, with --model: one step of a true size, at 256 px, after which weights, state and room that would lie on a card
 are counted beside the plan's.
 Rows go to bench/results/streaming_proof.csv.
@@ -34,6 +35,7 @@ from lowvram_db.memory.stream.ram import Ram
 from lowvram_db.optim.adam8 import Adam8
 from lowvram_db.optim.storage import SMALLEST
 from lowvram_db.plan import predict
+from lowvram_db.plan.waiting import rates, waiting
 from lowvram_db.train.strategy import EIGHTHS, Event, Strategy
 
 STEPS = 20
@@ -138,7 +140,12 @@ def _true_size(model: str, name: str, resolution: int) -> None:
     work = Work(name, resolution)
     resident = everywhere(work.family())
     ways = {"": resident, "again": resident, "state": replace(resident, streamed=EIGHTHS), WEIGHTS: _weights(resident)}
-    order, found = order_of(work), {}
+    moved, found = ("state", WEIGHTS), {}
+    with predict.rehearsal(work.config(), work.family()) as traced:
+        traced.steps(resident)
+        order, given = traced.order(), rates(None)
+        schedules = {way: traced.moving(ways[way]) for way in moved}
+        waits = {way: waiting(what, traced.done(what), given) for way, what in schedules.items()}
     for way, strategy in ways.items():
         with deterministic(True):
             found[way] = trained(work, strategy, order)
@@ -146,11 +153,11 @@ def _true_size(model: str, name: str, resolution: int) -> None:
     wanted, before, most = found[""]
     if found["again"][0] != wanted:
         raise SystemExit(f"{model}: two resident runs differ, so that a streamed one says nothing")
-    for way in ("state", WEIGHTS):
+    for way in moved:
         got, now, peak = found[way]
         row = {"model": model, "moved": way, "steps": STEPS, "schedules": 1, "same": int(wanted == got)}
         row |= {"times_resident": f"{now / before:.3f}", "resident_gib": f"{most / 2**30:.2f}"}
-        _report(row | {"streamed_gib": f"{peak / 2**30:.2f}"})
+        _report(row | {"streamed_gib": f"{peak / 2**30:.2f}", "times_simulated": f"{1 + waits[way] / before:.3f}"})
 
 
 def _counted(model: str, name: str) -> None:
@@ -183,7 +190,7 @@ def _counted(model: str, name: str) -> None:
 
 def _report(row: dict[str, object]) -> None:
     row = {"model": "", "moved": "", "steps": "", "schedules": "", "same": "", "times_resident": "", "resident_gib": "",
-           "streamed_gib": "", "counted_gib": "", "planned_gib": "", **row}  # fmt: skip
+           "streamed_gib": "", "counted_gib": "", "planned_gib": "", "times_simulated": "", **row}  # fmt: skip
     add_row("streaming_proof", row)
     print("  ".join(map(str, row.values())), flush=True)
 
