@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything here that wants a GPU, what was seen least first: five parts in 10 minutes at the most, all in 20. Rows go to
+# Everything here that wants a GPU, what was seen least first: five parts in 10 minutes at the most, all in 22. Rows go to
 # bench/results as always.
 #
 #     PYTHON=.venv/bin/python bash bench/gpu.sh
@@ -26,10 +26,11 @@ fi
 nvidia-smi || { echo "no GPU answers here" >&2; exit 1; }
 
 part doctor 15 -m lowvram_db doctor
-part stream 75 bench/streaming_proof.py --model sd15
-part stream-sdxl 170 bench/streaming_proof.py --model sdxl
-part whole 150 bench/full_size.py --model sdxl --resolution 1024 --steps 4 --vram 6GiB
-part sdxl 130 bench/compare.py --model sdxl --resolution 1024 --recipes ours --vram 4,6,8,12GiB --steps 5
+part draw 30 -m pytest -q -p no:cacheprovider tests/families/test_draw.py tests/memory/test_layers.py
+part sdxl 170 bench/compare.py --model sdxl --resolution 1024 --recipes ours --vram 4,6GiB --steps 5
+part whole 220 bench/full_size.py --model sdxl --resolution 1024 --steps 4 --vram 4.5GiB
+part stream 80 bench/streaming_proof.py --model sd15
+part stream-sdxl 180 bench/streaming_proof.py --model sdxl
 part kernels 70 -m pytest -q -p no:cacheprovider tests/kernels tests/optim tests/memory
 part loop 40 -m pytest -q -p no:cacheprovider tests/train/test_on_every_device.py tests/train/test_out_of_memory.py
 part runs 120 -m pytest -q -p no:cacheprovider tests/test_dreambooth.py tests/test_resume.py tests/train/test_validation.py

@@ -37,6 +37,7 @@ from lowvram_db.cache import Cached, Store
 from lowvram_db.memory.device import pick_device
 from lowvram_db.optim.adam8 import Adam8
 from lowvram_db.plan import predict
+from lowvram_db.plan.inputs import blank_batch
 from lowvram_db.plan.tracing import tracing
 from lowvram_db.quiet import quiet_libraries
 from lowvram_db.train.strategy import Strategy
@@ -131,7 +132,7 @@ def arithmetic(work: Work, strategy: Strategy) -> Counter[str]:
             gpu, cpu = (getattr(torch.ops.aten, name.format(place)) for place in ("", "_for_cpu"))
             counter.flop_registry[cpu] = flop_registry[gpu]
         learner = predict.blank_learner(config, family, strategy, trace)
-        learner.backward(predict.blank_batch(config, family))
+        learner.backward(blank_batch(config, family))
     flops = Counter[str]()
     for operation, amount in counter.get_flop_counts()["Global"].items():
         flops[named(f"aten::{operation.__name__}") or OTHER] += amount

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from lowvram_db.families.base import Family, Moments
+from lowvram_db.families.tiles import are_least, tile
 from lowvram_db.framing import to_float
 from lowvram_db.memory.device import free_bytes, lay_out, peak_bytes, release_memory, reset_peak
 from lowvram_db.memory.out_of_memory import is_out_of_memory
+from lowvram_db.progress import say
 
 _SHARE = 0.8  # of the free memory that a batch may take: other processes want some, and so do kernels' workspaces
 _LARGEST_BATCH = 32  # beyond which a GPU gets no faster
@@ -24,7 +26,7 @@ class ImageEncoder:
 
     def __init__(self, family: Family, device: torch.device, dtype: torch.dtype):
         """Loads nothing yet."""
-        self.tiled = False  # whether what is encoded from now on is encoded in tiles
+        self.tiled = 0  # times that tiles have been asked for, for what is encoded from now on
         self._family, self._device, self._dtype = family, device, dtype
         self._vae: Any = None
         self._measures = device.type == "cuda"  # whether the first image of a size tells how many fit
@@ -55,8 +57,8 @@ class ImageEncoder:
         if self._vae is None:
             self._vae = self._family.load_vae(self._dtype).to(self._device)
             lay_out(self._vae, self._device)
-            if self.tiled:
-                self._family.tile(self._vae)
+            for _ in range(self.tiled):
+                tile(self._vae)
         at_once = len(pixels)
         while (parts := self._try(pixels, at_once)) is None:
             release_memory()
@@ -64,8 +66,9 @@ class ImageEncoder:
                 at_once //= 2
                 self._batches[pixels.shape[1:]] = at_once
             else:
-                self.tiled = True
-                self._family.tile(self._vae)
+                tile(self._vae)
+                self.tiled += 1
+                say(f"photos: out of memory; encoded in tiles of {self._vae.tile_sample_min_size} px from here on")
         return Moments(torch.cat([part.mean for part in parts]), torch.cat([part.logvar for part in parts]))
 
     def _try(self, pixels: Tensor, at_once: int) -> list[Moments] | None:
@@ -73,7 +76,7 @@ class ImageEncoder:
         try:
             return [self._run(part) for part in pixels.split(at_once)]
         except Exception as error:
-            if not is_out_of_memory(error) or (at_once == 1 and self.tiled):
+            if not is_out_of_memory(error) or (at_once == 1 and are_least(self._vae)):
                 raise
             return None
 

@@ -36,13 +36,14 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def latent_key(pixels: str, view: View, encoder: str, dtype: str, tiled: bool = False) -> str:
+def latent_key(pixels: str, view: View, encoder: str, dtype: str, tiled: int = 0) -> str:
     """Key of the moments of one view of a photo.
 
-    pixels, encoder: digests as above. dtype: the encoder's arithmetic, for example "float16". tiled: whether the photo
-    went through the VAE in overlapping pieces, which changes what it says near their edges.
+    pixels, encoder: digests as above. dtype: the encoder's arithmetic, for example "float16". tiled: 0 where the photo
+    went through the VAE whole, else how often families/tiles.py was asked: tiles change what it says near their edges.
     """
-    return _digest("latent", pixels, str(view), encoder, dtype, "tiled" if tiled else "whole")
+    way = f"tiled {tiled}" if tiled > 1 else "tiled" if tiled else "whole"
+    return _digest("latent", pixels, str(view), encoder, dtype, way)
 
 
 def text_key(prompt: str, encoder: str, dtype: str) -> str:

@@ -21,6 +21,7 @@ from lowvram_db.errors import UserError
 from lowvram_db.families.base import Family, Moments
 from lowvram_db.families.conditioning import Conditioning
 from lowvram_db.families.text import encoded
+from lowvram_db.families.tiles import MOST
 from lowvram_db.framing import Box, Framing, Size, View
 from lowvram_db.progress import Bar, say
 
@@ -219,15 +220,15 @@ class _PhotoEncoding:
 
     def _stored(self, seen: Seen, view: View) -> str | None:
         """The key under which the store holds a view, if it does."""
-        candidates = (self._key(seen.digest, view, tiled) for tiled in (False, True))
+        candidates = (self._key(seen.digest, view, tiled) for tiled in range(MOST + 1))
         return next((key for key in candidates if self._store.holds(key)), None)
 
-    def _key(self, digest: str, view: View, tiled: bool) -> str:
+    def _key(self, digest: str, view: View, tiled: int) -> str:
         return latent_key(digest, view, self._digest, _name(self._dtype), tiled)
 
     def _add(self, row: _Row) -> None:
         """Take a row in, unless it is the same as another; a full batch is encoded at once."""
-        key = self._key(row.seen.digest, row.view, tiled=False)
+        key = self._key(row.seen.digest, row.view, tiled=0)
         if key in self._queued:
             return
         self._queued.add(key)

@@ -140,10 +140,6 @@ class Family(Architecture):
     def decode_latents(self, vae: Any, latents: Tensor) -> Tensor:
         """latents [B, C, h, w] -> pixels float32 [B, 3, H, W]; not finite where the VAE's dtype overflowed."""
 
-    def tile(self, vae: Any) -> None:
-        """Let a VAE take images larger than those it was made for in overlapping tiles, from now on."""
-        vae.enable_tiling()
-
     @abstractmethod
     def check_prompts(self, prompts: list[str]) -> None:
         """Raise UserError for a prompt longer than a text encoder reads; it would be cut in silence."""

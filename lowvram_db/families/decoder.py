@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lowvram_db.families.base import Family
+from lowvram_db.families.tiles import tile
 from lowvram_db.memory.device import lay_out
 from lowvram_db.memory.out_of_memory import is_out_of_memory
 from lowvram_db.progress import say
@@ -21,7 +22,7 @@ class Decoder:
     def __init__(self, family: Family, device: torch.device, dtype: torch.dtype):
         self._family, self._device = family, device
         self._vae: Any = family.load_vae(dtype)
-        self._tiled = False
+        self._tilings = 0  # see tile()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor | None:
@@ -38,15 +39,17 @@ class Decoder:
             name = str(self._vae.dtype).removeprefix("torch.")
             say(f"the VAE overflows in {name}: pictures are decoded in float32 from here on")
             self._vae = self._family.load_vae(torch.float32)
-            if self._tiled:
-                self._family.tile(self._vae)
+            for _ in range(self._tilings):
+                tile(self._vae)
         return torch.cat(pictures)
 
     def tile(self) -> bool:
-        """Decode in tiles from now on; whether that is new."""
-        before, self._tiled = self._tiled, True
-        self._family.tile(self._vae)
-        return not before
+        """Decode in tiles from now on, or in smaller ones; whether there are such."""
+        are_new = tile(self._vae)
+        if are_new:
+            self._tilings += 1
+            say(f"pictures: out of memory; decoded in tiles of {self._vae.tile_sample_min_size} px from here on")
+        return are_new
 
     def _try(self, latents: Tensor) -> Tensor | None:
         """None where the memory is full: whoever tries again must not do it inside `except`, which keeps it full."""

@@ -24,7 +24,7 @@ from lowvram_db.memory.device import emulation
 from lowvram_db.memory.overheads import CONTEXT, CUBLAS_WORKSPACES, MARGIN
 from lowvram_db.memory.trace import OverLimit
 from lowvram_db.optim.kinds import KINDS
-from lowvram_db.plan import predict
+from lowvram_db.plan import beside, predict
 from lowvram_db.plan.result import Phase, Plan, Rung
 from lowvram_db.plan.waiting import ASSUMED, rates, waiting
 from lowvram_db.train.strategy import Event, Strategy, ladder, without_budget
@@ -36,8 +36,8 @@ def choose(config: Config, family: Blank, budget: int | None, explain: bool = Fa
     there is no budget. explain: trace every rung to its end, also those that are known not to fit."""
     check_resolution(config, family)
     limit = None if budget is None else int(budget / (1 + MARGIN))
-    with deterministic(config.train.deterministic), _another_process() as beside:
-        others = beside(_others, config, family, limit)
+    with deterministic(config.train.deterministic), _another_process() as at_once:
+        others = at_once(_others, config, family, limit)
         training, rungs, on_the_way, average, order, by = _training(config, family, limit, explain)
         drawn, encoding, sampling, batch, at_the_end, streamed = others()
     phases = [*drawn, *encoding, *training, *sampling]
@@ -170,7 +170,7 @@ def _others(
     """The phases beside training; how many class images, and pictures of the result, are made at once; and whether by a
     denoiser that is streamed."""
     drawn, sampling, batch, pictures, streamed = _pictures(config, family, limit)
-    return drawn, list(predict.encoding(config, family)), sampling, batch, pictures, streamed
+    return drawn, list(beside.encoding(config, family, limit)), sampling, batch, pictures, streamed
 
 
 @contextmanager
@@ -193,7 +193,7 @@ def _end_at_ctrl_c() -> None:
 def _pictures(config: Config, family: Blank, limit: int | None) -> tuple[list[Phase], list[Phase], int, int, bool]:
     """Class images, where they are wanted, and sampling, two phases each; how many of each are made at once; and
     whether by a denoiser that is streamed: where not so few fit with it on the card."""
-    with predict.drawing(config, family) as draw:
+    with beside.drawing(config, family) as draw:
         for streamed in (False, True):
             denoise = partial(draw.denoising, streamed=streamed)
             drawn, sampled, batch, pictures = _denoised(config, denoise, limit)

@@ -1,30 +1,27 @@
-"""Predict each phase's peak from a trace of the code that will run, on tensors that are not there.
+"""Predict each phase of training by a trace of the code that will run, on tensors that are not there.
 
 The training step is train/learner.py's own: the same networks, checkpointing, optimizer, hooks and loss.
 """
 
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowvram_db.config import Config
-from lowvram_db.families.base import Moments
 from lowvram_db.families.blank import Blank
-from lowvram_db.families.conditioning import brought, collated
-from lowvram_db.framing import View
 from lowvram_db.memory.device import DTYPES
 from lowvram_db.memory.overheads import CONTEXT, CUBLAS_WORKSPACES, RAM_WITH_CUDA
-from lowvram_db.memory.stream.lent import lendable, room_for, weights_of
 from lowvram_db.memory.stream.schedule import whole_granules
-from lowvram_db.memory.trace import TEMPORARY, OverLimit, Trace
+from lowvram_db.memory.trace import OverLimit, Trace
 from lowvram_db.optim.kinds import StepsInBackward
 from lowvram_db.optim.storage import SMALLEST
+from lowvram_db.plan.beside import decode, denoise, guided
+from lowvram_db.plan.inputs import CPU, blank_batch, tensors, timesteps
+from lowvram_db.plan.inputs import phase as phase_of
 from lowvram_db.plan.result import Phase
 from lowvram_db.plan.tracing import tracing
 from lowvram_db.train.batches import Batch
@@ -32,102 +29,6 @@ from lowvram_db.train.learner import Learner, Surroundings
 from lowvram_db.train.strategy import Event, Strategy
 from lowvram_db.train.streaming import Moving
 from lowvram_db.train.trained import load_networks, steps_of
-
-CPU = torch.device("cpu")  # fake tensors of a GPU cannot go backward where torch has no CUDA
-
-
-def encoding(config: Config, family: Blank) -> Iterator[Phase]:
-    """Text encoding (one prompt at a time) and latent encoding (one photo at a time), both in float32."""
-    with tracing() as trace, torch.no_grad():
-        encoders = family.load_text_encoders()
-        trace.label("weights", _tensors(encoders.values()))
-        family.encode_prompts(encoders, [""])
-    yield _phase("text encoding", trace)
-    side = config.train.resolution
-    with tracing() as trace, torch.no_grad():
-        vae: Any = family.load_vae()
-        trace.label("weights", _tensors([vae]))
-        vae.encode(torch.empty(1, 3, side, side))
-    yield replace(_phase("latent encoding", trace), least=True)  # cache/encoder.py makes batches of what is free
-
-
-@contextmanager
-def drawing(config: Config, family: Blank) -> Iterator["Drawing"]:
-    """What it takes to draw with a model of which only the denoiser is on the card to begin with."""
-    with tracing() as trace, torch.no_grad():
-        yield Drawing(config, family, trace)
-
-
-class Drawing:
-    """The two stages of families/draw.py, in the precision that the config computes in, with the denoiser on the card
-    or with its weights in RAM."""
-
-    def __init__(self, config: Config, family: Blank, trace: Trace):
-        self._config, self._family, self._trace = config, family, trace
-        self._dtype = DTYPES[config.precision.compute]
-        self._denoised: dict[int, Phase] = {}  # by rows, of which class images and a sample are mostly the same
-        self._denoiser: Any = family.load_denoiser(lambda weight: weight.to(self._dtype))
-        trace.label("weights", _tensors([self._denoiser]))
-        sizes = [p.nbytes for p in weights_of(lendable(self._denoiser))]
-        self._lent, self._room = sum(map(whole_granules, sizes)), whole_granules(room_for(sizes))
-
-    def denoising(self, what: str, pictures: int, guidance: float, streamed: bool = False) -> Phase:
-        """So many pictures at once."""
-        rows = _rows(pictures, guidance)
-        if rows not in self._denoised:
-            start = self._trace.mark()
-            _denoise(self._config, self._family, self._denoiser, rows, self._dtype)
-            self._denoised[rows] = _phase("denoising", self._trace, start)
-        phase = replace(self._denoised[rows], name=f"{what}, denoising")
-        return self._streamed(phase) if streamed else phase
-
-    def decoding(self, what: str, limit: int | None, streamed: bool = False) -> Phase:
-        """One picture at a time: beside the denoiser, or without it where that is over the limit, or then in tiles. One
-        that is streamed stays."""
-        beside = self._decoded(what, tiled=False)
-        without = self._streamed if streamed else self._away
-        for phase in (without(beside),) if streamed else (beside, without(beside)):
-            if limit is None or phase.peak_bytes <= limit:
-                return phase
-        return without(self._decoded(what, tiled=True))
-
-    def _away(self, phase: Phase) -> Phase:
-        return _with(phase, "weights", -sum(whole_granules(tensor.nbytes) for tensor in _tensors([self._denoiser])))
-
-    def _streamed(self, phase: Phase) -> Phase:
-        """What is in RAM then, and the room that it passes through, count alike at every moment."""
-        return replace(_with(phase, "weights", self._room - self._lent), ram_bytes=self._lent)
-
-    def _decoded(self, what: str, tiled: bool) -> Phase:
-        start = self._trace.mark()
-        _decode(self._config, self._family, self._trace, torch.float32, tiled)
-        return _phase(f"{what}, decoding", self._trace, start)
-
-
-def _with(phase: Phase, kind: str, more: int) -> Phase:
-    """Where so many bytes more, or less, of a component are there all the time."""
-    return replace(phase, components={**phase.components, kind: phase.components[kind] + more})
-
-
-def _rows(pictures: int, guidance: float) -> int:
-    """With and without the prompt where there is guidance."""
-    return pictures * (2 if guidance > 1 else 1)
-
-
-def _denoise(config: Config, family: Blank, denoiser: Any, rows: int, dtype: torch.dtype) -> None:
-    """One step."""
-    latents = torch.empty(_latent_shape(config, family, rows), dtype=dtype)
-    told = collated([family.view_conditioning(_view(config))] * rows) | family.cached_text([""] * rows)
-    family.denoise(denoiser, latents, _timesteps(rows, 0), brought(told, CPU, dtype))
-
-
-def _decode(config: Config, family: Blank, trace: Trace, dtype: torch.dtype, tiled: bool = False) -> None:
-    """One picture, by a VAE that comes for it. In float32, for which half precision is given up where it overflows."""
-    vae: Any = family.load_vae(dtype)
-    trace.label("weights", _tensors([vae]))
-    if tiled:
-        vae.enable_tiling()
-    vae.decode(torch.empty(_latent_shape(config, family, 1), dtype=dtype))
 
 
 def training(config: Config, family: Blank, strategy: Strategy, limit: int | None = None) -> list[Phase]:
@@ -197,7 +98,7 @@ class Rehearsal:
         room = whole_granules(what.room) - sum(what.sizes[:states])
         weights = sum(map(whole_granules, what.sizes[states:]))
         return [
-            replace(_with(_with(phase, "optimizer", room), "weights", -weights), ram_bytes=what.ram_bytes)
+            replace(phase.with_more("optimizer", room).with_more("weights", -weights), ram_bytes=what.ram_bytes)
             for phase in resident
         ]
 
@@ -287,7 +188,7 @@ def _step(learner: Learner, batch: Batch, trace: Trace, name: str) -> Phase:
     trace.label("gradients", [p.grad for p in learner.parameters if p.grad is not None])
     learner.update(loss.total)
     trace.label("optimizer", state(learner.optimizer))
-    return _phase(name, trace, start, flops=trace.flops - before)
+    return phase_of(name, trace, start, flops=trace.flops - before)
 
 
 def blank_learner(config: Config, family: Blank, strategy: Strategy, trace: Trace, step: int = 0) -> Learner:
@@ -296,16 +197,16 @@ def blank_learner(config: Config, family: Blank, strategy: Strategy, trace: Trac
         trace.label("optimizer", [room := torch.empty(size, dtype=torch.uint8)])
         return room
 
-    surroundings = Surroundings(CPU, DTYPES[config.precision.compute], _timesteps, family.cached_text, imagined)
+    surroundings = Surroundings(CPU, DTYPES[config.precision.compute], timesteps, family.cached_text, imagined)
     networks = load_networks(config, family, step)
     if config.optimizer.kind.keeps_layout:  # as memory.device.lay_out has them on a GPU; Module.to refuses fake tensors
-        for weight in _tensors(networks.values()):
+        for weight in tensors(networks.values()):
             if weight.dim() == 4:
                 weight.data = weight.data.to(memory_format=torch.channels_last)
     learner = Learner(config, family, networks, surroundings, strategy, kernels="torch")
     for parameter in learner.parameters:
         parameter.register_hook(lambda gradient: trace.label("gradients", [gradient]))
-    trace.label("weights", _tensors(learner.modules.values()))
+    trace.label("weights", tensors(learner.modules.values()))
     trace.label("optimizer", state(learner.optimizer))
     return learner
 
@@ -314,11 +215,11 @@ def _sampling_on_the_way(config: Config, family: Blank, learner: Learner, trace:
     start = trace.mark()
     with torch.no_grad():
         with learner.autocast():
-            rows = _rows(pictures, max(config.sample.guidance))
-            _denoise(config, family, learner.denoiser, rows, learner.activations)
+            rows = guided(pictures, max(config.sample.guidance))
+            denoise(config, family, learner.denoiser, rows, learner.activations)
         overflows = learner.dtype == torch.float16
-        _decode(config, family, trace, torch.float32 if overflows else learner.dtype)
-    return _phase("sampling on the way", trace, start)
+        decode(config, family, trace, torch.float32 if overflows else learner.dtype)
+    return phase_of("sampling on the way", trace, start)
 
 
 def _saving(learner: Learner, trace: Trace) -> Phase:
@@ -327,33 +228,8 @@ def _saving(learner: Learner, trace: Trace) -> Phase:
     start = trace.mark()
     if isinstance(learner.optimizer, StepsInBackward):
         learner.optimizer.finish()
-    trace.label("weights", _tensors(learner.modules.values()))
-    return _phase("saving", trace, start)
-
-
-def blank_batch(config: Config, family: Blank) -> Batch:
-    rows = config.train.batch * (2 if config.prior.enabled else 1)
-    shape = _latent_shape(config, family, rows)
-    moments, views = Moments(torch.empty(shape), torch.empty(shape)), [_view(config)] * rows
-    return Batch(moments, views, [""] * rows, config.train.batch)
-
-
-def _view(config: Config) -> View:
-    side = config.train.resolution
-    return View.of((side, side), (side, side))
-
-
-def _latent_shape(config: Config, family: Blank, rows: int) -> tuple[int, int, int, int]:
-    side = config.train.resolution // family.latent_side
-    return rows, family.latent_channels, side, side
-
-
-def _timesteps(rows: int, batch_number: int) -> Tensor:
-    return torch.zeros(rows, dtype=torch.int64)
-
-
-def _tensors(modules: Iterable[nn.Module]) -> list[Tensor]:
-    return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    trace.label("weights", tensors(learner.modules.values()))
+    return phase_of("saving", trace, start)
 
 
 def state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -364,14 +240,3 @@ def state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def _inside(limit: int | None) -> int | None:
     """What is left of a budget for what a trace sees."""
     return None if limit is None else limit - CONTEXT - CUBLAS_WORKSPACES
-
-
-def _phase(name: str, trace: Trace, start: int = 0, flops: int = 0) -> Phase:
-    peak: Counter[str] = trace.peak(start)
-    components = {kind: peak[kind] for kind in ("weights", "optimizer", "gradients")}
-    components |= {
-        "activations": peak[""],
-        "workspace": peak[TEMPORARY] + CUBLAS_WORKSPACES,
-        "context": CONTEXT,
-    }
-    return Phase(name, components, flops, ram_bytes=trace.in_ram)

@@ -9,6 +9,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from lowvram_db.config import Config
 from lowvram_db.families.blank import Blank
 from lowvram_db.plan import predict
+from lowvram_db.plan.inputs import blank_batch
 from lowvram_db.plan.tracing import tracing
 from lowvram_db.train.learner import Inputs
 from lowvram_db.train.strategy import Strategy
@@ -19,7 +20,7 @@ def tracked_bytes(config: Config, family: Blank, strategy: Strategy) -> int:
     tracker = MemTracker()
     with tracing(config.autocasts, config.optimizer.name) as trace:
         learner: Any = predict.blank_learner(config, family, strategy, trace)
-        batch, forward = predict.blank_batch(config, family), learner.forward
+        batch, forward = blank_batch(config, family), learner.forward
 
         def forward_anew(inputs: Inputs, prompts: list[str], part: slice) -> tuple[Tensor, Tensor]:
             tracker.reset_mod_stats()  # it follows one call of a module, or says so

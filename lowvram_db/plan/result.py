@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lowvram_db.train.strategy import Event, Strategy
@@ -29,6 +29,10 @@ class Phase:
     def allocated_bytes(self) -> int:
         """What torch.cuda.max_memory_allocated would say."""
         return self.peak_bytes - self.components["context"]
+
+    def with_more(self, kind: str, more: int) -> Phase:
+        """Where so many bytes more, or less, of a component are there all the time."""
+        return replace(self, components={**self.components, kind: self.components[kind] + more})
 
 
 @dataclass

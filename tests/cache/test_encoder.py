@@ -10,21 +10,23 @@ CPU = torch.device("cpu")
 
 
 class Small:
-    """A family on a device that has room for so many pixels at once; tiles of 64 px are what its VAE falls back to."""
+    """A family on a device that has room for so many pixels at once, and a VAE that was made for a number of pixels a
+    side."""
 
-    def __init__(self, family, room):
-        self._family, self.room, self.calls = family, room, []
+    def __init__(self, family, room, made_for=64):
+        self._family, self.room, self.made_for, self.calls = family, room, made_for, []
 
     def __getattr__(self, name):
         return getattr(self._family, name)
 
-    def tile(self, vae):
-        self._family.tile(vae)
-        vae.tile_sample_min_size, vae.tile_latent_min_size = 64, 8
+    def load_vae(self, dtype):
+        vae = self._family.load_vae(dtype)
+        vae.tile_sample_min_size, vae.tile_latent_min_size = self.made_for, self.made_for // 8
+        return vae
 
     def encode_images(self, vae, pixels):
         self.calls.append(len(pixels))
-        side = 64 if vae.use_tiling else pixels.shape[-1]
+        side = min(vae.tile_sample_min_size if vae.use_tiling else pixels.shape[-1], pixels.shape[-1])
         if len(pixels) * side * side > self.room:
             raise RuntimeError("GET was unable to find an engine to execute this computation")  # as cuDNN says it
         return self._family.encode_images(vae, pixels)
@@ -70,7 +72,7 @@ def test_one_image_that_does_not_fit_goes_through_in_tiles(family):
     small = Small(family, room=64 * 64)
     with ImageEncoder(small, CPU, torch.float32) as encoder:
         moments = encoder.encode(images(2, side=128))
-        assert encoder.tiled
+        assert encoder.tiled == 1
         assert small.calls == [2, 1, 1, 1]
         encoder.unload()
         encoder.encode(images(1, side=128))  # a VAE that is loaded anew works in tiles too
@@ -81,10 +83,22 @@ def test_one_image_that_does_not_fit_goes_through_in_tiles(family):
     torch.testing.assert_close(moments.mean[corner], wanted[0][corner], rtol=0.2, atol=0.02)
 
 
-def test_what_fits_in_no_way_is_said(family):
+def test_one_as_large_as_its_vae_was_made_for_goes_through_in_smaller_tiles(family, capfd):
+    small = Small(family, room=256 * 256, made_for=512)
+    with ImageEncoder(small, CPU, torch.float32) as encoder:
+        first = encoder.encode(images(1, side=512)).mean
+        assert (encoder.tiled, small.calls) == (2, [1, 1, 1])
+        encoder.unload()
+        assert torch.equal(encoder.encode(images(1, side=512)).mean, first), "as small from then on"
+        assert len(small.calls) == 4
+    assert "photos: out of memory; encoded in tiles of 256 px from here on" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("made_for", [64, 512])
+def test_what_fits_in_no_way_is_said(family, made_for):
     with (
         pytest.raises(RuntimeError, match="engine"),
-        ImageEncoder(Small(family, room=10), CPU, torch.float32) as encoder,
+        ImageEncoder(Small(family, 10, made_for), CPU, torch.float32) as encoder,
     ):
         encoder.encode(images(1))
 

@@ -10,21 +10,23 @@ from torch import nn
 
 from lowvram_db.cache import View, key
 from lowvram_db.cache.key import encoder_digest, latent_key, pixels_digest, text_key, weights_digest
+from lowvram_db.families.tiles import MOST
 
 PHOTO = (96, 96)
 VIEW = View(PHOTO, (64, 64), (0.0, 0.0, 96.0, 96.0))
-LATENT = {"pixels": "p", "view": VIEW, "encoder": "vae", "dtype": "float32", "tiled": False}
+LATENT = {"pixels": "p", "view": VIEW, "encoder": "vae", "dtype": "float32", "tiled": 0}
 OTHERS = {
     "pixels": "q",
     "view": View(PHOTO, (64, 64), (0.0, 0.0, 96.0, 95.99999999999999)),
     "encoder": "vae 2",
     "dtype": "float16",
-    "tiled": True,
+    "tiled": 1,
 }
 
 
 @pytest.mark.parametrize("part", LATENT)
 def test_a_latents_key_depends_on_every_part(part):
+    assert len({latent_key(**LATENT | {"tiled": times}) for times in range(MOST + 1)}) == MOST + 1
     assert latent_key(**LATENT) == latent_key(**LATENT)
     assert latent_key(**LATENT | {part: OTHERS[part]}) != latent_key(**LATENT)
 

@@ -26,6 +26,10 @@ class Network(nn.Module):
     def __init__(self, dtype):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(1, dtype=dtype))
+        self.use_tiling, self.tile_sample_min_size, self.tile_latent_min_size = False, 512, 64
+
+    def enable_tiling(self):
+        self.use_tiling = True
 
     @property
     def dtype(self):
@@ -40,7 +44,7 @@ class Family:
 
     def __init__(self, denoiser_overflows=(), vae_overflows=(), fits=lambda: True):
         self.denoiser_overflows, self.vae_overflows, self.fits = denoiser_overflows, vae_overflows, fits
-        self.loaded, self.tiled = [], False
+        self.loaded = []
 
     def sampler(self, denoiser):
         def pipeline(prompt_embeds, num_images_per_prompt, generator, **_):
@@ -58,9 +62,6 @@ class Family:
     def load_vae(self, dtype):
         self.loaded.append(dtype)
         return Network(dtype)
-
-    def tile(self, vae):
-        self.tiled = True
 
     def decode_latents(self, vae, latents):
         assert len(latents) == 1, "more than one picture at once"
@@ -129,16 +130,19 @@ def test_what_is_no_number_in_the_wider_precision_either_is_refused(overflows, h
 
 
 @pytest.mark.parametrize("is_own", [True, False])
-def test_a_vae_that_does_not_fit_beside_the_denoiser_decodes_without_it_and_else_in_tiles(monkeypatch, is_own):
+def test_a_vae_that_does_not_fit_beside_the_denoiser_decodes_without_it_and_else_in_tiles(monkeypatch, is_own, capfd):
+    """Smaller ones, where those that it was made for are no smaller than the picture."""
     moved = []
     monkeypatch.setattr(Network, "to", lambda self, where: moved.append(str(where)) or self)
     family = Family()
     drawing = drawer(family, is_own=is_own)
-    drawing._decoder._vae.to = lambda where: None
+    vae = drawing._decoder._vae
+    vae.to = lambda where: None
     moved.clear()
-    family.fits = lambda: family.tiled or moved.count("cpu") % 2 == 1
+    family.fits = lambda: vae.tile_sample_min_size == 256 or moved.count("cpu") % 2 == 1
     assert are_right(drawn(drawing, [1, 2]), [1, 2])
-    assert family.tiled is not is_own
+    assert vae.use_tiling is not is_own
+    assert capfd.readouterr().err.count("pictures: out of memory; decoded in tiles") == (0 if is_own else 2)
     assert moved == (["cpu", "cpu"] if is_own else []), "away, and back to a device of that name"
 
 

@@ -18,7 +18,7 @@ from lowvram_db.memory.trace import OverLimit, Trace
 from lowvram_db.optim.layout import is_channels_last
 from lowvram_db.optim.placement import Imagined, state_bytes
 from lowvram_db.optim.storage import SMALLEST
-from lowvram_db.plan import predict
+from lowvram_db.plan import beside, predict
 from lowvram_db.plan import tracing as as_on_a_gpu
 from lowvram_db.plan.reference import tracked_bytes
 from lowvram_db.plan.tracing import tracing
@@ -197,6 +197,17 @@ def test_state_in_ram_leaves_the_card_but_for_what_passes_through(planned, blank
         assert traced.steps(everywhere) == resident
 
 
+def test_a_photo_is_encoded_in_the_largest_tiles_that_fit(planned):
+    """SDXL's VAE was made for 1,024 px: smaller ones are asked for twice before there are any."""
+    name = "stabilityai/stable-diffusion-xl-base-1.0"
+    config, family = planned(name, train={"resolution": 1024}), open_blank(known_configs(name))
+    (text, whole), (_, in_tiles), (_, smallest) = (
+        list(beside.encoding(config, family, limit)) for limit in (None, 3 * 2**30, 0)
+    )
+    assert whole.peak_bytes > 3 * 2**30 > in_tiles.peak_bytes > smallest.peak_bytes
+    assert text.name == "text encoding" and whole.least and in_tiles.least
+
+
 def test_a_denoiser_that_is_streamed_takes_to_the_byte_what_a_trace_of_such_a_one_does(planned, blank):
     """A step of it, and the VAE beside it, in tiles too."""
     config = planned(train={"resolution": 128})
@@ -205,9 +216,9 @@ def test_a_denoiser_that_is_streamed_takes_to_the_byte_what_a_trace_of_such_a_on
         # Nobody has so little that even tiles do not fit, and then they are what is left.
         return [draw.denoising("x", 2, 7.5, **how), *(draw.decoding("x", limit, **how) for limit in (None, 0))]
 
-    with predict.drawing(config, blank) as draw:
+    with beside.drawing(config, blank) as draw:
         predicted = phases(draw, streamed=True)
-    with predict.drawing(config, blank) as draw:
+    with beside.drawing(config, blank) as draw:
         lent = lendable(draw._denoiser)
         sizes = [layer.weight.nbytes for layer in lent]
         draw._trace.label("weights", [room := torch.empty(room_for(sizes), dtype=torch.uint8)])
