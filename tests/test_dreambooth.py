@@ -75,7 +75,9 @@ GENERATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", GENERATIONS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "SDXL" else []) for name in GENERATIONS]
+)
 def test_every_generation_trains_resumes_bit_for_bit_samples_and_is_loaded_by_diffusers(make_config, tmp_path, name):
     write, schedule, train, text = GENERATIONS[name]
     write(tmp_path / "model", **schedule)
@@ -289,7 +291,7 @@ def test_the_base_models_pictures_stand_above_and_are_drawn_anew_where_others_ar
         {"text_encoder": {"train": True, "stop": 1}},
         pytest.param({"train": {"ema": 0.5}}, marks=pytest.mark.slow),
         pytest.param({"train": {"ema": 0.5}, "text_encoder": {"train": True, "stop": 1}}, marks=pytest.mark.slow),
-        {"train": {"ema": 0.5}, "text_encoder": {"train": True}},
+        pytest.param({"train": {"ema": 0.5}, "text_encoder": {"train": True}}, marks=pytest.mark.slow),
     ],
 )
 def test_pictures_on_the_way_are_those_of_the_weights(make_config, sections):
@@ -312,7 +314,7 @@ def test_pictures_on_the_way_are_those_of_the_weights(make_config, sections):
     assert all((during.model / file).read_bytes() == (longer.model / file).read_bytes() for file in files[0])
 
 
-@pytest.mark.parametrize("stop", [None, 2])
+@pytest.mark.parametrize("stop", [pytest.param(None, marks=pytest.mark.slow), 2])
 def test_the_saved_model_is_the_average_and_the_checkpoint_has_both(make_config, stop):
     """Text encoders that have stopped are what a run of so many steps would have made of them."""
 
@@ -376,7 +378,7 @@ def test_half_precision_on_disk_is_the_default_and_rounds_once(make_config):
 
 
 @pytest.mark.parametrize("links", [True, False])
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "fp16"])
 def test_the_last_step_is_written_once_where_checkpoint_and_model_are_the_same(
     make_config, monkeypatch, links, precision
 ):

@@ -12,7 +12,7 @@ SMALL = ["train.steps=2", "train.resolution=64", "prior.count=2", "prior.steps=1
          "sample.guidance=[2.0]", "checkpoint.every=1", 'precision.compute="fp32"']  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["pokeball", "jellyfish"])
+@pytest.mark.parametrize("name", [pytest.param("pokeball", marks=pytest.mark.slow), "jellyfish"])
 def test_an_example_runs_from_its_config_to_its_file(name, lowvram_db, tmp_path, miniature, photos, monkeypatch):
     commands = re.findall(r"^    lowvram-db (.*)$", (EXAMPLES / f"{name}.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert [command.split()[0] for command in commands] == ["plan", "train", "evaluate", "export"]

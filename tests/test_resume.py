@@ -189,6 +189,7 @@ def test_streamed_killed_and_interrupted_it_ends_as_if_state_had_never_left_the_
     assert_same_result(straight, run_dreambooth(config(0)))
 
 
+@pytest.mark.slow
 def test_with_weights_in_ram_a_run_ends_as_without(config_of, straight_run, monkeypatch):
     """Stopped halfway, which is a checkpoint's, and with pictures and validation on the way, which only read."""
     straight, whole = straight_run("adam8"), dreambooth.make_plan
@@ -248,6 +249,7 @@ def test_a_checkpoint_of_another_run_starts_a_branch(config_of, straight_run):
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
+@pytest.mark.slow
 def test_text_encoders_resume_too_and_where_they_stop(config_of, processes):
     """Killed with -9 while they are trained, and soon after the checkpoint of their last step."""
     text = {"train": True, "stop": 5}

@@ -79,6 +79,7 @@ def test_a_peers_steps_are_timed_by_its_optimizer(run_peer):
     assert result["made_with"]["torch"] == torch.__version__ and "diffusers " in result["made_with"]["versions"]
 
 
+@pytest.mark.slow
 def test_a_peer_runs_by_the_python_of_its_own_checkout(run_peer, tmp_path):
     """Which here is a shell script: it says that it was called, and calls the one that runs the test."""
     python = tmp_path / "venv" / "bin" / "python"
@@ -154,6 +155,7 @@ def test_a_row_says_what_was_computed_in(compare, monkeypatch, halves_are_native
     assert rows[0]["compute"] == said
 
 
+@pytest.mark.slow
 def test_a_peer_that_stops_early_is_no_measurement(run_peer):
     assert run_peer(TRAINER.replace("range(4)", "range(3)"))["outcome"].startswith("failed (0): ")
 

@@ -1,9 +1,12 @@
 import subprocess
 import sys
 
+import pytest
+
 from lowvram_db.photos import load_photo
 
 
+@pytest.mark.slow
 def test_the_example_in_the_docs_runs_and_is_quicker_the_second_time(miniature, photo_files, tmp_path, request):
     load_photo(photo_files[0]).resize((160, 96)).save(photo_files[0])
     command = [sys.executable, request.config.rootpath / "docs" / "cache_example.py", "--steps", "6",

@@ -42,6 +42,7 @@ def verdict(folder: Path, monkeypatch: pytest.MonkeyPatch, *changes: str) -> dic
     }
 
 
+@pytest.mark.slow
 def test_the_subject_is_learned_and_the_class_kept(tmp_path, monkeypatch):
     assert all(verdict(tmp_path, monkeypatch).values())
 

@@ -152,7 +152,7 @@ WAYS = st.sampled_from([{}, {"weights": "bf16+residual"}, {"resume_at": 1}, {"br
 
 
 @given(st.integers(0, 2**32), WAYS, st.booleans())
-@settings(max_examples=20)
+@settings(max_examples=10)
 def test_streamed_and_resident_give_the_same_bits(training, resident, seed, way, lends):
     assert same(training(seed=seed, lends=lends, **way), resident(**way))
 

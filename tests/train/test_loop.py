@@ -121,7 +121,9 @@ def test_losses_equal_a_plain_diffusers_loop(make_config, make_trainer, tmp_path
     assert got[-1] != pytest.approx(got[0], abs=1e-3), "nothing was trained, so nothing was compared"
 
 
-@pytest.mark.parametrize("gathering", [{"accumulate": 3}, {"accumulate": 2, "max_norm": 0.2}])
+@pytest.mark.parametrize(
+    "gathering", [pytest.param({"accumulate": 3}, marks=pytest.mark.slow), {"accumulate": 2, "max_norm": 0.2}]
+)
 def test_adam8_gathers_batches_by_its_own_rule(make_config, make_trainer, miniature, gathering):
     train = {"steps": 8, "lr": 1e-3, "batch": 2, "gradient_checkpointing": False, **gathering}
     trainer = make_trainer(make_config(prior={"weight": 0.7}, train=train, precision={"compute": "fp32"}))

@@ -91,7 +91,9 @@ def test_streamed_in_part_in_whole_and_not_at_all_are_the_same(
         assert_same(dict(trainer.trained), dict(straight.trained))
 
 
-@pytest.mark.parametrize("where", ["conv_out.weight", "mid_block.resnets.0.conv1.weight"])
+@pytest.mark.parametrize(
+    "where", [pytest.param("conv_out.weight", marks=pytest.mark.slow), "mid_block.resnets.0.conv1.weight"]
+)
 @pytest.mark.parametrize(
     ("smaller", "larger", "words"),
     [

@@ -73,7 +73,9 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if "SDXL" in name else []) for name in MODELS]
+)
 def test_a_run_ends_in_the_same_bits_with_and_without(make_config, tmp_path, name):
     shared = {"cache": {"dir": str(tmp_path / "shared")}, "prior": {"count": 2, "images": str(tmp_path / "class")}}
     if "SDXL" in name:
