@@ -150,7 +150,8 @@ def test_checkpointing_changes_no_bit(trainer_on):
 def test_what_is_in_ram_changes_no_bit(trainer_on, weights):
     precision = {"compute": "bf16", "weights": weights}
     ways = [Strategy(5, 5, streamed=eighths) for eighths in (0, 3, 8)]
-    trainers = [trainer_on(way, precision=precision) for way in (*ways, replace(ways[-1], weights=8))]
+    lent = [replace(ways[-1], weights=eighths) for eighths in (3, 8)]
+    trainers = [trainer_on(way, precision=precision) for way in (*ways, *lent)]
     for trainer in trainers:
         for _ in range(3):
             trainer.train_step()
