@@ -29,7 +29,7 @@ def encoding(config: Config, family: Blank, limit: int | None = None) -> Iterato
         trace.label("weights", tensors(encoders.values()))
         family.encode_prompts(encoders, [""])
     yield phase("text encoding", trace)
-    latents = _in_tiles(lambda tilings: _latent_encoding(config, family, tilings), limit)
+    latents = in_tiles(lambda tilings: _latent_encoding(config, family, tilings), limit)
     yield replace(latents, least=True)  # cache/encoder.py makes batches of what is free
 
 
@@ -44,7 +44,7 @@ def _latent_encoding(config: Config, family: Blank, tilings: int) -> Phase | Non
     return phase("latent encoding", trace)
 
 
-def _in_tiles(traced: Callable[[int], Phase | None], limit: int | None) -> Phase:
+def in_tiles(traced: Callable[[int], Phase | None], limit: int | None) -> Phase:
     """With a picture whole, else in the largest tiles that fit, else in the smallest. traced: with tiles asked for so
     often; None where they cannot be so small."""
     found = traced(0)
@@ -101,7 +101,7 @@ class Drawing:
         if not streamed and (limit is None or whole.peak_bytes <= limit):
             return whole
         without = self._streamed if streamed else self._away
-        return _in_tiles(lambda tilings: (one := decoded(tilings) if tilings else whole) and without(one), limit)
+        return in_tiles(lambda tilings: (one := decoded(tilings) if tilings else whole) and without(one), limit)
 
     def _away(self, one: Phase) -> Phase:
         return one.with_more("weights", -sum(whole_granules(tensor.nbytes) for tensor in tensors([self._denoiser])))

@@ -68,13 +68,14 @@ def _training(
     config: Config, family: Blank, limit: int | None, explain: bool
 ) -> tuple[list[Phase], list[Rung], int, int, list[Event], str]:
     """The phases of the chosen rung, all rungs looked at, how many pictures are made at once on the way, the bytes of
-    the weights' average, the order of gradients, and by which rates a streamed rung waits."""
+    the weights' average, the order of gradients, and by which rates a streamed rung waits. A rung has to have room for
+    a picture on the way, too."""
     strategies = ladder(config, family.checkpoint_steps)
     most = max(strategy.checkpointed for strategy in strategies)
     rungs: dict[Strategy, Rung] = {}
     steps: dict[Strategy, list[Phase]] = {}
 
-    def look(strategy: Strategy, limit: int | None) -> None:
+    def look(strategy: Strategy, within: int | None) -> None:
         if strategy in rungs:
             return
         if strategy.streamed:
@@ -82,7 +83,10 @@ def _training(
             phases = traced.moved(strategy, steps[strategy.resident])
             rungs[strategy], steps[strategy] = _rung(strategy, phases), phases
         else:
-            rungs[strategy], steps[strategy] = _look(traced, strategy, limit)
+            rungs[strategy], steps[strategy] = _look(traced, strategy, within)
+        if config.sample.every and rungs[strategy].traced_to_the_end:
+            drawn = traced.sampling(1, strategy, limit)
+            rungs[strategy].peak_bytes = max(rungs[strategy].peak_bytes, drawn.peak_bytes)
 
     def fits(strategy: Strategy) -> bool:
         # The last ones to the end: should none fit, the smallest of them is the answer.
@@ -113,11 +117,11 @@ def _training(
             rung.carried_up, rung.carried_down = what.carried
             rung.waits = waiting(what, traced.done(what), by)
         order = traced.order() if config.optimizer.kind.streams else []
-        traced.use(chosen.strategy)
         phases, pictures = steps[chosen.strategy], config.sample.pictures_a_row
         if config.sample.every:
-            sampling, pictures = _as_many(pictures, traced.sampling, limit)
+            sampling, pictures = _as_many(pictures, lambda count: traced.sampling(count, chosen.strategy, limit), limit)
             phases = [*phases, sampling]
+        traced.use(chosen.strategy)
         phases, average = [*phases, traced.saving()], traced.average_bytes
     later = _later_steps(config, family, chosen.strategy)
     return [*phases[:2], *later, *phases[2:]], _relative(seen), pictures, average, order, str(by) if streamed else ""

@@ -19,7 +19,7 @@ from lowvram_db.memory.stream.schedule import whole_granules
 from lowvram_db.memory.trace import OverLimit, Trace
 from lowvram_db.optim.kinds import StepsInBackward
 from lowvram_db.optim.storage import SMALLEST
-from lowvram_db.plan.beside import decode, denoise, guided
+from lowvram_db.plan.beside import decode, denoise, guided, in_tiles
 from lowvram_db.plan.inputs import CPU, blank_batch, tensors, timesteps
 from lowvram_db.plan.inputs import phase as phase_of
 from lowvram_db.plan.result import Phase
@@ -36,10 +36,10 @@ def training(config: Config, family: Blank, strategy: Strategy, limit: int | Non
     as a step needs more."""
     with rehearsal(config, family) as traced:
         steps = traced.moved(strategy, traced.steps(strategy.resident, None if strategy.streamed else limit))
-        if limit is not None and (most := max(phase.peak_bytes for phase in steps)) > limit:
+        sampling = [traced.sampling(1, strategy, limit)] if config.sample.every else []
+        if limit is not None and (most := max(phase.peak_bytes for phase in (*steps, *sampling))) > limit:
             raise OverLimit(most)
         traced.use(strategy)
-        sampling = [traced.sampling(1)] if config.sample.every else []
         return [*steps, *sampling, traced.saving()]
 
 
@@ -62,6 +62,9 @@ class Rehearsal:
         self._events: list[tuple[Event, int]] = []  # of its first batch, in operations since it began
         self._done: set[int] = set()  # whose gradients have come in it
         self._seen: dict[Strategy, list[tuple[Event, int]]] = {}  # of steps that were traced to their end
+        self._drawn: dict[
+            tuple[int, int], Phase | None
+        ] = {}  # on the way, by pictures at once and tilings, see tiles.py
         for place, parameter in enumerate(self._learner.parameters):
             parameter.register_hook(partial(self._note, Event(place, reads=False)))
         places = {parameter: place for place, parameter in enumerate(self._learner.parameters)}
@@ -142,9 +145,26 @@ class Rehearsal:
             if not event.reads:
                 self._done.add(event.place)
 
-    def sampling(self, pictures: int) -> Phase:
-        """So many pictures at once, on the way."""
-        return _sampling_on_the_way(self._config, self._family, self._learner, self._trace, pictures)
+    def sampling(self, pictures: int, strategy: Strategy, limit: int | None = None) -> Phase:
+        """So many pictures at once, on the way, decoded in the largest tiles that fit."""
+
+        def drawn(tilings: int) -> Phase | None:
+            if (pictures, tilings) not in self._drawn:
+                self.use(strategy.resident)
+                self._drawn[pictures, tilings] = self._draw(pictures, tilings)
+            resident = self._drawn[pictures, tilings]
+            return resident and self.moved(strategy, [resident])[0]
+
+        return in_tiles(drawn, limit)
+
+    def _draw(self, pictures: int, tilings: int) -> Phase | None:
+        learner, start, rows = self._learner, self._trace.mark(), guided(pictures, max(self._config.sample.guidance))
+        with torch.no_grad():
+            with learner.autocast():
+                denoise(self._config, self._family, learner.denoiser, rows, learner.activations)
+            dtype = torch.float32 if learner.dtype == torch.float16 else learner.dtype  # where it overflows
+            there_are = decode(self._config, self._family, self._trace, dtype, tilings)
+        return phase_of("sampling on the way", self._trace, start) if there_are else None
 
     def saving(self) -> Phase:
         """Nothing can follow it."""
@@ -209,17 +229,6 @@ def blank_learner(config: Config, family: Blank, strategy: Strategy, trace: Trac
     trace.label("weights", tensors(learner.modules.values()))
     trace.label("optimizer", state(learner.optimizer))
     return learner
-
-
-def _sampling_on_the_way(config: Config, family: Blank, learner: Learner, trace: Trace, pictures: int) -> Phase:
-    start = trace.mark()
-    with torch.no_grad():
-        with learner.autocast():
-            rows = guided(pictures, max(config.sample.guidance))
-            denoise(config, family, learner.denoiser, rows, learner.activations)
-        overflows = learner.dtype == torch.float16
-        decode(config, family, trace, torch.float32 if overflows else learner.dtype)
-    return phase_of("sampling on the way", trace, start)
 
 
 def _saving(learner: Learner, trace: Trace) -> Phase:

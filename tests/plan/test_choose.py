@@ -18,7 +18,7 @@ from lowvram_db.plan.choose import _advice, _pictures, _training, choose
 from lowvram_db.plan.result import Phase, Plan
 from lowvram_db.plan.show import ram, show
 from lowvram_db.plan.waiting import Rates
-from lowvram_db.train.strategy import ladder
+from lowvram_db.train.strategy import Strategy, ladder
 
 SMALL = {"prior": {"batch": 1}, "train": {"resolution": 128, "batch": 4}}
 
@@ -273,8 +273,11 @@ def test_a_grids_pictures_come_fewer_at_once_where_they_would_not_fit(planned, b
     there too."""
     config = planned(train={"resolution": 64}, prior={"enabled": False}, sample={"seeds": 16, "every": every})
     with predict.rehearsal(config, blank) if every else beside.drawing(config, blank) as traced:
-        drawn = traced.sampling if every else lambda count: traced.denoising("sampling", count, 11.0)
-        sixteen, all_ = (drawn(count).peak_bytes for count in (16, 32))
+        way = Strategy(0, 5)
+        sixteen, all_ = (
+            (traced.sampling(count, way) if every else traced.denoising("sampling", count, 11.0)).peak_bytes
+            for count in (16, 32)
+        )
     plan = choose(config, blank, int((sixteen + all_) / 2 * (1 + MARGIN)))
     assert (plan.sample_batch, plan.fits) == (16, True)
     assert choose(config, blank, int(all_ * (1 + MARGIN)) + 2**20).sample_batch == 32
@@ -388,3 +391,22 @@ def test_a_plan_survives_json(planned, blank):
 def test_a_picture_too_small_for_the_unet_is_refused(planned, blank):
     with pytest.raises(UserError, match=r"train\.resolution: 8 is less than 16"):
         choose(planned(train={"resolution": 8}), blank, None)
+
+
+def test_a_strategy_has_room_for_a_picture_on_the_way_too(planned, blank):
+    """In tiles before training gets slower, and by weights in RAM before nothing fits. Of fp16 it is decoded in
+    float32, which takes more than a step of this one."""
+    config = planned(
+        train={"resolution": 128}, prior={"enabled": False}, sample={"every": 1}, precision={"compute": "fp16"}
+    )
+    rungs = ladder(config, blank.checkpoint_steps)
+    with predict.rehearsal(config, blank) as traced:
+        most = [max(phase.peak_bytes for phase in traced.steps(rung)) for rung in (rungs[-1].resident, rungs[-1])]
+        whole, tiled = (traced.sampling(1, rungs[-1].resident, limit).peak_bytes for limit in (None, 0))
+        least = traced.sampling(1, rungs[-1], 0).peak_bytes
+    assert most[1] < least < most[0] < tiled < whole
+    for limit in (least, most[0], tiled):
+        plan = choose(config, blank, int(limit * (1 + MARGIN)) + 1)
+        drawn = next(phase.peak_bytes for phase in plan.phases if phase.name == "sampling on the way")
+        assert plan.fits and drawn <= limit
+        assert bool(plan.strategy.streamed) == (limit < tiled)

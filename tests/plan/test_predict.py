@@ -133,11 +133,11 @@ def test_a_strategy_that_was_broken_off_in_backward_leaves_no_gradient_to_what_i
     with predict.rehearsal(config, blank) as traced:
         most = max(phase.peak_bytes for phase in traced.steps(nowhere))
         traced.steps(everywhere)
-        before = traced.sampling(1)
+        before = traced._draw(1, 0)
         with pytest.raises(OverLimit):
             traced.steps(nowhere, most - 1)
         traced.use(everywhere)
-        after = traced.sampling(1)
+        after = traced._draw(1, 0)
     assert {**after.components, "activations": 0} == {**before.components, "activations": 0}
     assert before.components["gradients"] == 0
 
@@ -193,8 +193,11 @@ def test_state_in_ram_leaves_the_card_but_for_what_passes_through(planned, blank
                 assert now.ram_bytes // 4 <= passes < most + trace_room.GRANULE
                 same = {**before.components, "optimizer": 0}
                 assert same == {**now.components, "optimizer": 0} and before.ram_bytes == 0
-        drawn, held = (phase.components["optimizer"] for phase in (traced.sampling(1), streamed[1]))
-        assert abs(drawn - held) <= trace_room.GRANULE
+        drawn = [traced._draw(1, 0), traced.sampling(1, replace(everywhere, streamed=3))]  # which is used now
+        assert drawn[0].ram_bytes == drawn[1].ram_bytes
+        held = [phase.components["optimizer"] for phase in (*drawn, streamed[1])]
+        assert max(held) - min(held) <= trace_room.GRANULE
+        assert abs(drawn[0].peak_bytes - drawn[1].peak_bytes) <= trace_room.GRANULE
         assert traced.steps(everywhere) == resident
 
 
