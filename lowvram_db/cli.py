@@ -17,6 +17,7 @@ import typer
 from lowvram_db.config import Config, load
 from lowvram_db.errors import DoesNotFit, Interrupted, UserError
 from lowvram_db.memory import segments
+from lowvram_db.memory.gpu_fault import is_gpu_fault, told
 from lowvram_db.memory.size import parse_size
 from lowvram_db.quiet import hide_loading_bars, quiet_libraries, skip_unneeded
 from lowvram_db.reading import Reading
@@ -448,6 +449,10 @@ def main() -> None:
             _leave(str(stop), stop.exit_code, stop)
         except OSError as error:  # a disk that fails where nobody foresaw it
             _leave(f"error: {error}", UserError.exit_code, error)
+        except RuntimeError as error:
+            if not is_gpu_fault(error):
+                raise
+            _leave(f"error: {told(error)}", UserError.exit_code, error)
 
 
 def _leave(message: str, code: int, error: BaseException) -> None:

@@ -3,11 +3,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from lowvram_db import cli
 from lowvram_db.config import load
 from lowvram_db.sections import DEFAULT_IDENTIFIER
+from lowvram_db.train.trainer import Trainer
 
 
 @pytest.fixture
@@ -117,6 +119,40 @@ def test_debug_shows_the_traceback(monkeypatch, toml):
 
     monkeypatch.setattr(sys, "argv", ["lowvram-db", "train", "none.toml", "--debug"])
     with pytest.raises(UserError):
+        cli.main()
+
+
+@pytest.mark.parametrize("kind", [torch.AcceleratorError, RuntimeError])
+def test_a_gpu_that_vanishes_costs_what_was_not_saved(lowvram_db, toml, monkeypatch, tmp_path, kind):
+    """On a step, and on all that follows: nothing that is cleaned up may hide what has happened."""
+    words = ["train", toml, "--set", "checkpoint.every=1", "--set", "train.steps=3"]
+    assert lowvram_db(*words, "--set", "output.name=straight")[0] == 0
+    step = Trainer.train_step
+
+    def vanishes(trainer):
+        if trainer.step == 2:
+            raise kind("CUDA error: unspecified launch failure\nCUDA kernel errors might be reported at another call")
+        return step(trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", vanishes)
+        code, _, err = lowvram_db(*words, "--set", "output.name=again")
+    assert code == 2
+    said = err.splitlines()[-1]
+    assert said.startswith(
+        "error: the GPU cannot go on (CUDA error: unspecified launch failure); finished work is kept"
+    )
+    assert lowvram_db(*words, "--set", "output.name=again")[0] == 0
+    one, other = (
+        (tmp_path / "runs" / name / "model" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+        for name in ("straight", "again")
+    )
+    assert one == other
+
+
+def test_what_is_no_fault_of_a_gpu_is_shown_whole(monkeypatch):
+    monkeypatch.setattr(cli, "app", lambda **_: (_ for _ in ()).throw(RuntimeError("shapes do not match")))
+    with pytest.raises(RuntimeError, match="shapes do not match"):
         cli.main()
 
 
