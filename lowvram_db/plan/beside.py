@@ -125,7 +125,7 @@ def denoise(config: Config, family: Blank, denoiser: Any, rows: int, dtype: torc
 
 def decode(config: Config, family: Blank, trace: Trace, dtype: torch.dtype, tilings: int = 0) -> bool:
     """One picture, by a VAE that comes for it, whole or in tiles that are asked for so many times; whether there are
-    such. In float32, for which half precision is given up where it overflows."""
+    such. dtype: float32 where half precision is given up for it, as one that overflows is."""
     vae: Any = family.load_vae(dtype)
     trace.label("weights", tensors([vae]))
     if not all(tile(vae) for _ in range(tilings)):
