@@ -1,9 +1,10 @@
 // AdamW with two moments in 16 bits on a CPU: what _twin in adam8.py means, a block of 256 weights at a time.
 //
 // A block stays in L1 from its first read to its last write, in loops of 256 floats that GCC and Clang make vectors of;
-// short ones, for a processor looks ahead over few instructions, and long chains leave it idle. Operations come in the
-// twin's order and are rounded one by one (-ffp-contract=off); fused are only those that are exact either way, and the
-// polynomials. Blocks are independent: which thread steps which changes nothing.
+// short ones, for a processor looks ahead over few instructions, and long chains leave it idle. Sums and products are
+// rounded one by one (-ffp-contract=off); fused are only those that are exact either way, and the polynomials. What the
+// twin divides five times a weight is divided twice here, for a division takes as long as ten products: m stays a
+// fraction. Blocks are independent: which thread steps which changes nothing.
 
 #include <algorithm>
 #include <cmath>
@@ -18,7 +19,7 @@ constexpr float LIMIT = 1.5f, TRUST = 0.9f;
 constexpr uint32_t FAINTEST = 0x00800000, INFINITE = 0x7F800000;  // patterns of 2^-126 and infinity
 
 constexpr float ROUND = 1.5f * (1 << 23);  // added, it leaves the nearest whole number in the low bits of the pattern
-constexpr int CHUNK = 16;           // blocks a thread takes at once
+constexpr int CHUNK = 64;           // blocks a thread takes at once: enough for the memory to run ahead of it
 constexpr int WORTH_THREADS = 512;  // blocks: a quarter of a millisecond; less is not worth waiting for a thread whose
                                     // core another process has
 
@@ -33,18 +34,26 @@ struct Record {  // of a tensor, as in adam8.py
     int64_t skipped;
 };
 
-struct Tensors {  // the arguments of update_
+struct Tensors {  // the arguments of update_ in adam8.py, as native.py packs them
     char* weight;
     int8_t* residual;  // or null
-    const char* grad;
     int16_t* codes;
     int32_t* scales;
-    const float* unscale;
     const Step* numbers;
     Record* record;
     uint64_t stream;
-    int64_t n;
-    int64_t weights, grads;  // Storage
+    int64_t n, weights;  // Storage
+    const char* grad;
+    const float* unscale;
+    int64_t grads;  // Storage
+};
+
+// What one loop over a block leaves for another. Were two of them 4 KiB apart, loads from one would wait for stores to the
+// other: a processor compares only the low bits of addresses at first.
+struct Floats {
+    alignas(64) float at[BLOCK + 80];
+    float& operator[](int i) { return at[i]; }
+    const float& operator[](int i) const { return at[i]; }
 };
 
 template <class To, class From>
@@ -106,47 +115,39 @@ struct Format {  // how a block's codes are to be read
     }
 };
 
-inline float unbend(float places, float full) {
-    float gap = full - std::fabs(places);
-    return places / (gap + gap);  // MIDDLE is a half
-}
-
 // As bits.lanes: Philox 4x32-10, its words in 64-bit lanes, of which the low half counts.
 void lanes(uint64_t first_group, const Record& at, uint64_t stream, uint16_t* random) {
+    constexpr int GROUPS = BLOCK / 8;
     constexpr uint64_t low = 0xFFFFFFFF;
-    uint64_t words[BLOCK / 8][2];
-    for (int group = 0; group < BLOCK / 8; group++) {
-        uint64_t x0 = first_group + group, x1 = uint32_t(at.step), x2 = at.tensor, x3 = stream;
-        uint32_t k0 = uint32_t(at.seed), k1 = uint32_t(at.seed >> 32);
+    uint64_t x0[GROUPS], x1[GROUPS], x2[GROUPS], x3[GROUPS], words[GROUPS][2];
+    for (int i = 0; i < GROUPS; i++) {
+        x0[i] = first_group + i, x1[i] = uint32_t(at.step), x2[i] = at.tensor, x3[i] = stream;
+    }
+    uint32_t k0 = uint32_t(at.seed), k1 = uint32_t(at.seed >> 32);
 #pragma GCC unroll 10
-        for (int round = 0; round < 10; round++) {
-            uint64_t p0 = (x0 & low) * 0xD2511F53u, p1 = (x2 & low) * 0xCD9E8D57u;
-            x0 = (p1 >> 32) ^ x1 ^ k0, x1 = p1;
-            x2 = (p0 >> 32) ^ x3 ^ k1, x3 = p0;
-            k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+    for (int round = 0; round < 10; round++) {
+        for (int i = 0; i < GROUPS; i++) {
+            uint64_t p0 = (x0[i] & low) * 0xD2511F53u, p1 = (x2[i] & low) * 0xCD9E8D57u;
+            x0[i] = (p1 >> 32) ^ x1[i] ^ k0, x1[i] = p1;
+            x2[i] = (p0 >> 32) ^ x3[i] ^ k1, x3[i] = p0;
         }
-        words[group][0] = (x0 & low) | x1 << 32, words[group][1] = (x2 & low) | x3 << 32;
+        k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+    }
+    for (int i = 0; i < GROUPS; i++) {
+        words[i][0] = (x0[i] & low) | x1[i] << 32, words[i][1] = (x2[i] & low) | x3[i] << 32;
     }
     std::memcpy(random, words, sizeof words);  // the low half of a word comes first
 }
 
-template <class T>
-void read(const void* from, int64_t count, T* to) {  // and fill up with zeros
-    if (count == BLOCK) return void(std::memcpy(to, from, BLOCK * sizeof(T)));
-    std::fill(to, to + BLOCK, T(0));
-    std::memcpy(to, from, count * sizeof(T));
-}
+inline int64_t blocks_of(const Tensors& t) { return (t.n + BLOCK - 1) / BLOCK; }
 
-template <class T>
-void write(const T* from, int64_t count, void* to) {
-    std::memcpy(to, from, count == BLOCK ? BLOCK * sizeof(T) : count * sizeof(T));
-}
+inline int64_t bytes(int64_t storage) { return storage == FP32 ? 4 : 2; }
 
-void widen(const char* tensor, int64_t storage, int64_t first, int64_t count, float* to) {
-    uint16_t x[BLOCK];
-    if (storage == FP32) return read(tensor + 4 * first, count, to);
-    read(tensor + 2 * first, count, x);
-    if (storage == BF16)
+void widen(const char* from, int64_t storage, Floats& to) {
+    const uint16_t* x = reinterpret_cast<const uint16_t*>(from);
+    if (storage == FP32)
+        std::memcpy(to.at, from, sizeof(float[BLOCK]));
+    else if (storage == BF16)
         for (int i = 0; i < BLOCK; i++) to[i] = as<float>(uint32_t(x[i]) << 16);
     else
         for (int i = 0; i < BLOCK; i++) {
@@ -158,17 +159,16 @@ void widen(const char* tensor, int64_t storage, int64_t first, int64_t count, fl
 }
 
 // Round stochastically into the weights' storage, as the functions of bits.py do.
-void narrow(const float* w, const uint16_t* random, const Tensors& t, int64_t first, int64_t count) {
-    uint16_t x[BLOCK];
-    int8_t rest[BLOCK];
-    if (t.weights == FP32) return write(w, count, t.weight + 4 * first);
-    if (t.residual) {
+void narrow(const Floats& w, const uint16_t* random, int64_t storage, char* to, int8_t* residual) {
+    uint16_t* x = reinterpret_cast<uint16_t*>(to);
+    if (storage == FP32)
+        std::memcpy(to, w.at, sizeof(float[BLOCK]));
+    else if (residual)
         for (int i = 0; i < BLOCK; i++) {
             int32_t upper = int32_t(as<uint32_t>(w[i]) + (random[i] & 0xFF)) >> 8, nearest = (upper + 0x80) >> 8;
-            x[i] = uint16_t(nearest), rest[i] = int8_t(upper - nearest * 256);
+            x[i] = uint16_t(nearest), residual[i] = int8_t(upper - nearest * 256);
         }
-        write(rest, count, t.residual + first);
-    } else if (t.weights == BF16)
+    else if (storage == BF16)
         for (int i = 0; i < BLOCK; i++) x[i] = uint16_t((as<uint32_t>(w[i]) + random[i]) >> 16);
     else
         for (int i = 0; i < BLOCK; i++) {
@@ -178,33 +178,40 @@ void narrow(const float* w, const uint16_t* random, const Tensors& t, int64_t fi
             int32_t small = int32_t(as<float>(size) * 0x1p24f + float(int32_t(cut)) * 0x1p-13f);
             x[i] = uint16_t((size < 113 << 23 ? uint32_t(small) : normal) | (pattern >> 16 & 0x8000));
         }
-    write(x, count, t.weight + 2 * first);
 }
 
-// One step of a block; false, and nothing done, where a gradient is not finite.
-bool step_block(const Tensors& t, const Step& step, int64_t block) {
-    alignas(64) float g[BLOCK], w[BLOCK], m[BLOCK], v[BLOCK], inverse[BLOCK];
-    alignas(64) float levels[BLOCK], places[BLOCK], roots[BLOCK];
-    alignas(64) uint16_t random[BLOCK], codes[BLOCK];
-    alignas(64) int8_t rest[BLOCK];
-    const int64_t first = block * BLOCK, count = std::min<int64_t>(t.n - first, BLOCK);
+struct Block {  // its number, how many of its weights there are, and where they and what belongs to them lie
+    int64_t number, count;
+    char* weight;
+    int8_t* residual;  // or null
+    const char* grad;
+    int16_t* codes;
+};
 
-    // the moments
-    widen(t.grad, t.grads, first, count, g);
-    read(t.codes + first, count, codes);
+// One step of a block; false, and nothing done, where a gradient is not finite.
+bool step_block(const Tensors& t, const Step& step, const Block& block) {
+    Floats g, w, over, under, v, roots, divisor, logs, gaps, errors;
+    alignas(64) int32_t levels[BLOCK];
+    alignas(64) uint16_t random[BLOCK];
+    int16_t* const codes = block.codes;
+
+    // the moments: m = over / under
+    widen(block.grad, t.grads, g);
     if (*t.unscale != 1)
         for (int i = 0; i < BLOCK; i++) g[i] *= *t.unscale;
-    const int scale = t.scales[block];
+    const int scale = t.scales[block.number];
     const Format old(scale & 15);
     const float old_half_step = power(-1 - old.e), old_lowest = float((scale >> 4) - old.last) * old_half_step;
+    for (int i = 0; i < BLOCK; i++)
+        roots[i] = exp2_of(fused(float(uint16_t(codes[i]) >> old.place_bits), old_half_step, old_lowest));
     for (int i = 0; i < BLOCK; i++) {
-        float root = exp2_of(fused(float(codes[i] >> old.place_bits), old_half_step, old_lowest));
-        float u = unbend(float((codes[i] & (2 * old.half - 1)) - old.half), old.full);
-        m[i] = u * root * step.keep_scaled + g[i] * step.add_scaled;
-        v[i] = root * root * step.keep_v + g[i] * g[i] * step.add_v;
-        inverse[i] = 1 / (std::sqrt(v[i]) + step.root_eps);
+        float place = float((codes[i] & (2 * old.half - 1)) - old.half), gap = old.full - std::fabs(place);
+        under[i] = gap + gap;  // u = place / under: MIDDLE is a half
+        over[i] = place * roots[i] * step.keep_scaled + g[i] * step.add_scaled * under[i];
+        v[i] = roots[i] * roots[i] * step.keep_v + g[i] * g[i] * step.add_v;
+        divisor[i] = (std::sqrt(v[i]) + step.root_eps) * under[i];
     }
-    std::fill(v + count, v + BLOCK, 0.0f);
+    std::fill(v.at + block.count, v.at + BLOCK, 0.0f);
 
     // Floats from zero up are ordered as their patterns are, with infinity and NaN above; the difference that runs below
     // zero becomes the largest of all.
@@ -222,57 +229,89 @@ bool step_block(const Tensors& t, const Step& step, int64_t block) {
     const float steps = power(form.e), half_step = power(-1 - form.e), highest = std::ceil(top * steps);
     const float lowest = highest - float(form.last);
 
-    // the levels of v, rounded stochastically, above ROUND
-    lanes(first / 8, *t.record, t.stream, random);
-    const float level_0 = ROUND, last_level = ROUND + float(form.last);
+    // the levels of v, rounded stochastically, above ROUND: as patterns, which are ordered and end as the levels do
+    lanes(block.number * (BLOCK / 8), *t.record, t.stream, random);
+    for (int i = 0; i < BLOCK; i++) logs[i] = log2_of(v[i]);
+    const int32_t level_0 = as<int32_t>(ROUND), last_level = level_0 + form.last;
     for (int i = 0; i < BLOCK; i++) {
-        float exact = fused(log2_of(v[i]), steps, -(lowest + 1.5f));
-        exact = as<uint32_t>(v[i]) < FAINTEST ? -INFINITY : exact;
-        float one_to_two = as<float>((random[i] * 40503u & 0xFFFF) << 7 | 0x3F800040);
-        levels[i] = std::min(std::max(exact + one_to_two + ROUND, level_0), last_level);
+        float exact = fused(logs[i], steps, -(lowest + 1.5f));
+        float one_to_two = as<float>((random[i] * (40503u << 7) & 0x7FFF80) | 0x3F800040);
+        int32_t level = as<int32_t>(exact + one_to_two + ROUND);
+        level = std::min(std::max(level, level_0), last_level);
+        levels[i] = as<uint32_t>(v[i]) < FAINTEST ? level_0 : level;
     }
 
-    // the places of u = m / root, and the codes
+    // the places of u = m / root, the codes, and what they hold more of m than there is: errors / (gaps * under)
     const float zero = ROUND + float(form.half), end = float(form.half - 1), below = (lowest - ROUND) * half_step;
+    for (int i = 0; i < BLOCK; i++) roots[i] = exp2_of(fused(as<float>(levels[i]), half_step, below));
     for (int i = 0; i < BLOCK; i++) {
-        roots[i] = exp2_of(fused(levels[i], half_step, below));
-        float twice = m[i] + m[i];
-        float bent = no_larger(twice / (std::fabs(twice) + roots[i]) * form.full, end) + zero;
-        places[i] = bent - zero;
-        codes[i] = uint16_t((as<uint32_t>(levels[i]) << form.place_bits) + as<uint32_t>(bent));
+        float twice = over[i] + over[i], sum = std::fabs(twice) + roots[i] * under[i];
+        float exact = twice / sum * form.full;
+        float bent = no_larger(exact, end) + zero, place = bent - zero;
+        float gap = form.full - std::fabs(place);
+        gaps[i] = gap + gap;
+        errors[i] = (place - exact) * sum;
+        codes[i] = int16_t((uint32_t(levels[i]) << form.place_bits) + as<uint32_t>(bent));
     }
 
     // the update
-    widen(t.weight, t.weights, first, count, w);
-    if (t.residual) {
-        read(t.residual + first, count, rest);
-        for (int i = 0; i < BLOCK; i++) w[i] = as<float>(as<uint32_t>(w[i]) + uint32_t(rest[i] * 256));
-    }
+    widen(block.weight, t.weights, w);
+    if (block.residual)
+        for (int i = 0; i < BLOCK; i++) w[i] = as<float>(as<uint32_t>(w[i]) + uint32_t(block.residual[i] * 256));
     for (int i = 0; i < BLOCK; i++) {
-        float error = unbend(places[i], form.full) * roots[i] - m[i];
-        float moved = m[i] * step.moves;
-        float reach = std::max(std::fabs(moved * inverse[i]) * TRUST, LIMIT);
-        float update = no_larger((moved - error * step.foresee) * inverse[i], reach);
+        float moved = over[i] * step.moves * gaps[i], inverse = 1 / (divisor[i] * gaps[i]);
+        float reach = std::max(std::fabs(moved * inverse) * TRUST, LIMIT);
+        float update = no_larger((moved - errors[i] * step.foresee) * inverse, reach);
         w[i] = w[i] * step.decay - update * step.lr;
     }
-    narrow(w, random, t, first, count);
-    write(codes, count, t.codes + first);
-    t.scales[block] = int32_t(highest) * 16 | kind;
+    narrow(w, random, t.weights, block.weight, block.residual);
+    t.scales[block.number] = int32_t(highest) * 16 | kind;
+    return true;
+}
+
+// Step the block of this number. A last one that is not full is stepped in a copy that zeros fill up.
+bool step_number(const Tensors& t, const Step& step, int64_t number) {
+    const int64_t first = number * BLOCK, count = std::min<int64_t>(t.n - first, BLOCK);
+    const int64_t wide = bytes(t.weights);
+    Block block{number, count, t.weight + first * wide, t.residual ? t.residual + first : nullptr,
+                t.grad + first * bytes(t.grads), t.codes + first};
+    if (count == BLOCK) return step_block(t, step, block);
+    alignas(64) char weight[4 * BLOCK]{}, grad[4 * BLOCK]{};
+    int8_t residual[BLOCK]{};
+    int16_t codes[BLOCK]{};
+    Block copy{number, count, weight, t.residual ? residual : nullptr, grad, codes};
+    std::memcpy(weight, block.weight, count * wide);
+    std::memcpy(grad, block.grad, count * bytes(t.grads));
+    std::memcpy(codes, block.codes, count * sizeof *codes);
+    if (t.residual) std::memcpy(residual, block.residual, count);
+    if (!step_block(t, step, copy)) return false;
+    std::memcpy(block.weight, weight, count * wide);
+    std::memcpy(block.codes, codes, count * sizeof *codes);
+    if (t.residual) std::memcpy(block.residual, residual, count);
     return true;
 }
 
 }  // namespace
 
-// With the threads that torch has already: they wait for work where a pool of our own would have to be woken, or would
-// find torch's spinning in its place.
-extern "C" void adam8_step(const Tensors* t, int32_t threads) {
-    const Step step = *t->numbers;
-    const int64_t blocks = (t->n + BLOCK - 1) / BLOCK;
-    int32_t skipped = 0;
-#pragma omp parallel for if (blocks >= WORTH_THREADS) num_threads(threads) schedule(dynamic, CHUNK) \
-    reduction(+ : skipped)
-    for (int64_t block = 0; block < blocks; block++) skipped += !step_block(*t, step, block);
-    t->record->skipped += skipped;
+// One step of some tensors, with the threads that torch has already: they wait for work where a pool of our own would have
+// to be woken, or would find torch's spinning in its place. A thread that finds nothing left to do in a tensor goes on to
+// the next.
+extern "C" void adam8_step(const Tensors* tensors, int64_t count, int32_t threads) {
+    int64_t all = 0;
+    for (int64_t i = 0; i < count; i++) all += blocks_of(tensors[i]);
+#pragma omp parallel if (all >= WORTH_THREADS) num_threads(threads)
+    for (int64_t i = 0; i < count; i++) {
+        const Tensors& t = tensors[i];
+        const Step step = *t.numbers;
+        const int64_t blocks = blocks_of(t);
+        int64_t skipped = 0;
+#pragma omp for schedule(dynamic, CHUNK) nowait
+        for (int64_t block = 0; block < blocks; block++) skipped += !step_number(t, step, block);
+        if (skipped) {
+#pragma omp atomic
+            t.record->skipped += skipped;
+        }
+    }
 }
 
 // The random bits of some blocks, for steps that are not made here.

@@ -18,6 +18,8 @@ import subprocess
 import sys
 import tempfile
 import warnings
+import weakref
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,8 @@ _THREADS = "-fopenmp"  # where there is none, a step takes one thread
 _FOR_THIS_PROCESSOR = {"x86_64": "-march=native", "amd64": "-march=native",
                        "aarch64": "-mcpu=native", "arm64": "-mcpu=native"}  # fmt: skip
 _STORAGE = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-_ARGUMENTS = struct.Struct("12Q")  # Tensors in adam8.cpp
+TOGETHER = 2**22  # elements: a millisecond
+_BOUND, _NEW = struct.Struct("9Q"), struct.Struct("3Q")  # together Tensors in adam8.cpp
 
 
 def step(
@@ -50,12 +53,57 @@ def step(
     stream: int,
 ) -> None:
     """As adam8.update_, for tensors on a CPU, with as many threads as torch takes."""
-    arguments = _ARGUMENTS.pack(
-        weight.data_ptr(), 0 if residual is None else residual.data_ptr(), grad.data_ptr(), codes.data_ptr(),
-        scales.data_ptr(), unscale.data_ptr(), numbers.data_ptr(), record.data_ptr(), stream, weight.numel(),
-        _STORAGE[weight.dtype], _STORAGE[grad.dtype],
-    )  # fmt: skip
-    library().adam8_step(arguments, torch.get_num_threads())
+    step_each([(Bound(weight, residual, codes, scales, numbers, record, stream), grad, unscale)])
+
+
+class Bound:
+    """The arguments of step() but for the gradient and what it is multiplied with: packed once, good for as many steps
+    as still_binds(), and as those hold who made them."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        residual: Tensor | None,
+        codes: Tensor,
+        scales: Tensor,
+        numbers: Tensor,
+        record: Tensor,
+        stream: int,
+    ) -> None:
+        self._address, self._codes, self.elements = weight.data_ptr(), weakref.ref(codes), weight.numel()
+        self.packed = _BOUND.pack(
+            self._address, 0 if residual is None else residual.data_ptr(), codes.data_ptr(), scales.data_ptr(),
+            numbers.data_ptr(), record.data_ptr(), stream, self.elements, _STORAGE[weight.dtype],
+        )  # fmt: skip
+
+    def still_binds(self, weight: Tensor, codes: Tensor) -> bool:
+        """Whether these are the tensors it was made for: the weight's memory, and the state's own."""
+        return self._codes() is codes and self._address == weight.data_ptr()
+
+
+def step_each(steps: Iterable[tuple[Bound, Tensor, Tensor]]) -> None:
+    """step() of several tensors, with their gradient and unscale. For small ones a call would take longer than the
+    step: they are made together as soon as they are worth it."""
+    together, elements = [], 0
+    for step in steps:
+        together.append(step)
+        elements += step[0].elements
+        if elements >= TOGETHER:
+            _step(together)
+            together, elements = [], 0
+    _step(together)
+
+
+def _step(steps: list[tuple[Bound, Tensor, Tensor]]) -> None:
+    packed = [
+        bound.packed + _NEW.pack(grad.data_ptr(), unscale.data_ptr(), _STORAGE[grad.dtype])
+        for bound, grad, unscale in steps
+    ]
+    _call(b"".join(packed), len(packed))
+
+
+def _call(packed: bytes, count: int) -> None:
+    library().adam8_step(packed, ctypes.c_int64(count), torch.get_num_threads())
 
 
 def lanes(groups: range, record: Tensor, stream: int) -> Tensor:
@@ -198,7 +246,7 @@ def _steps_right() -> bool:
     codes, scales, record = (ctypes.c_int16 * 300)(), (ctypes.c_int32 * 2)(), (ctypes.c_int64 * 4)(0, 1, 0, 0)
     numbers = step_numbers(1, lr=1.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     unscale, given = ctypes.c_float(1), (ctypes.c_float * len(numbers))(*numbers)
-    addresses = [ctypes.addressof(array) for array in (grad, codes, scales, unscale, given, record)]
-    storage = _STORAGE[torch.float32]
-    library().adam8_step(_ARGUMENTS.pack(ctypes.addressof(weight), 0, *addresses, 0, len(signs), storage, storage), 1)
+    at, storage = ctypes.addressof, _STORAGE[torch.float32]
+    bound = _BOUND.pack(at(weight), 0, at(codes), at(scales), at(given), at(record), 0, len(signs), storage)
+    _call(bound + _NEW.pack(at(grad), at(unscale), storage), 1)
     return record[3] == 0 and all(abs(w + sign) < 0.01 for w, sign in zip(weight, signs, strict=True))

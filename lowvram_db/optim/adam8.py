@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
-from lowvram_db.kernels import adam8
+from lowvram_db.kernels import adam8, native
 from lowvram_db.kernels.adam8_step import Step, step_numbers
 from lowvram_db.kernels.launch import Choice, Implementation
 from lowvram_db.optim.in_backward import STREAM, InBackward
@@ -69,6 +70,7 @@ class Adam8(InBackward):
         )
 
     def _make_state(self, weights: Weights, device: torch.device) -> None:
+        self._bound: dict[nn.Parameter, native.Bound] = {}
         for p in self._places:
             if p.numel() >= SMALLEST:
                 made = {**adam8.zero_state(p.numel(), device), **store(p, weights, device)}
@@ -90,7 +92,6 @@ class Adam8(InBackward):
         )
 
     def _step_large(self, p: nn.Parameter, grad: Tensor, unscale: Tensor) -> None:
-        place = self._places[p]
         with self._placement.lent(p, self.state[p]) as (weight, state):
             adam8.update_(
                 self._weight(weight),
@@ -100,10 +101,26 @@ class Adam8(InBackward):
                 state["scales"],
                 unscale,
                 self._numbers_by_group[self._group_of[p]],
-                self._record_by_place[place],
+                self._record_by_place[self._places[p]],
                 STREAM,
                 self._kernels,
             )
+
+    def _step_each(self, parameters: list[nn.Parameter]) -> None:
+        # What one tensor costs in Python would be more than the C++ takes for a small one.
+        fake = any(isinstance(p.data, FakeTensor) for p in parameters[:1])
+        if self._kernels != "native" or fake or not self._placement.stays or not native.works():
+            super()._step_each(parameters)
+            return
+        native.step_each((self._bound_to(p), *self._prepared(p)) for p in parameters)
+
+    def _bound_to(self, p: nn.Parameter) -> native.Bound:
+        bound, state = self._bound.get(p), self.state[p]
+        if bound is None or not bound.still_binds(p, state["codes"]):
+            numbers, record = self._numbers_by_group[self._group_of[p]], self._record_by_place[self._places[p]]
+            bound = native.Bound(p, state.get("residual"), state["codes"], state["scales"], numbers, record, STREAM)
+            self._bound[p] = bound
+        return bound
 
     def _step_small(self, number: int, unscale: Tensor) -> None:
         bucket = self._buckets[number]

@@ -101,6 +101,7 @@ class InBackward(torch.optim.Optimizer, ABC):
         self._records = torch.tensor(records, dtype=torch.int64, device=device)
         self._record_by_place = self._records.unbind()
         self._written: tuple[list[tuple[float, ...]], int] | None = None  # of them, last
+        self._large = [p for p in self._places if p.numel() >= SMALLEST]
         self._small = [[p for p in group["params"] if p.numel() < SMALLEST] for group in self.param_groups]
         self._make_state(weights, device)
         if max_norm is not None:
@@ -118,6 +119,11 @@ class InBackward(torch.optim.Optimizer, ABC):
     @abstractmethod
     def _step_large(self, p: nn.Parameter, grad: Tensor, unscale: Tensor) -> None:
         """Step a parameter. grad: in the order of its elements. unscale: float32 [1], multiplies it; NaN: leave all."""
+
+    def _step_each(self, parameters: list[nn.Parameter]) -> None:
+        """_step_large of each, which has a gradient."""
+        for p in parameters:
+            self._step_large(p, *self._prepared(p))
 
     @abstractmethod
     def _step_small(self, number: int, unscale: Tensor) -> None:
@@ -151,9 +157,7 @@ class InBackward(torch.optim.Optimizer, ABC):
         """End a step: do what backward has not done. Gradients stay where they are unless attached."""
         if closure is not None:
             raise ValueError(f"{type(self).__name__} takes no closure: it never evaluates the loss again")
-        for p in self._places:
-            if p.grad is not None and p.numel() >= SMALLEST:
-                self._update(p)
+        self._step_each([p for p in self._large if p.grad is not None])
         for number in range(len(self._small)):
             self._update_small(number)
         self._arrived.clear()
@@ -306,12 +310,13 @@ class InBackward(torch.optim.Optimizer, ABC):
         self._arrived.add(parameter)
         number = self._group_of[parameter]
         if parameter.numel() >= SMALLEST:
-            self._update(parameter)
+            self._step_large(parameter, *self._prepared(parameter))
             parameter.grad = None
         elif self._arrived.issuperset(self._small[number]):
             self._update_small(number)
 
-    def _update(self, p: nn.Parameter) -> None:
+    def _prepared(self, p: nn.Parameter) -> tuple[Tensor, Tensor]:
+        """What _step_large asks for, of a parameter that has a gradient."""
         grad = p.grad
         assert grad is not None
         if not same_order(grad, p):
@@ -321,7 +326,7 @@ class InBackward(torch.optim.Optimizer, ABC):
             unscale = torch.where(torch.isfinite(grad).all(), unscale, math.nan)
         if self._max_norm is not None:
             self._measure(p)
-        self._step_large(p, grad, unscale)
+        return grad, unscale
 
     def _update_small(self, number: int) -> None:
         small = self._small[number]

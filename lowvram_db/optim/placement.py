@@ -23,6 +23,8 @@ _RAM = torch.device("meta")  # as a Trace takes it
 class Placement(Protocol):
     """What Adam8 asks for the weight and the state of a large tensor."""
 
+    stays: bool  # whether what is kept is what is lent, and may be used at any time
+
     def keep(self, p: nn.Parameter, state: State) -> State:
         """The state of a parameter, new or of another placement that has ended, with its tensors where they will live;
         the weight goes there too."""
@@ -49,6 +51,8 @@ class Placement(Protocol):
 class Resident:
     """All of it lives where it is used."""
 
+    stays = True
+
     def keep(self, p: nn.Parameter, state: State) -> State:
         return {**state, **{name: tensor.to(p.device) for name, tensor in _tensors(state).items()}}
 
@@ -73,6 +77,8 @@ class Resident:
 
 class Imagined(Resident):
     """What Streamed takes of the card and of RAM, where there are no values and nobody reads any."""
+
+    stays = False
 
     def __init__(self, states: Collection[nn.Parameter], room: Tensor, lent: Mapping[nn.Parameter, nn.Module]) -> None:
         self._states, self._room, self._layers = states, room, lent

@@ -28,6 +28,8 @@ class Streamed(Resident):
         the room.
     """
 
+    stays = False
+
     def __init__(
         self,
         events: Sequence[tuple[nn.Parameter, bool]],
