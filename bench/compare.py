@@ -34,6 +34,7 @@ from usage import bytes_written
 from lowvram_db.errors import UserError
 from lowvram_db.memory.budget import cap
 from lowvram_db.memory.device import pick_device
+from lowvram_db.memory.heap import keep_freed_memory
 from lowvram_db.memory.size import parse_size
 from lowvram_db.plan.choose import choose
 from lowvram_db.train.strategy import Event, Strategy
@@ -142,6 +143,8 @@ def _child(
     """Runs in a process of its own: one recipe, under each of its strategies."""
     where, task = torch.device(device), Work(**work)
     cap(budget, where)
+    if recipe.startswith("ours") and device == "cpu":
+        keep_freed_memory()  # as pick_device() does, which a run of ours begins with
     began = psutil.Process().create_time()
     strategies: list[tuple[Strategy | None, list[Event]]] = [(None, [])]
     if recipe.startswith("ours"):

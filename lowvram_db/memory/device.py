@@ -10,16 +10,19 @@ from torch import Tensor, nn
 from lowvram_db.errors import UserError
 from lowvram_db.memory import segments
 from lowvram_db.memory.arithmetic import is_native
+from lowvram_db.memory.heap import keep_freed_memory
 from lowvram_db.progress import say
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device() -> torch.device:
-    """The GPU where there is one, else the CPU. Its allocator will take memory in segments that grow."""
+    """The GPU where there is one, else the CPU. Allocators are told to take memory from the card in segments
+    that grow, and to keep what is freed of a CPU's."""
     segments.grow()
     _settle_arithmetic()
     if not torch.cuda.is_available():
+        keep_freed_memory()
         return torch.device("cpu")
     if (
         segments.asked()
