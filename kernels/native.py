@@ -91,7 +91,8 @@ def step_each(steps: Iterable[tuple[Bound, Tensor, Tensor]]) -> None:
         if elements >= TOGETHER:
             _step(together)
             together, elements = [], 0
-    _step(together)
+    if together:
+        _step(together)
 
 
 def _step(steps: list[tuple[Bound, Tensor, Tensor]]) -> None:
