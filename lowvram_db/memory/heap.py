@@ -1,9 +1,9 @@
 """What a process does on a CPU with memory that is freed: it keeps it, for the next tensor of that size.
 
-The C library of Linux (glibc) gives every block above 32 MiB back to the system as soon as it is freed, and gets the
-next one as new pages, each of which the kernel fills with zeros at the first touch: some 650,000 pages in a training
-step of Stable Diffusion 1.5 at 256 px, a third of its time on two cores. The most that a process holds at any time is
-what it was.
+The C library of Linux (glibc) gives blocks above 32 MiB back to the system as soon as they are freed, and smaller ones
+at the end of its heap; the next one is of new pages, each of which the kernel fills with zeros at the first touch:
+667,000 of them in a training step of Stable Diffusion 1.5 at 256 px, an eighth of its time on two cores
+(bench/freed_memory.py). The most that a process holds at any time is what it was.
 """
 
 import ctypes
