@@ -92,6 +92,9 @@ class Adam8(InBackward):
         )
 
     def _step_large(self, p: nn.Parameter, grad: Tensor, unscale: Tensor) -> None:
+        if self._is_bound(p):
+            native.step_each([(self._bound_to(p), grad, unscale)])
+            return
         with self._placement.lent(p, self.state[p]) as (weight, state):
             adam8.update_(
                 self._weight(weight),
@@ -107,12 +110,20 @@ class Adam8(InBackward):
             )
 
     def _step_each(self, parameters: list[nn.Parameter]) -> None:
-        # What one tensor costs in Python would be more than the C++ takes for a small one.
-        fake = any(isinstance(p.data, FakeTensor) for p in parameters[:1])
-        if self._kernels != "native" or fake or not self._placement.stays or not native.works():
+        if parameters and self._is_bound(parameters[0]):
+            native.step_each((self._bound_to(p), *self._prepared(p)) for p in parameters)
+        else:
             super()._step_each(parameters)
-            return
-        native.step_each((self._bound_to(p), *self._prepared(p)) for p in parameters)
+
+    def _is_bound(self, p: nn.Parameter) -> bool:
+        """Whether the C++ steps it: what that is told of tensors that stay is made once, for what Python costs each of
+        them would be more than a small one's step."""
+        return (
+            self._kernels == "native"
+            and self._placement.stays
+            and not isinstance(p.data, FakeTensor)
+            and native.works()
+        )
 
     def _bound_to(self, p: nn.Parameter) -> native.Bound:
         bound, state = self._bound.get(p), self.state[p]

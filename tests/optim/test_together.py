@@ -37,21 +37,34 @@ def give_gradients(parameters, step, layout=torch.contiguous_format, missing=(),
         p.grad = None if place in missing else grad
 
 
+def run_backward(parameters):
+    """To the gradients that are there."""
+    grads = [p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
+    sum((p * grad).float().sum() for p, grad in zip(parameters, grads, strict=True)).backward()
+    assert all(p.grad is None for p in parameters)
+
+
 def everything(parameters, optimizer):
     state = [value for p in parameters for value in optimizer.state[p].values() if isinstance(value, torch.Tensor)]
     return [p.detach().clone() for p in parameters] + [value.clone() for value in state] + [optimizer.skipped.clone()]
 
 
-def stepped(monkeypatch, shapes, weights, steps=3, together=10_000, settings=None, **gradients):
-    """After some steps; together=None: one by one, as a streamed placement steps them."""
+def stepped(monkeypatch, shapes, weights, steps=3, together=10_000, attach=False, settings=None, **gradients):
+    """After some steps; together=None: one by one, as a streamed placement steps them; attach: inside backward."""
     with monkeypatch.context() as patched:
         if together is None:
             patched.setattr(Resident, "stays", False)
         else:
             patched.setattr(native, "TOGETHER", together)
         parameters, optimizer = made(shapes, weights, **(settings or {}))
+        if attach:
+            optimizer.attach()
         for step in range(steps):
             give_gradients(parameters, step, **gradients)
+            if attach:
+                run_backward(parameters)
             optimizer.step()
     return everything(parameters, optimizer)
 
@@ -61,6 +74,7 @@ def test_together_and_one_by_one_give_the_same_bits(shapes, weights, together):
     monkeypatch = pytest.MonkeyPatch()
     alone = stepped(monkeypatch, shapes, weights, together=None)
     assert all(map(torch.equal, alone, stepped(monkeypatch, shapes, weights, together=together)))
+    assert all(map(torch.equal, alone, stepped(monkeypatch, shapes, weights, attach=True)))
     assert not any(map(torch.equal, alone[:1], stepped(monkeypatch, shapes, weights, steps=2)))
 
 
