@@ -18,8 +18,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-import weakref
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +36,7 @@ _THREADS = "-fopenmp"  # where there is none, a step takes one thread
 _FOR_THIS_PROCESSOR = {"x86_64": "-march=native", "amd64": "-march=native",
                        "aarch64": "-mcpu=native", "arm64": "-mcpu=native"}  # fmt: skip
 _STORAGE = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-TOGETHER = 2**22  # elements: a millisecond
-_BOUND, _NEW = struct.Struct("9Q"), struct.Struct("3Q")  # together Tensors in adam8.cpp
+_ARGUMENTS = struct.Struct("12Q")  # Tensors in adam8.cpp
 
 
 def step(
@@ -53,58 +51,46 @@ def step(
     stream: int,
 ) -> None:
     """As adam8.update_, for tensors on a CPU, with as many threads as torch takes."""
-    step_each([(Bound(weight, residual, codes, scales, numbers, record, stream), grad, unscale)])
+    arguments = _ARGUMENTS.pack(
+        weight.data_ptr(), 0 if residual is None else residual.data_ptr(), codes.data_ptr(), scales.data_ptr(),
+        numbers.data_ptr(), record.data_ptr(), stream, weight.numel(), _STORAGE[weight.dtype],
+        grad.data_ptr(), unscale.data_ptr(), _STORAGE[grad.dtype],
+    )  # fmt: skip
+    library().adam8_step(arguments, ctypes.c_int64(1), torch.get_num_threads())
 
 
-class Bound:
-    """The arguments of step() but for the gradient and what it is multiplied with: packed once, good for as many steps
-    as still_binds(), and as those hold who made them."""
+class Together:
+    """step() of several tensors, in one call, as often as one likes: what is the same each time is written down once.
+    For a tensor of some thousand elements a call of its own, from Python, takes longer than its step."""
 
-    def __init__(
-        self,
-        weight: Tensor,
-        residual: Tensor | None,
-        codes: Tensor,
-        scales: Tensor,
-        numbers: Tensor,
-        record: Tensor,
-        stream: int,
-    ) -> None:
-        self._address, self._codes, self.elements = weight.data_ptr(), weakref.ref(codes), weight.numel()
-        self.packed = _BOUND.pack(
-            self._address, 0 if residual is None else residual.data_ptr(), codes.data_ptr(), scales.data_ptr(),
-            numbers.data_ptr(), record.data_ptr(), stream, self.elements, _STORAGE[weight.dtype],
+    def __init__(self, tensors: Sequence[tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor]], stream: int):
+        """tensors: weight, residual, codes, scales, numbers and record of each, as adam8.update_ has them."""
+        self._alive = tensors
+        self._weights = [weight.data_ptr() for weight, *_ in tensors]
+        self._table = torch.tensor(  # of Tensors in adam8.cpp
+            [
+                [
+                    weight.data_ptr(), 0 if residual is None else residual.data_ptr(), codes.data_ptr(),
+                    scales.data_ptr(), numbers.data_ptr(), record.data_ptr(), stream, weight.numel(),
+                    _STORAGE[weight.dtype], 0, 0, 0,
+                ]
+                for weight, residual, codes, scales, numbers, record in tensors
+            ]
         )  # fmt: skip
 
-    def still_binds(self, weight: Tensor, codes: Tensor) -> bool:
-        """Whether these are the tensors it was made for: the weight's memory, and the state's own."""
-        return self._codes() is codes and self._address == weight.data_ptr()
+    def is_for(self, weights: Sequence[Tensor]) -> bool:
+        """Whether these lie where the weights lay that it was made for."""
+        return [weight.data_ptr() for weight in weights] == self._weights
 
-
-def step_each(steps: Iterable[tuple[Bound, Tensor, Tensor]]) -> None:
-    """step() of several tensors, with their gradient and unscale. For small ones a call would take longer than the
-    step: they are made together as soon as they are worth it."""
-    together, elements = [], 0
-    for step in steps:
-        together.append(step)
-        elements += step[0].elements
-        if elements >= TOGETHER:
-            _step(together)
-            together, elements = [], 0
-    if together:
-        _step(together)
-
-
-def _step(steps: list[tuple[Bound, Tensor, Tensor]]) -> None:
-    packed = [
-        bound.packed + _NEW.pack(grad.data_ptr(), unscale.data_ptr(), _STORAGE[grad.dtype])
-        for bound, grad, unscale in steps
-    ]
-    _call(b"".join(packed), len(packed))
-
-
-def _call(packed: bytes, count: int) -> None:
-    library().adam8_step(packed, ctypes.c_int64(count), torch.get_num_threads())
+    def step(self, grads: Sequence[Tensor], unscales: Sequence[Tensor]) -> None:
+        new = [
+            [grad.data_ptr() for grad in grads],
+            [unscale.data_ptr() for unscale in unscales],
+            [_STORAGE[grad.dtype] for grad in grads],
+        ]
+        self._table[:, 9:] = torch.tensor(new).T
+        address, count = ctypes.c_void_p(self._table.data_ptr()), ctypes.c_int64(len(grads))
+        library().adam8_step(address, count, torch.get_num_threads())
 
 
 def lanes(groups: range, record: Tensor, stream: int) -> Tensor:
@@ -247,7 +233,8 @@ def _steps_right() -> bool:
     codes, scales, record = (ctypes.c_int16 * 300)(), (ctypes.c_int32 * 2)(), (ctypes.c_int64 * 4)(0, 1, 0, 0)
     numbers = step_numbers(1, lr=1.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     unscale, given = ctypes.c_float(1), (ctypes.c_float * len(numbers))(*numbers)
-    at, storage = ctypes.addressof, _STORAGE[torch.float32]
-    bound = _BOUND.pack(at(weight), 0, at(codes), at(scales), at(given), at(record), 0, len(signs), storage)
-    _call(bound + _NEW.pack(at(grad), at(unscale), storage), 1)
+    addresses = [ctypes.addressof(array) for array in (codes, scales, given, record)]
+    of_all = [ctypes.addressof(weight), 0, *addresses, 0, len(signs), _STORAGE[torch.float32]]
+    new = [ctypes.addressof(grad), ctypes.addressof(unscale), _STORAGE[torch.float32]]
+    library().adam8_step(_ARGUMENTS.pack(*of_all, *new), ctypes.c_int64(1), 1)
     return record[3] == 0 and all(abs(w + sign) < 0.01 for w, sign in zip(weight, signs, strict=True))

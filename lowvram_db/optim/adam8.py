@@ -22,7 +22,7 @@ from lowvram_db.kernels.launch import Choice, Implementation
 from lowvram_db.optim.in_backward import STREAM, InBackward
 from lowvram_db.optim.layout import relaid
 from lowvram_db.optim.placement import Placement, Resident
-from lowvram_db.optim.storage import SMALLEST, Weights, bucket_of, store
+from lowvram_db.optim.storage import SMALLEST, Weights, bucket_of, runs, store
 
 
 class Adam8(InBackward):
@@ -70,7 +70,7 @@ class Adam8(InBackward):
         )
 
     def _make_state(self, weights: Weights, device: torch.device) -> None:
-        self._bound: dict[nn.Parameter, native.Bound] = {}
+        self._step_of: dict[nn.Parameter, native.Together] = {}  # of the run that begins with it
         for p in self._places:
             if p.numel() >= SMALLEST:
                 made = {**adam8.zero_state(p.numel(), device), **store(p, weights, device)}
@@ -92,9 +92,6 @@ class Adam8(InBackward):
         )
 
     def _step_large(self, p: nn.Parameter, grad: Tensor, unscale: Tensor) -> None:
-        if self._is_bound(p):
-            native.step_each([(self._bound_to(p), grad, unscale)])
-            return
         with self._placement.lent(p, self.state[p]) as (weight, state):
             adam8.update_(
                 self._weight(weight),
@@ -110,28 +107,29 @@ class Adam8(InBackward):
             )
 
     def _step_each(self, parameters: list[nn.Parameter]) -> None:
-        if parameters and self._is_bound(parameters[0]):
-            native.step_each((self._bound_to(p), *self._prepared(p)) for p in parameters)
-        else:
+        values = not any(isinstance(p.data, FakeTensor) for p in parameters[:1])
+        if not (self._kernels == "native" and self._placement.stays and values and native.works()):
             super()._step_each(parameters)
+            return
+        for run in runs(parameters):
+            self._together(run).step(*self._prepared(run))
 
-    def _is_bound(self, p: nn.Parameter) -> bool:
-        """Whether the C++ steps it: what that is told of tensors that stay is made once, for what Python costs each of
-        them would be more than a small one's step."""
-        return (
-            self._kernels == "native"
-            and self._placement.stays
-            and not isinstance(p.data, FakeTensor)
-            and native.works()
-        )
+    def _together(self, parameters: list[nn.Parameter]) -> native.Together:
+        together = self._step_of.get(parameters[0])
+        if together is None or not together.is_for(parameters):
+            states = [self.state[p] for p in parameters]
+            together = self._step_of[parameters[0]] = native.Together(
+                [
+                    (p, state.get("residual"), state["codes"], state["scales"],
+                     self._numbers_by_group[self._group_of[p]], self._record_by_place[self._places[p]])
+                    for p, state in zip(parameters, states, strict=True)
+                ],
+                STREAM,
+            )  # fmt: skip
+        return together
 
-    def _bound_to(self, p: nn.Parameter) -> native.Bound:
-        bound, state = self._bound.get(p), self.state[p]
-        if bound is None or not bound.still_binds(p, state["codes"]):
-            numbers, record = self._numbers_by_group[self._group_of[p]], self._record_by_place[self._places[p]]
-            bound = native.Bound(p, state.get("residual"), state["codes"], state["scales"], numbers, record, STREAM)
-            self._bound[p] = bound
-        return bound
+    def _let_go(self) -> None:
+        self._step_of.clear()
 
     def _step_small(self, number: int, unscale: Tensor) -> None:
         bucket = self._buckets[number]

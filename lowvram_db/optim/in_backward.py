@@ -9,7 +9,7 @@ import math
 import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from itertools import chain
 from typing import Any
@@ -123,7 +123,11 @@ class InBackward(torch.optim.Optimizer, ABC):
     def _step_each(self, parameters: list[nn.Parameter]) -> None:
         """_step_large of each, which has a gradient."""
         for p in parameters:
-            self._step_large(p, *self._prepared(p))
+            self._step_one(p)
+
+    def _step_one(self, p: nn.Parameter) -> None:
+        (grad,), (unscale,) = self._prepared([p])
+        self._step_large(p, grad, unscale)
 
     @abstractmethod
     def _step_small(self, number: int, unscale: Tensor) -> None:
@@ -222,6 +226,7 @@ class InBackward(torch.optim.Optimizer, ABC):
     @torch.no_grad()
     def place(self, placement: Placement) -> None:
         """Let larger tensors and their state live there from now on; nothing else changes."""
+        self._let_go()
         self._placement.end()
         before, self._placement = self._placement, placement
         for p in self._places:
@@ -262,6 +267,9 @@ class InBackward(torch.optim.Optimizer, ABC):
                 if isinstance(value, Tensor):
                     value.copy_(theirs[key])
 
+    def _let_go(self) -> None:
+        """Parameters or their state are about to move: forget where they are."""
+
     @abstractmethod
     def _relaid(self, state: dict[str, Any], shape: torch.Size) -> dict[str, Any]:
         """The state of a 4-d parameter for the other order of its elements, channels last or not."""
@@ -286,6 +294,7 @@ class InBackward(torch.optim.Optimizer, ABC):
     @torch.no_grad()
     def finish(self) -> None:
         """Let every parameter be its exact value, and let the state go."""
+        self._let_go()
         self._placement.end()
         for state in self.state.values():  # all of it before a weight grows
             for moment in self.moments:
@@ -310,23 +319,25 @@ class InBackward(torch.optim.Optimizer, ABC):
         self._arrived.add(parameter)
         number = self._group_of[parameter]
         if parameter.numel() >= SMALLEST:
-            self._step_large(parameter, *self._prepared(parameter))
+            self._step_one(parameter)
             parameter.grad = None
         elif self._arrived.issuperset(self._small[number]):
             self._update_small(number)
 
-    def _prepared(self, p: nn.Parameter) -> tuple[Tensor, Tensor]:
-        """What _step_large asks for, of a parameter that has a gradient."""
-        grad = p.grad
-        assert grad is not None
-        if not same_order(grad, p):
-            grad = torch.empty_like(p, dtype=grad.dtype).copy_(grad)
-        unscale = self._unscale()
+    def _prepared(self, parameters: Sequence[nn.Parameter]) -> tuple[list[Tensor], list[Tensor]]:
+        """Of parameters that have a gradient, what _step_large asks for: gradients, and what multiplies each."""
+        given = [p.grad for p in parameters if p.grad is not None]
+        grads = [
+            grad if same_order(grad, p) else torch.empty_like(p, dtype=grad.dtype).copy_(grad)
+            for grad, p in zip(given, parameters, strict=True)
+        ]
+        unscales = [self._unscale()] * len(grads)
         if self.scaled:  # an overflow anywhere says that the loss scale was too large for all of it
-            unscale = torch.where(torch.isfinite(grad).all(), unscale, math.nan)
+            unscales = [torch.where(torch.isfinite(grad).all(), self._unscale(), math.nan) for grad in grads]
         if self._max_norm is not None:
-            self._measure(p)
-        return grad, unscale
+            for p in parameters:
+                self._measure(p)
+        return grads, unscales
 
     def _update_small(self, number: int) -> None:
         small = self._small[number]

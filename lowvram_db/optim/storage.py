@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -15,12 +15,26 @@ from lowvram_db.optim.layout import is_channels_last
 
 Weights = Literal["bf16", "bf16+residual", "fp16", "fp32"]
 DTYPES = {"bf16": torch.bfloat16, "bf16+residual": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TOGETHER = 2**22  # elements, whose step takes some milliseconds on a CPU
 SMALLEST = 4096  # elements; smaller tensors go into the bucket
 
 
 def shapes(state: dict[str, Any]) -> dict[str, Any]:
     """What a parameter's state is made of: (shape, dtype) of its tensors."""
     return {key: (tuple(v.shape), v.dtype) if isinstance(v, Tensor) else "a number" for key, v in state.items()}
+
+
+def runs(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """One after the other as many as have TOGETHER elements: small ones by hundreds, large ones alone."""
+    run, elements = list[nn.Parameter](), 0
+    for p in parameters:
+        run.append(p)
+        elements += p.numel()
+        if elements >= TOGETHER:
+            yield run
+            run, elements = [], 0
+    if run:
+        yield run
 
 
 def narrowing(weights: Weights) -> Callable[[Tensor], Tensor]:

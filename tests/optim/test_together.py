@@ -1,5 +1,7 @@
 """On a CPU Adam8.step() hands its tensors to the C++ together: they end as those do that are stepped one by one."""
 
+import weakref
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,6 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowvram_db.kernels import native
+from lowvram_db.optim import storage
 from lowvram_db.optim.adam8 import Adam8
 from lowvram_db.optim.placement import Resident
 
@@ -57,7 +60,7 @@ def stepped(monkeypatch, shapes, weights, steps=3, together=10_000, attach=False
         if together is None:
             patched.setattr(Resident, "stays", False)
         else:
-            patched.setattr(native, "TOGETHER", together)
+            patched.setattr(storage, "TOGETHER", together)
         parameters, optimizer = made(shapes, weights, **(settings or {}))
         if attach:
             optimizer.attach()
@@ -81,7 +84,6 @@ def test_together_and_one_by_one_give_the_same_bits(shapes, weights, together):
 @pytest.mark.parametrize(
     "more",
     [
-        {"layout": torch.channels_last},
         {"missing": (0, 2)},
         {"broken": (1,), "settings": {"max_norm": 1e-3}},
         {"settings": {"micro_batches": 2}},
@@ -93,16 +95,30 @@ def test_whatever_the_gradients_are(monkeypatch, more):
     assert all(map(torch.equal, alone, stepped(monkeypatch, shapes, "bf16", **more)))
 
 
+@pytest.mark.parametrize("attach", [False, True])
+def test_gradients_count_in_the_order_of_their_weights(monkeypatch, attach):
+    shapes = [(300, 301), (8, 64, 3, 3), (40, 16, 3, 3)]
+    likewise = stepped(monkeypatch, shapes, "bf16", attach=attach)
+    otherwise = stepped(monkeypatch, shapes, "bf16", attach=attach, layout=torch.channels_last)
+    assert all(map(torch.equal, likewise, otherwise))
+
+
 def test_small_ones_take_one_call_and_large_ones_do_not_wait(monkeypatch):
     calls: list[int] = []
-    call = native._call
-    monkeypatch.setattr(native, "_call", lambda packed, count: (calls.append(count), call(packed, count)))
-    monkeypatch.setattr(native, "TOGETHER", 20_000)
+    step = native.Together.step
+    monkeypatch.setattr(native.Together, "step", lambda self, *given: (calls.append(len(given[0])), step(self, *given)))
     stepped(monkeypatch, [(4096,)] * 7 + [(300, 301), (4096,)], "bf16", steps=1, together=20_000)
     assert calls == [5, 3, 1]
 
 
-@pytest.mark.parametrize("put", ["the weight", "the state"])
+class Elsewhere(Resident):
+    """Keeps a copy of the state."""
+
+    def keep(self, p, state):
+        return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in state.items()}
+
+
+@pytest.mark.parametrize("put", ["a weight", "the state"])
 def test_what_was_put_elsewhere_is_stepped_there(put):
     shapes = [(4096,), (5000,)]
     stays, moves = made(shapes, "bf16+residual"), made(shapes, "bf16+residual")
@@ -111,12 +127,12 @@ def test_what_was_put_elsewhere_is_stepped_there(put):
         for parameters, optimizer in (stays, moves):
             give_gradients(parameters, step)
             optimizer.step()
-        first, state = moves[0][0], moves[1].state[moves[0][0]]
-        kept += [first.data, *state.values()]  # so that nothing new gets their memory
-        if put == "the weight":
-            first.data = first.data.clone()
+        (_, last), optimizer = moves
+        kept += [last.data, *optimizer.state[last].values()]  # so that nothing new gets their memory
+        if put == "a weight":
+            last.data = last.data.clone()
         else:
-            moves[1].state[first] = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state.items()}
+            optimizer.place(Elsewhere())
     assert all(map(torch.equal, everything(*stays), everything(*moves)))
 
 
@@ -128,13 +144,10 @@ def test_where_there_are_no_values_there_is_nothing_to_do():
         optimizer._step_each(parameters)
 
 
-def test_nothing_of_the_state_is_kept_for_the_next_step():
+def test_nothing_of_the_state_is_in_memory_when_all_has_ended():
     parameters, optimizer = made([(4096,)], "bf16")
     give_gradients(parameters, 0)
     optimizer.step()
-    (bound,) = optimizer._bound.values()
-    codes = optimizer.state[parameters[0]]["codes"]
-    assert bound.still_binds(parameters[0], codes)
+    codes = weakref.ref(optimizer.state[parameters[0]]["codes"])
     optimizer.finish()
-    del codes
-    assert bound._codes() is None, "its memory is free for what grows in finish()"
+    assert codes() is None
